@@ -1,0 +1,31 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+# Trains on images that msbreg renders; the result is in runs/default.
+demo: $(VENV)/.installed-train
+	$(BIN)/msbreg pretrain
+
+# Two runs, since a process either compiles Triton kernels or interprets them. Fails where either does.
+test: $(VENV)/.installed-train,test
+	@status=0; \
+	$(BIN)/python -m pytest || status=$$?; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter || status=$$?; \
+	exit $$status
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# pip, not python, stands for a whole environment: python is there even where the system lacks its venv package.
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-%: setup.py | $(BIN)/pip
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[$*]'
+	@touch $@

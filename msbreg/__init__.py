@@ -1,0 +1,16 @@
+"""Multiview, singular value and Brownian losses that train image encoders without labels, and a trainer around them."""
+
+from msbreg import functional, linalg
+from msbreg.losses import BrownianLoss, CentroidLoss, MSBRegLoss, SingularValueLoss
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "BrownianLoss",
+    "CentroidLoss",
+    "MSBRegLoss",
+    "SingularValueLoss",
+    "__version__",
+    "functional",
+    "linalg",
+]

@@ -1,0 +1,67 @@
+"""`msbreg bench`: how fast this machine trains a config, and what bounds it."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from msbreg.config import Config
+from msbreg.monitor import markdown_table
+from msbreg.processes import Processes
+from msbreg.trainer import Trainer
+
+__all__ = ["benchmark"]
+
+
+def benchmark(config: Config, *, steps: int) -> str:
+    """Times the loader alone, the step alone, both together, and the loss alone, one after the other.
+
+    Args:
+        config: the run's options; its run folder is not touched.
+        steps: how many of each are timed, after two that are not.
+
+    Returns:
+        A Markdown table of images/s and views/s.
+    """
+    config.validate()
+    config.optim.steps = max(config.optim.steps, 3 * steps + 10)
+    with Processes(config.run.device) as processes, tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(config, processes, Path(folder))
+        trainer.model.train()
+        batches = trainer.loader.batches(0, 3 * steps + 10)
+        batch = next(batches)
+
+        def seconds(work: Callable[[], object]) -> float:
+            for _ in range(2):
+                work()
+            synchronize(trainer.device)
+            began = time.perf_counter()
+            for _ in range(steps):
+                work()
+            synchronize(trainer.device)
+            return (time.perf_counter() - began) / steps
+
+        z = torch.randn(config.data.views, trainer.batch, config.model.dim, device=trainer.device, requires_grad=True)
+        t = torch.randn_like(z)
+        times = {
+            "loader alone": seconds(lambda: next(batches)),
+            "step alone": seconds(lambda: trainer.step(batch, 0)),
+            "both": seconds(lambda: trainer.step(next(batches), 0)),
+            "loss alone, forward and backward": seconds(lambda: trainer.method.criterion(z, t).loss.backward()),
+        }
+        trainer.loader.close()
+    batch_size, views = config.data.batch_size, config.data.views
+    rows = [
+        (name, f"{1e3 * time_:.1f} ms  {batch_size / time_:,.0f} images/s  {views * batch_size / time_:,.0f} views/s")
+        for name, time_ in times.items()
+    ]
+    device = torch.cuda.get_device_name() if processes.device.type == "cuda" else "cpu"
+    return markdown_table(rows, (f"{config.model.backbone}, {views} views of {batch_size} images, {device}", "a step"))
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the GPU, where there is one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,197 @@
+"""The command line: pretrain, eval, export, bench, doctor."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Optional
+
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+import msbreg
+from msbreg.config import Config, packaged_configs
+from msbreg.errors import MSBRegError
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: the command line without the program's name; None takes this process's.
+
+    Returns:
+        The exit status: 0, 2 for what the user can mend, 130 after Ctrl-C.
+    """
+    options = build_parser().parse_args(name_configs(sys.argv[1:] if arguments is None else arguments))
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        return COMMANDS[options.command](options[options.command])
+    except MSBRegError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.filename is None and error.strerror is None:
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 2
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of all commands; every option's help shows its type, default, unit and meaning."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="msbreg", description=msbreg.__doc__.splitlines()[0], version=msbreg.__version__)
+    commands = parser.add_subcommands(dest="command", required=True)
+
+    pretrain = ArgumentParser(
+        usage="msbreg pretrain [--config NAME_OR_FILE] [--GROUP.OPTION VALUE ...]",
+        description="Train a backbone without labels. With no option it trains on images that msbreg renders, in a few "
+        "minutes on a CPU.",
+    )
+    add_config(pretrain)
+    commands.add_subcommand("pretrain", pretrain, help="train a backbone without labels")
+
+    evaluate = ArgumentParser(description="kNN and linear probe accuracy of the frozen backbone of a run.")
+    evaluate.add_argument("run", type=str, help="run folder, or a checkpoint file")
+    evaluate.add_argument(
+        "--data.path", type=Optional[str], default=None, help="labelled images; unset: those of the run"
+    )
+    evaluate.add_argument(
+        "--data.eval_path", type=Optional[str], default=None, help="held-out images; unset: as in pretrain"
+    )
+    evaluate.add_argument("--k", type=int, default=20, help="neighbours in the kNN vote")
+    evaluate.add_argument("--bank", type=int, default=50_000, help="labelled images the neighbours come from, at most")
+    evaluate.add_argument("--queries", type=int, default=50_000, help="held-out images to classify, at most")
+    evaluate.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:N or auto")
+    evaluate.add_argument("--threads", type=int, default=0, help="decoding threads; 0: one a core")
+    commands.add_subcommand("eval", evaluate, help="kNN and linear probe of a trained backbone")
+
+    export = ArgumentParser(description="Write the backbone of a run as backbone.safetensors and backbone.pt.")
+    export.add_argument("run", type=str, help="run folder, or a checkpoint file")
+    export.add_argument("--out", type=Optional[str], default=None, help="folder to write to; unset: the run folder")
+    commands.add_subcommand("export", export, help="write a trained backbone for other software")
+
+    bench = ArgumentParser(
+        usage="msbreg bench [--steps N] [--config NAME_OR_FILE] [--GROUP.OPTION VALUE ...]",
+        description="Time the loader, the training step, both together and the loss, with the options of pretrain.",
+    )
+    bench.add_argument("--steps", type=int, default=20, help="how many of each are timed")
+    add_config(bench)
+    commands.add_subcommand("bench", bench, help="how fast this machine trains, and what bounds it")
+
+    doctor = ArgumentParser(description="Versions, devices, what is usable here, and why what is not is not.")
+    commands.add_subcommand("doctor", doctor, help="what works on this machine, and what does not and why")
+    return parser
+
+
+def add_config(parser: ArgumentParser) -> None:
+    """Adds the options of a run, and --config."""
+    parser.add_argument(
+        "--config",
+        action="config",
+        help=f"YAML file of options, or the name of a recipe: {', '.join(packaged_configs())}. May be given again; later "
+        "options win.",
+    )
+    parser.add_class_arguments(Config, None)
+
+
+def name_configs(arguments: list[str]) -> list[str]:
+    """Replaces the name of a packaged recipe after --config by its file."""
+    recipes = packaged_configs()
+    replaced = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        name = argument.removeprefix("--config=")
+        if (before == "--config" or name != argument) and name in recipes and not os.path.exists(name):
+            argument = argument[: len(argument) - len(name)] + str(recipes[name])
+        replaced.append(argument)
+    return replaced
+
+
+def config_from(options: Namespace) -> Config:
+    """The typed config that parsed options describe."""
+    groups = vars(Config())
+    return Config(**{name: type(group)(**vars(options[name])) for name, group in groups.items()})
+
+
+def run_pretrain(options: Namespace) -> int:
+    from msbreg.trainer import pretrain
+
+    pretrain(config_from(options))
+    return 0
+
+
+def run_eval(options: Namespace) -> int:
+    from msbreg.data import load_recipe
+    from msbreg.doctor import usable_cores
+    from msbreg.evaluator import Evaluator
+    from msbreg.export import backbone_of, config_of
+    from msbreg.monitor import markdown_table
+    from msbreg.processes import Processes
+    from msbreg.trainer import open_images
+
+    state = read_run(Path(options.run))
+    config = config_of(state)
+    config.data.path = options.data.path or config.data.path
+    config.data.eval_path = options.data.eval_path or (None if options.data.path else config.data.eval_path)
+    config.eval.k, config.eval.bank, config.eval.queries = options.k, options.bank, options.queries
+    with Processes(options.device) as processes:
+        train, held_out = open_images(config, processes)
+        recipe = load_recipe(config.data.recipe, config.data.views, config.data.size)
+        evaluator = Evaluator(
+            config, train, held_out, recipe=recipe, device=processes.device, threads=options.threads or usable_cores()
+        )
+        accuracy = evaluator(backbone_of(state).to(processes.device), linear=True)
+        task = "kNN top-1" if evaluator.task == "labels" else "image recognised again"
+        rows = [(task, f"{accuracy.knn:.1%}"), (f"{task}, raw pixels", f"{evaluator.pixels():.1%}")]
+        if accuracy.linear is not None:
+            rows.insert(1, ("linear probe top-1", f"{accuracy.linear:.1%}"))
+        evaluator.close()
+    print(markdown_table(rows, (f"{config.model.backbone}, step {state['step']:,}", "value")))
+    return 0
+
+
+def run_export(options: Namespace) -> int:
+    from msbreg.export import backbone_of, export_backbone
+
+    run = Path(options.run)
+    state = read_run(run)
+    folder = Path(options.out) if options.out else (run if run.is_dir() else run.parent)
+    backbone = state["config"]["model"]["backbone"]
+    for file in export_backbone(
+        backbone_of(state), folder, description=f"{backbone} pretrained by msbreg, {state['step']} steps"
+    ):
+        print(file)
+    return 0
+
+
+def run_bench(options: Namespace) -> int:
+    from msbreg.benchmark import benchmark
+
+    print(benchmark(config_from(options), steps=options.steps))
+    return 0
+
+
+def run_doctor(options: Namespace) -> int:
+    from msbreg.doctor import report
+
+    print(report())
+    return 0
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The checkpoint of a run folder, or the one that a file holds."""
+    from msbreg.checkpoint import load_checkpoint, load_run
+
+    if not path.exists():
+        raise MSBRegError(f"there is no run folder or checkpoint {path}.")
+    state = load_run(path) if path.is_dir() else load_checkpoint(path)
+    if state is None:
+        raise MSBRegError(f"the folder {path} holds no checkpoint; a run writes checkpoint.pt there.")
+    return state
+
+
+COMMANDS = {"pretrain": run_pretrain, "eval": run_eval, "export": run_export, "bench": run_bench, "doctor": run_doctor}

@@ -1,0 +1,196 @@
+"""Every option of a run: typed, with its default, unit and meaning.
+
+The defaults are the embedded default run: images that the package renders, a small network, two minutes on two CPU
+cores. `msbreg/configs/*.yaml` hold the other recipes; `--config NAME` loads one and dotted options override it.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+from msbreg import functional
+from msbreg.errors import MSBRegError
+
+__all__ = ["Config", "DataConfig", "EvalConfig", "MethodConfig", "ModelConfig", "OptimConfig", "RunConfig", "flatten"]
+
+
+@dataclass
+class RunConfig:
+    """Where the run lives and how it reports."""
+
+    dir: str = "runs/default"
+    """Folder of the run: metrics, checkpoints, curves and the exported backbone. Resumed where it holds a checkpoint."""
+    seed: int = 0
+    """Seed of initial weights, order of images, augmentation and noise."""
+    resume: bool = True
+    """Go on from the checkpoint in the run folder; false refuses a folder that holds one."""
+    device: str = "auto"
+    """cpu, cuda, cuda:N, or auto: the GPU where there is one."""
+    threads: int = 0
+    """CPU threads of the networks in each process; 0 leaves torch's own choice."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; one is always written at the end and on SIGTERM or SIGUSR1."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl, which is also how often ranks compare notes on signals and bad losses."""
+    tensorboard: bool = False
+    """Write TensorBoard files to the run folder too; needs the tensorboard package."""
+
+
+@dataclass
+class DataConfig:
+    """Which images, and which views of them."""
+
+    path: Optional[str] = None
+    """Image folder, folder or pattern of tar shards, or index file; unset: images that msbreg renders itself."""
+    eval_path: Optional[str] = None
+    """Held-out images for evaluation; unset: val/ or test/ beside train/ under data.path, else a tenth is set aside."""
+    recipe: str = "auto"
+    """Augmentation: byol, cifar, multi_crop or a YAML file with one block a view; auto: cifar below 96 pixels, else byol."""
+    size: int = 32
+    """Side of a view, in pixels."""
+    views: int = 2
+    """K, views of each image in a step."""
+    batch_size: int = 128
+    """Images in a step, over all processes."""
+    backend: Literal["auto", "dali", "torchvision"] = "auto"
+    """What decodes and augments; auto: DALI where it is installed."""
+    threads: int = 0
+    """Threads that decode and augment in each process; 0: the CPU's cores shared among the machine's processes."""
+    prefetch: int = 2
+    """Batches prepared ahead of the step."""
+    cache: Optional[str] = None
+    """Folder for the rendered images; unset: msbreg/ in the user's cache folder (XDG_CACHE_HOME)."""
+
+
+@dataclass
+class ModelConfig:
+    """The networks."""
+
+    backbone: str = "convnet"
+    """convnet (small, for CPUs), a torchvision model such as resnet50, or timm/NAME."""
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """First layers of a ResNet: imagenet, or cifar (3x3 convolution, stride 1, no pooling) for images of 32 pixels."""
+    hidden: int = 512
+    """Width of the hidden layer of projector and predictor."""
+    dim: int = 128
+    """D, dimension of the embeddings."""
+    predictor: bool = True
+    """A predictor after the online projector, as in BYOL."""
+    view_chunk: int = 0
+    """Views in one forward pass, recomputed in the backward pass so that many views fit in memory; 0: all at once."""
+    compile: bool = False
+    """torch.compile the networks."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the networks; auto: bf16 autocast on a GPU, fp32 on a CPU. Losses are always at least fp32."""
+
+
+@dataclass
+class MethodConfig:
+    """What a step computes."""
+
+    name: Literal["msbreg", "byol", "simsiam"] = "msbreg"
+    """msbreg; byol (two views, the other view's target, no dispersion); simsiam (byol without the EMA network)."""
+    lambda_s: float = functional.LAMBDA_S
+    """Weight of the singular value loss (paper: up to 0.004 at K = 4 and 8)."""
+    lambda_b: float = functional.LAMBDA_B
+    """Weight of the Brownian diffusive loss (paper: up to 0.5 at K = 4 and 8)."""
+    leave_one_out: bool = functional.LEAVE_ONE_OUT
+    """Compare each view with the centroid of the other views' targets instead of all views'."""
+    disperse: Literal["projector", "predictor"] = "projector"
+    """Whose output the singular value and Brownian losses act on."""
+    spectrum: functional.Spectrum = functional.SPECTRUM
+    """Form of the singular value loss."""
+    tau: float = 0.996
+    """Momentum of the EMA network at the start; rises to 1 by a cosine (BYOL)."""
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and schedule."""
+
+    name: Literal["lars", "sgd", "adamw"] = "adamw"
+    """lars (You et al. 2017) for large batches, sgd with momentum 0.9, adamw."""
+    lr: float = 1e-3
+    """Peak learning rate for a batch of 256 images; scaled linearly with the batch."""
+    weight_decay: float = 1e-4
+    """Weight decay; biases and normalisation parameters have none."""
+    epochs: float = 20.0
+    """Passes over the images."""
+    steps: int = 0
+    """Optimizer steps; where above 0 it replaces epochs."""
+    warmup_epochs: float = 1.0
+    """Epochs in which the learning rate rises linearly from 0, before it falls to 0 by a cosine."""
+
+
+@dataclass
+class EvalConfig:
+    """How the frozen backbone is judged."""
+
+    every: float = 5.0
+    """Epochs between kNN evaluations during training; 0: at the start and end only."""
+    k: int = 20
+    """Neighbours in the weighted kNN vote (200 is usual on ImageNet)."""
+    temperature: float = 0.1
+    """Temperature of the kNN vote's weights."""
+    bank: int = 5000
+    """Labelled training images the neighbours come from, at the most."""
+    queries: int = 2000
+    """Held-out images that are classified, at the most."""
+    linear: bool = True
+    """Also train a linear probe on frozen features at the end, and one alongside training."""
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def validate(self) -> None:
+        """Raises MSBRegError where options contradict each other; what depends on data or devices is checked later."""
+        if self.data.views < 2:
+            raise MSBRegError(
+                f"--data.views is {self.data.views}, but {self.method.name} compares views of one image with each "
+                "other and needs at least 2."
+            )
+        if self.method.name in ("byol", "simsiam") and self.data.views != 2:
+            raise MSBRegError(
+                f"--data.views is {self.data.views}, but {self.method.name} is defined for exactly 2 views; "
+                "use --method.name msbreg for more."
+            )
+        if self.method.disperse == "predictor" and not self.model.predictor:
+            raise MSBRegError("--method.disperse predictor needs --model.predictor true.")
+        if self.method.name in ("byol", "simsiam") and not self.model.predictor:
+            raise MSBRegError(f"{self.method.name} collapses without a predictor; leave --model.predictor true.")
+        for name, least in (
+            ("data.size", 8), ("data.batch_size", 2), ("data.prefetch", 1), ("model.hidden", 1), ("model.dim", 2),
+            ("run.checkpoint_every", 1), ("run.log_every", 1), ("eval.k", 1), ("eval.bank", 1), ("eval.queries", 1),
+        ):  # fmt: skip
+            if (value := flatten(self)[name]) < least:
+                raise MSBRegError(f"--{name} is {value}, but must be at least {least}.")
+        for name in (
+            "data.threads", "run.threads", "model.view_chunk", "optim.epochs", "optim.steps", "optim.warmup_epochs",
+            "optim.lr", "optim.weight_decay", "eval.every", "method.lambda_s", "method.lambda_b",
+        ):  # fmt: skip
+            if not (value := flatten(self)[name]) >= 0:
+                raise MSBRegError(f"--{name} is {value}, but must be 0 or more.")
+        if not 0 <= self.method.tau <= 1:
+            raise MSBRegError(f"--method.tau is {self.method.tau}, but must lie between 0 and 1.")
+        if not 0 <= self.run.seed < 2**63:
+            raise MSBRegError(f"--run.seed is {self.run.seed}, but must lie between 0 and 2**63 - 1.")
+
+
+def flatten(config: "Config | dict[str, Any]") -> dict[str, Any]:
+    """A config, or its `asdict`, as {"run.dir": ..., "data.path": ...}."""
+    groups = asdict(config) if isinstance(config, Config) else config
+    return {f"{group}.{name}": value for group, options in groups.items() for name, value in options.items()}
+
+
+def packaged_configs() -> dict[str, Path]:
+    """Name to file of the recipes that come with the package."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}

@@ -1,0 +1,201 @@
+"""Decoding and augmentation by NVIDIA DALI, on the CPU or on a GPU, from one graph.
+
+DALI has no part in reading, order or randomness: it is handed encoded images and the draws of `msbreg.data.parameters`,
+and is a pure function of them. Each image is decoded once and cropped once per view.
+
+https://docs.nvidia.com/deeplearning/dali
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from msbreg.data.parameters import Draw
+from msbreg.data.recipes import MEAN, STD, Recipe, View, size_groups
+from msbreg.data.sources import UndecodableError
+
+if TYPE_CHECKING:
+    from nvidia.dali import Pipeline
+    from nvidia.dali.data_node import DataNode
+
+__all__ = ["DaliBackend"]
+
+Bytes = NDArray[np.uint8]
+
+
+class DaliBackend:
+    """Makes views of batches of encoded images; several batches may be under way, first in, first out.
+
+    Args:
+        recipe: K views.
+        batch_size: most images of a batch, B.
+        device: where images are decoded (on a GPU: by nvJPEG) and views lie.
+        threads: CPU threads.
+
+    Raises:
+        ImportError: DALI is not installed.
+    """
+
+    def __init__(self, recipe: Recipe, batch_size: int, device: torch.device, threads: int) -> None:
+        import nvidia.dali  # noqa: F401 - a missing DALI is to be noticed here, not at the first batch
+
+        self.recipe, self.batch_size, self.device, self.threads = recipe, batch_size, device, threads
+        self._groups = size_groups(recipe)
+        self._pipeline: Pipeline | None = None
+        self._pending: deque[list[Bytes]] = deque()
+
+    def submit(self, encoded: list[Bytes], draws: list[Draw]) -> None:
+        """Starts work on a batch.
+
+        Args:
+            encoded: B files, each (bytes,) uint8.
+            draws: one per view, each of B.
+        """
+        if self._pipeline is None:
+            self._pipeline = views_pipeline(self.recipe, self.batch_size, self.device, self.threads)
+            # DALI reads from the arrays without a copy, so they must live as long as a pipeline that may be at work.
+            self._pipeline.encoded = self._pending = deque()
+        self._pending.append(encoded)
+        self._pipeline.feed_input("encoded", encoded)
+        for number, (view, draw) in enumerate(zip(self.recipe, draws, strict=True)):
+            for name, values in _inputs(view, draw).items():
+                self._pipeline.feed_input(f"{name}{number}", values)
+        self._pipeline.schedule_run()
+
+    def receive(self) -> tuple[Tensor, ...]:
+        """Waits for the earliest batch.
+
+        Returns:
+            One channels_last tensor (K_g B, 3, H_g, W_g) per view size, view by view; float16 on a GPU, else float32.
+
+        Raises:
+            UndecodableError: images of the batch cannot be decoded. All batches under way are forgotten.
+        """
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        encoded = self._pending[0]
+        try:
+            outputs = self._pipeline.share_outputs(cuda_stream=stream)
+        except RuntimeError as error:
+            self.discard()
+            positions = [position for position, data in enumerate(encoded) if not self._can_decode(data)]
+            if not positions:
+                raise
+            raise UndecodableError(positions) from error
+        views = [torch.from_dlpack(output.as_tensor()) for output in outputs]  # each (B, H, W, 3)
+        self._pipeline.release_outputs()
+        self._pending.popleft()
+        return tuple(_joined([views[number] for number in group]) for group in self._groups)
+
+    def discard(self) -> None:
+        """Forgets all batches under way."""
+        if self._pending:
+            self.close()
+
+    def close(self) -> None:
+        """Frees DALI's threads and memory; the next batch builds them anew, which takes some 20 ms."""
+        self._pipeline, self._pending = None, deque()
+
+    def _can_decode(self, data: Bytes) -> bool:
+        pipeline = _pipeline(1, self.device, threads=1)
+        with pipeline:
+            pipeline.set_outputs(_decode(self.device))
+        pipeline.build()
+        pipeline.feed_input("encoded", [data])
+        try:
+            pipeline.run()
+        except RuntimeError:
+            return False
+        return True
+
+
+def views_pipeline(recipe: Recipe, batch_size: int, device: torch.device, threads: int) -> Pipeline:
+    """The graph: decode, then per view crop and resize, colours, blur, solarize, flip and normalise."""
+    pipeline = _pipeline(batch_size, device, threads)
+    with pipeline:
+        images = _decode(device)
+        pipeline.set_outputs(*(_view(view, number, images, device) for number, view in enumerate(recipe)))
+    return pipeline
+
+
+def _pipeline(batch_size: int, device: torch.device, threads: int) -> Pipeline:
+    from nvidia.dali import Pipeline
+
+    index = None
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+    # Depth 1: a first run would otherwise expect that many batches at once. Runs scheduled ahead queue up all the same.
+    return Pipeline(batch_size=batch_size, num_threads=threads, device_id=index, prefetch_queue_depth=1)
+
+
+def _decode(device: torch.device) -> DataNode:
+    """Upright RGB images, (H, W, 3) uint8 each."""
+    from nvidia.dali import fn, types
+
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+    return fn.decoders.image(
+        encoded,
+        device="mixed" if device.type == "cuda" else "cpu",
+        output_type=types.RGB,
+        jpeg_fancy_upsampling=True,  # chroma on a GPU as on the CPU
+    )
+
+
+def _inputs(view: View, draw: Draw) -> dict[str, np.ndarray]:
+    """The arguments of a view's operators, by name; `_view` declares the same ones."""
+    box = draw.box.astype(np.float32)
+    inputs = {
+        "start": np.ascontiguousarray(box[:, :2]),
+        "end": box[:, :2] + box[:, 2:],
+        "flip": draw.flip.astype(np.int32),
+    }
+    if view.changes_colour:
+        inputs["colour"] = draw.colour
+    if view.blur > 0:
+        inputs["sigma"], inputs["window"] = draw.sigma, 2 * draw.radius + 1
+    if view.solarize > 0:
+        inputs["solarize"] = 255 * draw.solarize.astype(np.uint8)
+    return inputs
+
+
+def _view(view: View, number: int, images: DataNode, device: torch.device) -> DataNode:
+    """One view of each image, (size, size, 3), normalised."""
+    from nvidia.dali import fn, types
+
+    def argument(name: str, dtype: types.DALIDataType, ndim: int) -> DataNode:
+        return fn.external_source(name=f"{name}{number}", dtype=dtype, ndim=ndim)
+
+    gpu = device.type == "cuda"
+    x = fn.resize(
+        images,
+        size=[view.size, view.size],
+        roi_start=argument("start", types.FLOAT, 1),
+        roi_end=argument("end", types.FLOAT, 1),
+        interp_type=types.INTERP_CUBIC if view.interpolation == "cubic" else types.INTERP_LINEAR,
+        antialias=True,
+    )
+    if view.changes_colour:
+        x = fn.coord_transform(x, MT=argument("colour", types.FLOAT, 2), dtype=types.UINT8)
+    if view.blur > 0:  # a window of one pixel leaves the others as they are
+        x = fn.gaussian_blur(x, sigma=argument("sigma", types.FLOAT, 0), window_size=argument("window", types.INT32, 0))
+    if view.solarize > 0:
+        inverted = argument("solarize", types.UINT8, 0)  # 255 ^ x = 255 - x
+        x = x ^ (fn.cast(x >= 128, dtype=types.UINT8) * (inverted.gpu() if gpu else inverted))
+    return fn.crop_mirror_normalize(
+        x,
+        mirror=argument("flip", types.INT32, 0),
+        mean=[255 * value for value in MEAN],
+        std=[255 * value for value in STD],
+        dtype=types.FLOAT16 if gpu else types.FLOAT,
+        output_layout="HWC",  # which is channels_last once its axes are named NCHW
+    )
+
+
+def _joined(views: list[Tensor]) -> Tensor:
+    """(B, H, W, 3) each to one (K B, 3, H, W) in channels_last."""
+    return (torch.cat(views) if len(views) > 1 else views[0]).permute(0, 3, 1, 2)

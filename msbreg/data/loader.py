@@ -1,0 +1,268 @@
+"""The loader: a stream of batches of views that is a pure function of (seed, global batch size, step).
+
+Order, reading and random draws are this package's own; a backend (DALI or torchvision) only decodes and augments. So a
+run resumes anywhere by its step number alone, with the same pixels, and neither the number of processes nor the number
+of threads changes them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from msbreg.data.parameters import Draw, draw, permutation
+from msbreg.data.recipes import Recipe
+from msbreg.data.sources import Reader, Sample, Source, UndecodableError
+from msbreg.errors import DataError, MSBRegError
+
+__all__ = ["Batch", "ViewLoader"]
+
+logger = logging.getLogger(__name__)
+
+READING_THREADS = 8
+"""They wait for disks and networks more than they compute, so they are not counted by cores."""
+READ_TOGETHER = 16
+"""Images that one thread reads in a row."""
+
+
+class Batch(NamedTuple):
+    """Views of B images."""
+
+    views: tuple[Tensor, ...]
+    """Per view size, in the order of the recipe, one channels_last tensor (K_g B, 3, H_g, W_g) on the loader's device:
+    all B images of its first view, then of its second, and so on. Normalised by ImageNet's mean and standard deviation;
+    float16 on a GPU, float32 on a CPU. No later batch writes to it."""
+    labels: Tensor
+    """(B,) int64 on the CPU, -1 where unknown."""
+    index: Tensor
+    """(B,) int64 on the CPU: which images of the source these are."""
+
+
+class Backend(Protocol):
+    """What decodes and augments; see `DaliBackend`."""
+
+    def submit(self, encoded: list[NDArray[np.uint8]], draws: list[Draw]) -> None:
+        """Starts work on a batch."""
+
+    def receive(self) -> tuple[Tensor, ...]:
+        """Waits for the earliest batch."""
+
+    def discard(self) -> None:
+        """Forgets all batches under way."""
+
+    def close(self) -> None:
+        """Frees threads and memory."""
+
+
+class _Work(NamedTuple):
+    """A batch, read and drawn."""
+
+    step: int
+    samples: list[Sample]
+    draws: list[Draw]
+
+
+class ViewLoader:
+    """Batches of views of the images of a source.
+
+    Images that cannot be read are named in a warning, replaced by the next readable image of the source and counted in
+    `unreadable`.
+
+    Args:
+        source: the images.
+        recipe: K views.
+        batch_size: images of this process in a step, B; the global batch is `world_size` times that.
+        seed: 64-bit seed of order and augmentation.
+        shuffle: whether each epoch has an order of its own and goes on to the next, as training needs it; an epoch has
+            whole global batches only, and which images it leaves out changes with its order. Otherwise the images come
+            once, in the order of the source, and the last batch may be short.
+        rank: which process this is, over all machines.
+        world_size: how many there are.
+        device: where the views are made.
+        backend: "dali", "torchvision", or "auto": DALI where it is installed.
+        threads: CPU threads that decode and augment; None: the cores this process may use.
+        prefetch: batches that the backend works on ahead of the one asked for; as many again are read ahead of those.
+
+    Raises:
+        DataError: the global batch is larger than the source, or the source is empty.
+        MSBRegError: backend "dali" is asked for and not installed.
+        ValueError: a number is out of range, or `shuffle=False` with more than one process.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        recipe: Recipe,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        backend: Literal["auto", "dali", "torchvision"] = "auto",
+        threads: int | None = None,
+        prefetch: int = 2,
+    ) -> None:
+        if batch_size < 1 or prefetch < 1 or not recipe:
+            raise ValueError(
+                f"expected batch_size, prefetch and views of 1 or more, got {batch_size}, {prefetch}, {len(recipe)}"
+            )
+        if not 0 <= rank < world_size or (world_size > 1 and not shuffle):
+            raise ValueError(
+                f"expected a rank below world_size, and one process where not shuffled; got {rank} of {world_size}"
+            )
+        images, self.global_batch = len(source), batch_size * world_size
+        if images == 0 or (shuffle and images < self.global_batch):
+            each = f" ({batch_size:,} on each of {world_size} processes)" if world_size > 1 else ""
+            raise DataError(
+                f"a batch of {self.global_batch:,} images{each} cannot be filled from the {images:,} of {source}; "
+                f"use a smaller batch or more images"
+            )
+        self.source, self.recipe, self.batch_size, self.seed, self.shuffle = source, recipe, batch_size, seed, shuffle
+        self.rank, self.prefetch, self.device = rank, prefetch, torch.device(device)
+        self.steps_per_epoch = images // self.global_batch if shuffle else -(-images // batch_size)
+        """Steps in which each image comes at most once."""
+        self._reader = Reader(source)
+        self._order = lru_cache(maxsize=2)(lambda epoch: permutation(images, seed=seed, epoch=epoch))
+        threads = threads or len(os.sched_getaffinity(0))
+        self._backend = _open_backend(backend, recipe, min(batch_size, images), self.device, threads)
+        self._reading = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="read")
+        self._drawing = ThreadPoolExecutor(1, thread_name_prefix="draw")
+        self._stream: Iterator[Batch] | None = None
+
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """Why images were left out, by their number in the source; may be filled in from an earlier run."""
+        return self._reader.unreadable
+
+    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+        """The batches of steps [start, stop). A loader serves one stream at a time: a new one ends the one before.
+
+        Args:
+            start: first step, counted from the start of training, across epochs.
+            stop: step to end before; None: never with `shuffle`, else at the end of the source.
+
+        Raises:
+            DataError: while iterating, where too many images cannot be read.
+        """
+        if self._stream is not None:
+            self._stream.close()
+        if not self.shuffle:
+            stop = self.steps_per_epoch if stop is None else min(stop, self.steps_per_epoch)
+        self._stream = self._run(itertools.count(start) if stop is None else iter(range(start, stop)))
+        return self._stream
+
+    def close(self) -> None:
+        """Ends the stream and frees threads and memory."""
+        if self._stream is not None:
+            self._stream.close()
+        self._reading.shutdown(cancel_futures=True)
+        self._drawing.shutdown(cancel_futures=True)
+        self._backend.close()
+
+    def _run(self, steps: Iterator[int]) -> Iterator[Batch]:
+        reading: deque[Future[_Work]] = deque()
+        decoding: deque[_Work] = deque()
+
+        def read_ahead() -> None:
+            ahead = 2 * self.prefetch - len(reading) - len(decoding)
+            reading.extend(self._read(step) for step in itertools.islice(steps, max(0, ahead)))
+
+        try:
+            while True:
+                read_ahead()
+                # With something to hand out, nothing is waited for: the caller's time is for training.
+                while reading and len(decoding) < self.prefetch and (not decoding or reading[0].done()):
+                    work = reading.popleft().result()
+                    self._submit(work)
+                    decoding.append(work)
+                if not decoding:
+                    return
+                views = self._receive(decoding)
+                self._warn()
+                index = np.array([sample.index for sample in decoding.popleft().samples])
+                yield Batch(views, torch.from_numpy(self.source.labels[index]), torch.from_numpy(index))
+        finally:
+            for future in reading:
+                future.cancel()
+            self._backend.discard()
+
+    def _read(self, step: int) -> Future[_Work]:
+        """Starts to read the images of a step; its draws are made as soon as their sizes are known."""
+        indices = self._indices(step).tolist()
+        chunks = [
+            self._reading.submit(self._samples, indices[first : first + READ_TOGETHER])
+            for first in range(0, len(indices), READ_TOGETHER)
+        ]
+        return self._drawing.submit(
+            lambda: self._drawn(step, [sample for chunk in chunks for sample in chunk.result()])
+        )
+
+    def _indices(self, step: int) -> NDArray[np.int64]:
+        """(B,) which images of the source this process takes in a step."""
+        if not self.shuffle:
+            return np.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(self.source)))
+        epoch, step = divmod(step, self.steps_per_epoch)
+        first = step * self.global_batch + self.rank * self.batch_size
+        return self._order(epoch)[first : first + self.batch_size]
+
+    def _samples(self, indices: list[int]) -> list[Sample]:
+        return [self._reader.sample(index) for index in indices]
+
+    def _drawn(self, step: int, samples: list[Sample]) -> _Work:
+        ordinals = step * self.global_batch + self.rank * self.batch_size + np.arange(len(samples))
+        sizes = np.array([(sample.height, sample.width) for sample in samples])
+        return _Work(step, samples, draw(self.recipe, ordinals, sizes, seed=self.seed))
+
+    def _submit(self, work: _Work) -> None:
+        self._backend.submit([sample.data for sample in work.samples], work.draws)
+
+    def _receive(self, decoding: deque[_Work]) -> tuple[Tensor, ...]:
+        """The views of the earliest batch. Images that turn out to be undecodable are replaced, and it is made anew."""
+        while True:
+            try:
+                return self._backend.receive()
+            except UndecodableError as error:
+                for position in error.positions:
+                    self._reader.distrust(decoding[0].samples[position].index)
+                step = decoding[0].step
+                decoding[0] = self._drawn(step, self._samples(self._indices(step).tolist()))
+                for work in decoding:
+                    self._submit(work)
+
+    def _warn(self) -> None:
+        """Names images found unreadable, from the caller's thread."""
+        while self._reader.news:
+            warnings.warn(self._reader.news.pop(0), stacklevel=3)
+
+
+def _open_backend(name: str, recipe: Recipe, batch_size: int, device: torch.device, threads: int) -> Backend:
+    if name not in ("auto", "dali", "torchvision"):
+        raise ValueError(f'backend is "auto", "dali" or "torchvision", not {name!r}')
+    if name != "torchvision":
+        from msbreg.data.dali import DaliBackend
+
+        try:
+            return DaliBackend(recipe, batch_size, device, threads)
+        except ImportError as error:
+            if name == "dali":
+                raise MSBRegError(
+                    f"DALI cannot be imported ({error}); install it with pip install 'msbreg[train]' or use torchvision"
+                ) from error
+            logger.warning("DALI is not installed, so torchvision decodes and augments, which is slower")
+    from msbreg.data.twin import TorchvisionBackend
+
+    return TorchvisionBackend(recipe, device, threads)

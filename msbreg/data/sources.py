@@ -1,0 +1,640 @@
+"""Where encoded images come from, and what can be said of one without decoding it.
+
+A source is a list of encoded images that can be read in any order from any thread: a folder, tar shards, an index file.
+`Reader` stands between a source and the loader: it finds out each image's size from its header, and puts another image
+in the place of one that cannot be read.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import itertools
+import os
+import re
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from msbreg.errors import DataError
+
+__all__ = [
+    "EXTENSIONS", "ImageFolder", "IndexFile", "Reader", "Sample", "Source", "Subset", "TarShards", "UndecodableError",
+    "UnreadableError", "decode", "open_source", "open_split", "probe",
+]  # fmt: skip
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "gif")
+"""Endings, in any case, by which files and tar members are taken for images."""
+
+Labels = NDArray[np.int64]
+
+
+class Source(ABC):
+    """A list of encoded images. Reading is thread-safe."""
+
+    labels: Labels
+    """(N,) class numbers, -1 where unknown."""
+    classes: list[str]
+    """Names of the classes by number; empty where there are none."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """The encoded image.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call an image in a message: its path."""
+
+    def subset(self, indices: Sequence[int] | Labels) -> Subset:
+        """The images with these numbers, in this order."""
+        return Subset(self, indices)
+
+
+class Subset(Source):
+    """Some of the images of another source, with its class numbers."""
+
+    def __init__(self, source: Source, indices: Sequence[int] | Labels) -> None:
+        self.source, self.indices = source, np.asarray(indices, dtype=np.int64)
+        self.labels, self.classes = source.labels[self.indices], source.classes
+
+    def read(self, index: int) -> bytes:
+        """See `Source.read`."""
+        return self.source.read(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        """See `Source.name`."""
+        return self.source.name(int(self.indices[index]))
+
+    def __str__(self) -> str:
+        return str(self.source)
+
+
+class ImageFolder(Source):
+    """All images below a folder, at any depth, sorted by path; hidden files and other files are passed over.
+
+    The first-level folders are the classes where there are two or more of them; images outside them, and all images
+    where there are fewer, have the label -1. Links are followed.
+
+    Args:
+        folder: where to look.
+
+    Raises:
+        DataError: no such folder, it cannot be listed, or there is no image below it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = _existing_folder(folder)
+        self.paths = sorted(_files_below(self.folder, EXTENSIONS))
+        if not self.paths:
+            raise DataError(
+                f"{self.folder} holds no images: no file below it ends in {', '.join('.' + ext for ext in EXTENSIONS)}"
+            )
+        top = [path.split("/", 1)[0] if "/" in path else None for path in self.paths]
+        self.labels, self.classes = _number_classes(top)
+        if len(self.classes) < 2:
+            self.labels, self.classes = np.full(len(top), -1), []
+
+    def read(self, index: int) -> bytes:
+        """See `Source.read`."""
+        return (self.folder / self.paths[index]).read_bytes()
+
+    def name(self, index: int) -> str:
+        """See `Source.name`."""
+        return str(self.folder / self.paths[index])
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+
+class IndexFile(Source):
+    """Images listed in a text file, one a line: a path, relative to the file's folder, and perhaps a label.
+
+    In a .csv file a comma lies between them, and a first line without an image's ending is a heading; elsewhere a tab,
+    or the last blank of a line that does not end like an image. Labels are class numbers where all of them are whole
+    numbers, else names. Empty lines and lines that begin with # are passed over.
+
+    Args:
+        path: the text file.
+
+    Raises:
+        DataError: no such file, it is not text, or no image is listed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise DataError(f"no such file: {self.path}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{self.path} should be a text file with one image path a line: {error}") from error
+        lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+        if self.path.suffix.lower() == ".csv":
+            rows = [[field.strip() for field in row] for row in csv.reader(lines)]
+            rows = rows[1:] if rows and not _is_image(rows[0][0]) else rows
+        else:
+            rows = [_split_line(line.strip()) for line in lines]
+        if not rows:
+            raise DataError(f"{self.path} lists no images: expected one path a line")
+        self.paths = [row[0] for row in rows]
+        self.labels, self.classes = _number_classes([row[1] if len(row) > 1 and row[1] else None for row in rows])
+
+    def read(self, index: int) -> bytes:
+        """See `Source.read`."""
+        return (self.path.parent / self.paths[index]).read_bytes()
+
+    def name(self, index: int) -> str:
+        """See `Source.name`."""
+        return str(self.path.parent / self.paths[index])
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+class TarShards(Source):
+    """WebDataset shards: uncompressed tar files in which members of one name and different endings form a sample.
+
+    The headers are scanned once, at the start; images are then read at their offsets, in any order. Of a sample, its
+    first image counts, and its `cls` member is the label: class numbers where all of them are whole numbers, else
+    names. Samples without an image are passed over.
+
+    Args:
+        path: one shard, a folder of shards, or a pattern with {000..127}, {a,b}, * or ?.
+
+    Raises:
+        DataError: nothing matches, a shard is not an uncompressed tar file or is cut short, or there is no image.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.pattern = str(path)
+        self.shards = _expand_shards(path)
+        with ThreadPoolExecutor(max_workers=min(8, len(self.shards))) as pool:
+            found = list(pool.map(_scan_shard, self.shards))
+        members = [(shard, *member) for shard, inside in enumerate(found) for member in inside]
+        if not members:
+            raise DataError(
+                f"{self.pattern} holds no images: no member of its {len(self.shards)} shards ends in "
+                f"{', '.join('.' + ext for ext in EXTENSIONS)}"
+            )
+        shard, names, offset, size, labels = zip(*members, strict=True)
+        self.names = list(names)
+        self.place = np.array([shard, offset, size], dtype=np.int64).T  # (N, 3): shard, offset, bytes
+        self.labels, self.classes = _number_classes(labels)
+
+    def read(self, index: int) -> bytes:
+        """See `Source.read`."""
+        shard, offset, size = self.place[index].tolist()
+        descriptor = os.open(self.shards[shard], os.O_RDONLY)
+        try:
+            return os.pread(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
+
+    def name(self, index: int) -> str:
+        """See `Source.name`."""
+        return f"{self.shards[self.place[index, 0]]}:{self.names[index]}"
+
+    def __str__(self) -> str:
+        return self.pattern
+
+
+def open_source(path: str | Path) -> Source:
+    """Images by what the path is: a folder of images or of tar shards, a shard or a pattern of shards, an index file.
+
+    Raises:
+        DataError: there is nothing there, or nothing that holds images.
+    """
+    text = str(path)
+    if os.path.isdir(path):
+        shards = any(_files_below(Path(path), ("tar",))) and not any(_files_below(Path(path), EXTENSIONS))
+        return TarShards(path) if shards else ImageFolder(path)
+    if text.lower().endswith((".txt", ".csv", ".tsv", ".lst")):
+        return IndexFile(path)
+    if os.path.exists(path) or re.search(r"[*?{\[]", text):
+        return TarShards(path)
+    raise DataError(f"no such folder or file: {text}")
+
+
+def open_split(path: str | Path) -> tuple[Source, Source | None]:
+    """Training images, and held-out images where they lie beside them.
+
+    A folder with `train` and one of `val`, `validation` and `test` in it is a split one; of anything else all images
+    are for training. Class numbers of the held-out images are those of the training images.
+
+    Raises:
+        DataError: as from `open_source`, or the held-out images have a class that the training images lack.
+    """
+    folder = Path(path)
+    if not (folder / "train").is_dir():
+        return open_source(path), None
+    train = open_source(folder / "train")
+    for name in ("val", "validation", "test"):
+        if (folder / name).is_dir():
+            return train, _with_classes_of(train, open_source(folder / name))
+    return train, None
+
+
+def _with_classes_of(train: Source, held_out: Source) -> Source:
+    """Renumbers the held-out classes by name."""
+    if held_out.classes and held_out.classes != train.classes:
+        unknown = [name for name in held_out.classes if name not in train.classes]
+        if unknown:
+            raise DataError(f"{held_out} has images of class {unknown[0]}, which {train} has not")
+        numbers = np.array([train.classes.index(name) for name in held_out.classes])
+        held_out.labels = np.where(held_out.labels >= 0, numbers[held_out.labels], -1)
+        held_out.classes = train.classes
+    return held_out
+
+
+def _existing_folder(path: str | Path) -> Path:
+    folder = Path(path)
+    if not folder.exists():
+        raise DataError(f"no such folder: {folder}")
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder")
+    return folder
+
+
+def _is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in EXTENSIONS
+
+
+def _files_below(folder: Path, endings: tuple[str, ...]) -> Iterator[str]:
+    """Paths, relative to the folder, of the files with these endings; nothing hidden, no folder twice."""
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be listed: {error.strerror}") from error
+
+    seen = set()
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=fail):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:  # a link back up would otherwise be walked for ever
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        below = os.path.relpath(parent, folder).replace(os.sep, "/")
+        for name in files:
+            if not name.startswith(".") and name.rpartition(".")[2].lower() in endings:
+                yield name if below == "." else f"{below}/{name}"
+
+
+def _split_line(line: str) -> list[str]:
+    """A line of a plain list into path and perhaps label."""
+    if "\t" in line:
+        return [field.strip() for field in line.split("\t")]
+    return [line] if _is_image(line) else line.rsplit(None, 1)
+
+
+def _number_classes(labels: Iterable[str | None]) -> tuple[Labels, list[str]]:
+    """Class numbers (-1 for None) and the classes' names; whole numbers are taken as they are, names are sorted."""
+    labels = list(labels)
+    names = {label for label in labels if label is not None}
+    if names and all(name.isdecimal() for name in names):
+        numbers = np.array([-1 if label is None else int(label) for label in labels])
+        return numbers, [str(number) for number in range(numbers.max() + 1)]
+    classes = sorted(names)
+    number = {name: index for index, name in enumerate(classes)}
+    return np.array([-1 if label is None else number[label] for label in labels]), classes
+
+
+def _expand_shards(path: str | Path) -> list[str]:
+    """The shards that a path or pattern names, sorted as written."""
+    text = str(path)
+    if os.path.isdir(path):
+        return [os.path.join(text, name) for name in sorted(_files_below(Path(path), ("tar",)))]
+    if os.path.exists(path):
+        return [text]
+    shards = []
+    for expanded in _expand_braces(text):
+        matches = sorted(glob.glob(expanded))
+        if not matches:
+            raise DataError(f"no such shard: {expanded}" + (f" (from {text})" if expanded != text else ""))
+        shards += matches
+    return shards
+
+
+def _expand_braces(text: str) -> list[str]:
+    """The shell's {000..127} and {a,b}, any number of them."""
+    parts = re.split(r"\{([^{}]*)\}", text)
+    choices = [[part] for part in parts]
+    for place in range(1, len(parts), 2):
+        span = re.fullmatch(r"(\d+)\.\.(\d+)", parts[place])
+        if span:
+            first, last = span.groups()
+            choices[place] = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+        else:
+            choices[place] = parts[place].split(",")
+    return ["".join(choice) for choice in itertools.product(*choices)]
+
+
+def _scan_shard(path: str) -> list[tuple[str, int, int, str | None]]:
+    """Name, offset, size and label of every sample's first image, in the shard's order."""
+    images: dict[str, tuple[str, int, int]] = {}
+    labels: dict[str, str] = {}
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            for name, offset, size in _tar_members(descriptor):
+                folder, _, base = name.rpartition("/")
+                stem, _, ending = base.partition(".")
+                key, ending = f"{folder}/{stem}", ending.lower()
+                if not stem:  # hidden
+                    continue
+                if ending in EXTENSIONS and key not in images:
+                    images[key] = (name, offset, size)
+                elif ending == "cls":
+                    labels[key] = os.pread(descriptor, size, offset).decode("utf-8", "replace").strip()
+        finally:
+            os.close(descriptor)
+    except ValueError as error:
+        raise DataError(f"shard {path} is not a whole, uncompressed tar file: {error}") from error
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read: {error.strerror}") from error
+    return [(*image, labels.get(key)) for key, image in images.items()]
+
+
+def _tar_members(descriptor: int) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of the regular files of a tar file: ustar, GNU or pax.
+
+    The standard library's tarfile takes four times as long, which ImageNet's 2.5 million members turn into minutes.
+
+    Raises:
+        ValueError: it is no tar file, or it is cut short.
+    """
+    end = os.fstat(descriptor).st_size
+    place, long_name, long_size = 0, None, None
+    while place < end or place == 0:
+        header = os.pread(descriptor, 512, place)
+        if len(header) == 512 and not any(header):
+            return
+        try:
+            told = int(header[148:156].strip(b" \0"), 8)
+            size = (
+                int.from_bytes(header[125:136], "big")
+                if header[124] & 128
+                else int(header[124:136].strip(b" \0") or b"0", 8)
+            )
+        except (ValueError, IndexError):
+            told, size = -1, 0
+        if told != sum(header[:148]) + 8 * ord(" ") + sum(header[156:]):
+            raise ValueError(f"no header at byte {place:,}")
+        size = size if long_size is None else long_size
+        data, place = place + 512, place + 512 + -(-size // 512) * 512
+        if data + size > end:
+            raise ValueError(f"it ends at byte {end:,} in the middle of a member")
+        kind = header[156:157]
+        if kind == b"L":
+            long_name = os.pread(descriptor, size, data).rstrip(b"\0").decode("utf-8", "replace")
+        elif kind == b"x":
+            records = _pax_records(os.pread(descriptor, size, data))
+            long_name = records.get("path", long_name)
+            long_size = int(records["size"]) if "size" in records else None
+        else:
+            if kind in (b"0", b"\0", b"7"):
+                name = header[:100].partition(b"\0")[0].decode("utf-8", "replace")
+                folder = header[345:500].partition(b"\0")[0].decode("utf-8", "replace")
+                posix = header[257:263] == b"ustar\0"  # GNU tar keeps other things where POSIX keeps the folder
+                yield long_name or (f"{folder}/{name}" if posix and folder else name), data, size
+            long_name = long_size = None
+
+
+def _pax_records(data: bytes) -> dict[str, str]:
+    """The records of a pax header: each its own length, a blank, key=value and a line's end."""
+    records, place = {}, 0
+    while place < len(data) and data[place : place + 1].isdigit():
+        length = int(data[place : data.index(b" ", place)])
+        key, _, value = data[place : place + length].partition(b" ")[2].rstrip(b"\n").partition(b"=")
+        records[key.decode()] = value.decode("utf-8", "replace")
+        place += length
+    return records
+
+
+ORIENTATION_TAG = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What brings an image upright, by its EXIF orientation."""
+
+COMMON_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
+"""Pillow's names of the formats that DALI decodes too, to the same pixels on a CPU (MPO is a phone's JPEG)."""
+
+
+class UnreadableError(Exception):
+    """An image that cannot be decoded; its text is the reason."""
+
+
+class UndecodableError(Exception):
+    """A backend could not decode some images of a batch.
+
+    Args:
+        positions: where in the batch they are.
+    """
+
+    def __init__(self, positions: list[int]) -> None:
+        super().__init__(f"images {positions} of the batch cannot be decoded")
+        self.positions = positions
+
+
+class Header(NamedTuple):
+    """What the loader must know of an image before it is decoded."""
+
+    height: int
+    """Pixels, upright."""
+    width: int
+    """Pixels, upright."""
+    common: bool
+    """Whether every backend decodes it alike; else it is decoded by Pillow and handed on without compression."""
+
+
+def probe(data: bytes) -> Header:
+    """Reads the header. Images without their format's end marker are decoded whole, to see whether that works.
+
+    Raises:
+        UnreadableError: it is empty, not an image, or cut short.
+    """
+    image = _open(data)
+    if not _is_complete(data, image.format):
+        _load(image)
+    width, height = image.size
+    if 5 <= _orientation(image) <= 8:
+        width, height = height, width
+    return Header(height, width, image.format in COMMON_FORMATS and not image.mode.startswith(("I", "F")))
+
+
+def decode(data: bytes | memoryview) -> Image.Image:
+    """The upright image in RGB; alpha is left out, 16 bits are cut to 8.
+
+    Raises:
+        UnreadableError: it cannot be decoded.
+    """
+    image = _open(data)
+    orientation = _orientation(image)
+    _load(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    image = image.convert("RGB")
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _open(data: bytes | memoryview) -> Image.Image:
+    if not data:
+        raise UnreadableError("the file is empty")
+    try:
+        return Image.open(io.BytesIO(data))
+    except Exception as error:  # broken headers make Pillow's parsers raise almost anything
+        raise UnreadableError("it is not an image, or its header is damaged") from error
+
+
+def _load(image: Image.Image) -> None:
+    try:
+        image.load()
+    except Exception as error:  # as above
+        raise UnreadableError(f"it cannot be decoded: {error}") from error
+
+
+def _is_complete(data: bytes, kind: str | None) -> bool:
+    """Whether the data end as a whole file of this kind does; False where that cannot be told."""
+    if kind in ("JPEG", "MPO"):
+        return data.endswith(b"\xff\xd9")
+    if kind == "PNG":
+        return data.endswith(b"IEND\xaeB`\x82")
+    if kind == "WEBP":
+        return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+    return False
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 where there is none. TIFF: Pillow turns the image itself when it decodes it."""
+    if "exif" not in image.info or image.format == "TIFF":
+        return 1
+    exif = Image.Exif()
+    try:
+        exif.load(image.info["exif"])
+        return int(exif.get(ORIENTATION_TAG, 1))
+    except Exception:  # damaged EXIF says nothing about orientation, and nothing about the image
+        return 1
+
+
+class Sample(NamedTuple):
+    """One encoded image."""
+
+    index: int
+    """Which image of the source it is."""
+    data: NDArray[np.uint8]
+    height: int
+    width: int
+
+
+class Reader:
+    """Reads images with their sizes, and puts another in the place of one that cannot be read. Thread-safe.
+
+    The substitute is the next readable image of the source, a function of the source alone, so that the training
+    stream stays one too.
+
+    Args:
+        source: the images.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.unreadable: dict[int, str] = {}
+        """Why images cannot be read, by index."""
+        self.news: list[str] = []
+        """Sentences about images found unreadable since somebody last emptied this list."""
+        self._sizes = np.zeros((len(source), 2), dtype=np.int32)  # height, width; zero: not yet known
+        self._uncommon: set[int] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def limit(self) -> int:
+        """Images that may be unreadable before it is an error."""
+        return max(16, len(self.source) // 100)
+
+    def sample(self, index: int) -> Sample:
+        """The image, or its substitute.
+
+        Raises:
+            DataError: too many images cannot be read, or all of them.
+        """
+        for shift in range(len(self.source)):
+            candidate = (index + shift) % len(self.source)
+            if candidate in self.unreadable:
+                continue
+            try:
+                return self._read(candidate)
+            except UnreadableError as error:
+                self._reject(candidate, str(error))
+        raise DataError(f"none of the {len(self.source):,} images of {self.source} can be read: {self._example()}")
+
+    def _read(self, index: int) -> Sample:
+        try:
+            data = self.source.read(index)
+        except OSError as error:
+            raise UnreadableError(f"it cannot be read: {error.strerror or error}") from error
+        if not self._sizes[index].any():
+            header = probe(data)
+            if not header.common:
+                self._uncommon.add(index)
+            self._sizes[index] = header.height, header.width
+        if index in self._uncommon:
+            data = _without_compression(data)
+        height, width = self._sizes[index].tolist()
+        return Sample(index, np.frombuffer(data, np.uint8), height, width)
+
+    def distrust(self, index: int) -> None:
+        """Takes notice that a backend could not decode an image: it is left to Pillow from now on, else given up.
+
+        Raises:
+            DataError: too many images cannot be read.
+        """
+        try:
+            if index in self._uncommon:
+                raise UnreadableError("it cannot be decoded")
+            decode(self.source.read(index))
+            self._uncommon.add(index)
+        except (UnreadableError, OSError) as error:
+            self._reject(index, str(error))
+
+    def _reject(self, index: int, reason: str) -> None:
+        with self._lock:
+            if index not in self.unreadable:
+                self.unreadable[index] = reason
+                self.news.append(f"left out {self.source.name(index)}: {reason}")
+            if self.limit < len(self.unreadable) < len(self.source):
+                raise DataError(
+                    f"{len(self.unreadable):,} of the {len(self.source):,} images of {self.source} cannot be read, "
+                    f"which is more than the {self.limit:,} that are tolerated: {self._example()}"
+                )
+
+    def _example(self) -> str:
+        index, reason = next(iter(self.unreadable.items()))
+        return f"{self.source.name(index)}: {reason}"
+
+
+def _without_compression(data: bytes) -> bytes:
+    """An image decoded by Pillow, as a PPM file."""
+    buffer = io.BytesIO()
+    decode(data).save(buffer, "PPM")
+    return buffer.getvalue()

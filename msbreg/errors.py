@@ -1,0 +1,14 @@
+"""The errors that are meant for the person at the keyboard."""
+
+__all__ = ["DataError", "MSBRegError"]
+
+
+class MSBRegError(Exception):
+    """A problem that the user can mend. Its text is one sentence or two: what was expected, what came, what to do.
+
+    The command line prints it without a traceback and exits with status 2.
+    """
+
+
+class DataError(MSBRegError):
+    """Images that cannot be trained on: no such folder, nothing in it, too many that cannot be read."""

@@ -1,0 +1,170 @@
+"""Held-out accuracy of a frozen backbone: what the trainer measures as it goes, and `msbreg eval` afterwards."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from msbreg.config import Config
+from msbreg.data import Batch, Source, ViewLoader, evaluation
+from msbreg.evaluation import extract_features, instance_accuracy, knn_accuracy, linear_probe
+
+__all__ = ["Evaluator", "has_labels", "set_aside"]
+
+LABELLED_IMAGES_A_CLASS = 4
+INSTANCES = 1000
+CACHE_BYTES = 2**29
+SPECTRUM_IMAGES = 512
+
+
+def has_labels(source: Source) -> bool:
+    """Whether a source's labels can be voted on: two classes or more, with a few images each."""
+    labels = np.asarray(source.labels)
+    known = labels[labels >= 0]
+    return len(np.unique(known)) >= 2 and len(known) >= LABELLED_IMAGES_A_CLASS * len(np.unique(known))
+
+
+def set_aside(source: Source, *, share: float = 0.1, seed: int = 0) -> tuple[Source, Source]:
+    """Splits a source into a training and a held-out part, at random but always alike for one seed."""
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(source))
+    held = max(1, round(share * len(source)))
+    return source.subset(np.sort(order[held:])), source.subset(np.sort(order[:held]))
+
+
+@dataclass
+class Accuracy:
+    """Shares of right answers, 0 to 1; linear is None where it was not asked for or there are no labels."""
+
+    knn: float
+    linear: float | None = None
+
+
+class Evaluator:
+    """Weighted kNN and linear probe on features of images without augmentation.
+
+    With labels, a bank of training images votes on held-out ones. Without them (or with a class an image) the task is
+    to recognise an image again: each query is an augmented view, the bank holds the images themselves, and only the
+    same image counts as right.
+
+    Args:
+        config: the run's options.
+        train: training images.
+        held_out: images that are not trained on, or None: then the task is to recognise training images.
+        device: where features are computed.
+        threads: decoding threads.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        train: Source,
+        held_out: Source | None,
+        *,
+        recipe: tuple,
+        device: torch.device,
+        threads: int,
+    ) -> None:
+        self.device = device
+        self.k, self.temperature = config.eval.k, config.eval.temperature
+        self.task = "labels" if held_out is not None and has_labels(train) and has_labels(held_out) else "instances"
+        plain = evaluation(config.data.size)
+
+        def images(source: Source, most: int, views: tuple = plain) -> Images:
+            chosen = np.random.Generator(np.random.Philox(0)).permutation(len(source))[:most]
+            loader = ViewLoader(
+                source.subset(np.sort(chosen)),
+                views,
+                min(256, len(chosen)),
+                shuffle=False,
+                device=device,
+                backend=config.data.backend,
+                threads=threads,
+            )
+            return Images(loader, device)
+
+        if self.task == "labels":
+            self.bank, self.queries = images(train, config.eval.bank), images(held_out, config.eval.queries)
+        else:
+            source, most = train if held_out is None else held_out, min(INSTANCES, config.eval.queries)
+            self.bank, self.queries = images(source, most), images(source, most, recipe[:1])
+        self.linear = config.eval.linear and self.task == "labels"
+
+    def pixels(self) -> float:
+        """kNN accuracy of the pixels themselves, averaged down to 32 x 32 where the images are larger."""
+        return self._score(nn.Sequential(Shrink(32), nn.Flatten()), linear=False).knn
+
+    def __call__(self, backbone: nn.Module, *, linear: bool = False) -> Accuracy:
+        """Accuracy of a backbone, which is left in the mode it came in."""
+        return self._score(backbone, linear=linear and self.linear)
+
+    def _score(self, backbone: nn.Module, *, linear: bool) -> Accuracy:
+        bank, bank_labels = extract_features(backbone, self.bank)
+        queries, query_labels = extract_features(backbone, self.queries)
+        if self.task == "instances":
+            return Accuracy(instance_accuracy(bank, queries))
+        knn = knn_accuracy(bank, bank_labels, queries, query_labels, k=self.k, temperature=self.temperature)
+        return Accuracy(knn, linear_probe(bank, bank_labels, queries, query_labels) if linear else None)
+
+    @torch.no_grad()
+    def spectrum(self, encoder: nn.Module) -> list[float]:
+        """Singular values of the unit-norm embeddings of held-out images, over those of a flat spectrum (all 1).
+
+        Args:
+            encoder: images (N, 3, H, W) to embeddings (N, D); left in the mode it came in.
+        """
+        from msbreg.linalg import singular_values
+
+        images = next(iter(self.queries)).views[0][:SPECTRUM_IMAGES]
+        mode = encoder.training
+        rows = torch.nn.functional.normalize(encoder.eval()(images).float(), dim=-1)
+        encoder.train(mode)
+        count, dim = rows.shape
+        return (singular_values(rows) * math.sqrt(min(count, dim) / count)).tolist()
+
+    def close(self) -> None:
+        """Frees the pipelines."""
+        self.bank.loader.close()
+        self.queries.loader.close()
+
+
+class Images:
+    """The batches of a loader on the device, kept in memory after the first pass where they are small."""
+
+    def __init__(self, loader: ViewLoader, device: torch.device) -> None:
+        self.loader, self.device = loader, device
+        self._kept: list[Batch] = []
+        self._whole = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._whole:
+            yield from self._kept
+            return
+        self._kept, size = [], 0
+        for batch in self.loader.batches():
+            moved = batch._replace(
+                views=tuple(view.to(self.device, torch.float32) for view in batch.views),
+                labels=batch.labels.to(self.device),
+            )
+            size += moved.views[0].nbytes
+            if size <= CACHE_BYTES:
+                self._kept.append(moved)
+            yield moved
+        self._whole = size <= CACHE_BYTES
+        if not self._whole:
+            self._kept = []
+
+
+class Shrink(nn.Module):
+    """Averages images down to at most `side` x `side`."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) to (N, 3, h, w)."""
+        return adaptive_avg_pool2d(images, (min(self.side, images.shape[-2]), min(self.side, images.shape[-1])))

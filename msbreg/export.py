@@ -1,0 +1,74 @@
+"""The trained backbone in the two forms that other software loads."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msbreg.checkpoint import reason
+from msbreg.config import Config
+from msbreg.errors import MSBRegError
+
+__all__ = ["backbone_of", "config_of", "export_backbone"]
+
+
+def config_of(state: dict[str, Any]) -> Config:
+    """The config of the run that wrote a checkpoint."""
+    defaults = Config()
+    groups = {name: type(getattr(defaults, name))(**options) for name, options in state["config"].items()}
+    return Config(**groups)
+
+
+def backbone_of(state: dict[str, Any]) -> nn.Module:
+    """The online backbone of a checkpoint, on the CPU, in evaluation mode."""
+    from msbreg.models import build_backbone
+
+    config = config_of(state)
+    backbone = build_backbone(config.model.backbone, stem=config.model.stem)
+    prefix = "online.backbone."
+    weights = {name[len(prefix) :]: value for name, value in state["method"].items() if name.startswith(prefix)}
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        raise MSBRegError(
+            f"the checkpoint's weights do not fit a {config.model.backbone}; it was written by another version of "
+            "msbreg or of the model's library."
+        ) from error
+    return backbone.eval()
+
+
+def export_backbone(backbone: nn.Module, folder: Path, *, description: str) -> list[Path]:
+    """Writes backbone.safetensors and backbone.pt.
+
+    Both hold the backbone's state dict under torchvision's (or timm's) own names, so that
+    `torchvision.models.resnet50().load_state_dict(weights, strict=False)` misses the classifier alone.
+
+    Args:
+        backbone: any module.
+        folder: where to; made if it is missing.
+        description: goes into the safetensors header.
+
+    Returns:
+        The two files.
+
+    Raises:
+        MSBRegError: where the folder cannot be written.
+    """
+    from safetensors.torch import save
+
+    weights: dict[str, Tensor] = {
+        name: value.detach().cpu().contiguous() for name, value in backbone.state_dict().items()
+    }
+    files = [folder / "backbone.safetensors", folder / "backbone.pt"]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = [file.with_name(file.name + ".partial") for file in files]
+        temporary[0].write_bytes(save(weights, metadata={"format": "pt", "description": description}))
+        torch.save(weights, temporary[1])
+        for partial, file in zip(temporary, files, strict=True):
+            os.replace(partial, file)
+    except (OSError, RuntimeError) as error:
+        raise MSBRegError(f"cannot write the backbone to {folder}: {reason(error)}.") from error
+    return files

@@ -1,0 +1,456 @@
+"""The losses as differentiable functions: checked arguments, one backward pass for all terms, reductions.
+
+The mathematics is in `msbreg.reference`. Half-precision inputs are raised to float32 before anything is subtracted,
+gradients come back in the dtype of their tensor, and nothing waits for the device: the functions trace under
+`torch.compile(fullgraph=True)` and record in CUDA graphs. (The solvers `"eigh"` and `"svd"` wait inside torch.)
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from msbreg import linalg, reference
+from msbreg.distributed import all_reduce_sum, world_size
+from msbreg.linalg import Solver
+from msbreg.noise import brownian_directions
+from msbreg.reference import Spectrum
+
+__all__ = [
+    "MSBRegOutput",
+    "brownian_directions",
+    "brownian_loss",
+    "centroid_loss",
+    "msbreg_loss",
+    "nuclear_norm",
+    "singular_value_loss",
+]
+
+Views = Tensor | Sequence[Tensor]
+"""(K, B, D), or a sequence of K tensors (B, D)."""
+Per = Literal["image", "view"]
+Reduction = Literal["mean", "none"]
+
+# Every default of the package: the modules and the functions take theirs from here.
+LAMBDA_S = 0.004  # the paper's
+LAMBDA_B = 0.5  # the paper's
+LEAVE_ONE_OUT = False
+SPECTRUM: Spectrum = "nuclear"
+SMOOTHING = 0.03
+SOLVER: Solver = "auto"
+PER: Per = "image"
+
+
+class MSBRegOutput(NamedTuple):
+    """What `msbreg_loss` returns, all scalars in float32 (float64 for float64 inputs)."""
+
+    loss: Tensor
+    """centroid + λ_s singular_value + λ_b brownian, differentiable."""
+    centroid: Tensor
+    """L_M in [0, 4], detached, as are the next two: they are for the log."""
+    singular_value: Tensor
+    """L_S before its weight; 0 where λ_s is 0."""
+    brownian: Tensor
+    """L_B in [-1, 1] before its weight; 0 where λ_b is 0."""
+
+
+def msbreg_loss(
+    online: Views,
+    target: Views,
+    *,
+    embedding: Views | None = None,
+    lambda_s: float = LAMBDA_S,
+    lambda_b: float = LAMBDA_B,
+    seed: int | Tensor,
+    step: int | Tensor,
+    first_image: int | Tensor = 0,
+    leave_one_out: bool = LEAVE_ONE_OUT,
+    spectrum: Spectrum = SPECTRUM,
+    smoothing: float = SMOOTHING,
+    solver: Solver = SOLVER,
+    per: Per = PER,
+    group: dist.ProcessGroup | None = None,
+) -> MSBRegOutput:
+    """L = L_M + λ_s L_S + λ_b L_B, with one gradient pass over each input.
+
+    Moon et al., "An Embedding-Dynamic Approach to Self-supervised Learning", WACV 2023,
+    https://arxiv.org/abs/2207.03552; λ_s, λ_b are theirs, the form of L_S is a reconstruction.
+
+    Args:
+        online: (K, B, D) or K tensors (B, D), any floating-point dtype: the predictor's output where there is a
+            predictor. L_M acts on it.
+        target: (K', B, D) or K' tensors (B, D), by the EMA network. No gradient flows to it.
+        embedding: (K, B, D') or K tensors (B, D'): the projector's output, on which L_S and L_B act. None for online.
+        lambda_s: weight of L_S; at 0 it is not computed.
+        lambda_b: weight of L_B; at 0 it is not computed.
+        seed: of the noise; see `brownian_loss`.
+        step: of the noise.
+        first_image: of the noise: rank * B.
+        leave_one_out: see `centroid_loss`.
+        spectrum: see `singular_value_loss`.
+        smoothing: see there.
+        solver: see there.
+        per: see `brownian_loss`.
+        group: see `singular_value_loss`. L_S is then of all processes' rows, while L_M and L_B stay this process's
+            part: DistributedDataParallel's average over processes is right for all three.
+
+    Returns:
+        The differentiable loss and its three parts, detached.
+
+    Raises:
+        ValueError: shapes that do not fit, empty tensors, tensors on several devices, an unknown option.
+        TypeError: not tensors, or not floating point.
+    """
+    z, t = _views(online, "online"), _views(target, "target")
+    y = None if embedding is None or embedding is online else _views(embedding, "embedding")
+    _check_targets(z, t, leave_one_out)
+    if y is not None:
+        _check_embedding(y, z)
+    _check_spectral(spectrum, smoothing)
+    _check_choice("per", per, Per)
+
+    w = z if y is None else y
+    n_hat = _directions(w, seed, step, first_image, per) if lambda_b != 0 else None
+    spectral = _Spectral(spectrum, smoothing, _solver(solver, w, group), group) if lambda_s != 0 else None
+    c_hat = _centroids(z, t, leave_one_out)
+    if y is None:
+        attraction, dispersion, push = _RowLosses.apply(z, c_hat, n_hat, spectral)
+    else:
+        attraction, _, _ = _RowLosses.apply(z, c_hat, None, None)
+        _, dispersion, push = _RowLosses.apply(y, None, n_hat, spectral)
+    attraction = attraction.mean()
+    loss = attraction + lambda_s * dispersion + lambda_b * push
+    return MSBRegOutput(loss, attraction.detach(), dispersion.detach(), push.detach())
+
+
+def centroid_loss(
+    online: Views, target: Views, *, leave_one_out: bool = LEAVE_ONE_OUT, reduction: Reduction = "mean"
+) -> Tensor:
+    """L_M = mean_i mean_k |ẑ[k, i] - ĉ[i]|², the squared distance to the centroid of the target views.
+
+    Args:
+        online: (K, B, D) or K tensors (B, D), any floating-point dtype.
+        target: (K', B, D) or K' tensors (B, D). No gradient flows to it.
+        leave_one_out: the centroid for view k is of the targets of the other views. K' is then K, at least 2. At K = 2
+            this is BYOL's loss, https://arxiv.org/abs/2006.07733.
+        reduction: `"mean"` for a scalar, `"none"` for (K, B).
+
+    Returns:
+        Float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError: shapes that do not fit, empty tensors, tensors on several devices, an unknown reduction.
+        TypeError: not tensors, or not floating point.
+    """
+    z, t = _views(online, "online"), _views(target, "target")
+    _check_targets(z, t, leave_one_out)
+    _check_choice("reduction", reduction, Reduction)
+    losses, _, _ = _RowLosses.apply(z, _centroids(z, t, leave_one_out), None, None)
+    return losses.mean() if reduction == "mean" else losses
+
+
+def singular_value_loss(
+    embeddings: Views,
+    *,
+    spectrum: Spectrum = SPECTRUM,
+    smoothing: float = SMOOTHING,
+    solver: Solver = SOLVER,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """L_S: how far the singular values of each view's unit rows are from equal, averaged over the views.
+
+    Args:
+        embeddings: (K, N, D), K tensors (N, D), or one tensor (N, D), any floating-point dtype.
+        spectrum: `"nuclear"` (the default; bounded force), `"whitening"` or `"coding_rate"`; the formulas are in
+            `msbreg.reference.singular_value_loss`.
+        smoothing: δ of `"nuclear"`, at least 0, in units of a flat spectrum's singular values: smaller ones are pushed
+            no harder than it.
+        solver: how `"nuclear"` finds its inverse root, the others need none. `"newton_schulz"`: matrix products alone.
+            `"eigh"`: of the Gram matrix. `"svd"`: of the embeddings, slow and most exact, one process alone. `"auto"`:
+            newton_schulz on CUDA, eigh elsewhere. Newton-Schulz wants true float32: near collapse the TF32 of
+            `torch.set_float32_matmul_precision("high")` is too coarse for it.
+        group: process group over which the rows are spread, as many in each process; None for this process alone. The
+            value is then that of all rows, and the gradient is scaled so that the *average* over processes, which
+            DistributedDataParallel takes, is the gradient of one process with all rows.
+
+    Returns:
+        A scalar, float32, or float64 for float64 embeddings.
+
+    Raises:
+        ValueError: a wrong shape, an empty tensor, an unknown spectrum or solver, a negative smoothing, `"svd"` with a
+            group.
+        TypeError: not tensors, or not floating point.
+    """
+    z = _views(embeddings, "embeddings", one=True)
+    _check_spectral(spectrum, smoothing)
+    spectral = _Spectral(spectrum, smoothing, _solver(solver, z, group), group)
+    return _RowLosses.apply(z, None, None, spectral)[1]
+
+
+def brownian_loss(
+    embeddings: Views,
+    *,
+    seed: int | Tensor,
+    step: int | Tensor,
+    first_image: int | Tensor = 0,
+    per: Per = PER,
+) -> Tensor:
+    """L_B = mean_k mean_i <ẑ[k, i], n̂[i]>: its gradient moves each embedding in a random direction.
+
+    Value and gradient are zero on average: a step is one of a random walk on the sphere.
+
+    Args:
+        embeddings: (K, B, D), K tensors (B, D), or one tensor (B, D), any floating-point dtype.
+        seed: an int, or a zero-dimensional int64 tensor, which the host does not read.
+        step: as seed; a new one for each training step.
+        first_image: number of the first image among those of all processes, rank * B.
+        per: `"image"` for a direction that the views of an image share, `"view"` for one each.
+
+    Returns:
+        A scalar, float32, or float64 for float64 embeddings.
+
+    Raises:
+        ValueError: a wrong shape, an empty tensor, an unknown `per`.
+        TypeError: not tensors, or not floating point; a seed, step or first image that is no integer.
+    """
+    z = _views(embeddings, "embeddings", one=True)
+    _check_choice("per", per, Per)
+    return _RowLosses.apply(z, None, _directions(z, seed, step, first_image, per), None)[2]
+
+
+def nuclear_norm(
+    embeddings: Views, *, smoothing: float = 0.0, solver: Solver = SOLVER, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Σ_j sqrt(s_j² + δ²) over the min(N, D) singular values of each matrix; the nuclear norm where δ is 0.
+
+    Rows are taken as they are, not normalised. The gradient is the polar factor, over the nonzero singular values.
+    MMCR (https://arxiv.org/abs/2303.03307) is `-nuclear_norm(normalize(z, dim=-1).mean(0))`, SVMax
+    (https://arxiv.org/abs/2103.02770) raises `nuclear_norm(normalize(z, dim=-1))`.
+
+    Args:
+        embeddings: (K, N, D), K tensors (N, D), or one tensor (N, D), any floating-point dtype.
+        smoothing: δ, at least 0, in units of the singular values.
+        solver: as in `singular_value_loss`; `msbreg.linalg.polar` says what counts as zero.
+        group: as in `singular_value_loss`.
+
+    Returns:
+        (K,), or a scalar for one tensor (N, D); float32, or float64 for float64 embeddings.
+
+    Raises:
+        ValueError: a wrong shape, an empty tensor, an unknown solver, a negative smoothing, `"svd"` with a group.
+        TypeError: not tensors, or not floating point.
+    """
+    z = _views(embeddings, "embeddings", one=True)
+    _check_smoothing(smoothing)
+    norms = _NuclearNorm.apply(z, smoothing, _solver(solver, z, group), group)
+    return norms[0] if isinstance(embeddings, Tensor) and embeddings.dim() == 2 else norms
+
+
+class _Spectral(NamedTuple):
+    """The singular value loss that is wanted."""
+
+    spectrum: Spectrum
+    smoothing: float
+    solver: Solver
+    group: dist.ProcessGroup | None
+
+
+class _RowLosses(torch.autograd.Function):
+    """The losses of one tensor of embeddings z, (K, N, D), that are wanted: (K, N), scalar, scalar; 0 for the others.
+
+    They share the norms on the way and write one gradient on the way back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, c_hat: Tensor | None, n_hat: Tensor | None, spectral: _Spectral | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(z.device.type, enabled=False):
+            z_hat, norms = reference.unit_rows(_raised(z))
+            attraction, dispersion, push = (z_hat.new_zeros(()) for _ in range(3))
+            weight = None
+            if c_hat is not None:
+                attraction = reference.centroid_loss(z_hat, c_hat)
+            if spectral is not None:
+                dispersion, weight = _spectral_loss(z_hat, spectral)
+            if n_hat is not None:
+                push = reference.brownian_loss(z_hat, n_hat)
+            ctx.save_for_backward(z_hat, norms, c_hat, n_hat, weight)
+            ctx.dtype = z.dtype
+            return attraction, dispersion, push
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_attraction: Tensor, d_dispersion: Tensor, d_push: Tensor) -> tuple[Tensor | None, ...]:
+        z_hat, norms, c_hat, n_hat, weight = ctx.saved_tensors
+        with torch.autocast(z_hat.device.type, enabled=False):
+            g = torch.zeros_like(z_hat) if weight is None else linalg.multiply(z_hat, weight).mul_(d_dispersion)
+            if c_hat is not None:
+                g += reference.centroid_gradient(z_hat, c_hat).mul_(d_attraction[..., None])
+            if n_hat is not None:
+                g += reference.brownian_gradient(z_hat, n_hat).mul_(d_push)
+            return reference.tangent(g, z_hat, norms).to(ctx.dtype), None, None, None
+
+
+def _spectral_loss(z_hat: Tensor, options: _Spectral) -> tuple[Tensor, Tensor]:
+    """L_S and the weight W, (K, p, p), of its gradient ẑ W in this process."""
+    spectrum, smoothing, solver, group = options
+    world, (views, rows, dim) = world_size(group), z_hat.shape
+    m = _for_solver(z_hat, solver, smoothing) if spectrum == "nuclear" else z_hat
+    gram = all_reduce_sum(linalg.gram(m, smaller=group is None), group)
+    values, weight = reference.singular_value_loss(
+        gram, rows=rows * world, dim=dim, spectrum=spectrum, smoothing=smoothing, solver=solver, matrix=m
+    )
+    # Each process has its rows' gradient of the one loss of all rows; DDP's average divides it by the world size.
+    return values.mean().to(z_hat.dtype), (weight * (world / views)).to(z_hat.dtype)
+
+
+class _NuclearNorm(torch.autograd.Function):
+    """Nuclear norms (K,) of the matrices (K, N, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, smoothing: float, solver: Solver, group: dist.ProcessGroup | None) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            x = _raised(z)
+            world, (_, rows, dim) = world_size(group), x.shape
+            m = _for_solver(x, solver, smoothing)
+            gram = all_reduce_sum(linalg.gram(m, smaller=group is None), group)
+            values, weight = reference.nuclear_norm(
+                gram,
+                rows=rows * world,
+                dim=dim,
+                smoothing=smoothing,
+                solver=solver,
+                matrix=m,
+                tolerance=linalg.rank_tolerance(x, solver),
+            )
+            ctx.save_for_backward(z, (weight * world).to(x.dtype))
+            return values.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_values: Tensor) -> tuple[Tensor | None, ...]:
+        z, weight = ctx.saved_tensors
+        with torch.autocast(z.device.type, enabled=False):
+            gradient = d_values[:, None, None] * linalg.multiply(_raised(z), weight)
+            return gradient.to(z.dtype), None, None, None
+
+
+def _raised_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _raised(x: Tensor) -> Tensor:
+    """Half precisions in float32, the others as they are."""
+    return x.to(_raised_dtype(x))
+
+
+def _for_solver(m: Tensor, solver: Solver, smoothing: float) -> Tensor:
+    """M in the precision that the solver needs: a float32 Gram matrix cannot tell small eigenvalues from zero."""
+    return m.double() if solver == "eigh" and smoothing == 0 else m
+
+
+@torch.no_grad()
+def _centroids(z: Tensor, t: Tensor, leave_one_out: bool) -> Tensor:
+    with torch.autocast(z.device.type, enabled=False):
+        return reference.centroids(_raised(t), leave_one_out=leave_one_out).to(_raised_dtype(z))
+
+
+def _directions(z: Tensor, seed: int | Tensor, step: int | Tensor, first_image: int | Tensor, per: Per) -> Tensor:
+    views, batch, dim = z.shape
+    return brownian_directions(
+        batch,
+        dim,
+        seed=seed,
+        step=step,
+        first_image=first_image,
+        views=views if per == "view" else None,
+        device=z.device,
+        dtype=_raised_dtype(z),
+    )
+
+
+def _views(x: Views, name: str, *, one: bool = False) -> Tensor:
+    """The argument as a tensor (K, B, D) that can be computed with; with `one`, a tensor (B, D) is K = 1."""
+    wanted = f"a tensor (K, B, D){', a tensor (B, D)' if one else ''} or a sequence of tensors (B, D)"
+    if isinstance(x, Tensor):
+        _check_tensor(x, name)
+        z = x[None] if one and x.dim() == 2 else x
+        if z.dim() != 3:
+            raise ValueError(f"expected {name} to be {wanted}, got shape {tuple(x.shape)}")
+    elif isinstance(x, (list, tuple)) and all(isinstance(view, Tensor) for view in x):
+        if not x:
+            raise ValueError(f"expected {name} to hold at least one view, got an empty {type(x).__name__}")
+        for k, view in enumerate(x):
+            _check_tensor(view, f"{name}[{k}]")
+            _check_device(f"{name}[{k}]", view, f"{name}[0]", x[0])
+            if view.dim() != 2 or view.shape != x[0].shape:
+                shapes = ", ".join(str(tuple(view.shape)) for view in x)
+                raise ValueError(f"expected the views in {name} to be of one shape (B, D), got {shapes}")
+        z = torch.stack(tuple(x))
+    else:
+        raise TypeError(f"expected {name} to be {wanted}, got {type(x).__name__}")
+    if 0 in z.shape:
+        raise ValueError(f"expected {name} to have at least one view, image and dimension, got shape {tuple(z.shape)}")
+    return z
+
+
+def batch_size(views: Views) -> int:
+    """B, or 0 for an argument that the losses are going to refuse."""
+    view = views[0] if isinstance(views, (list, tuple)) and views else views
+    return view.shape[-2] if isinstance(view, Tensor) and view.dim() >= 2 else 0
+
+
+def _check_tensor(x: Tensor, name: str) -> None:
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"expected {name} in float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def _check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"expected {name} on {other.device}, as {other_name}, got {x.device}")
+
+
+def _check_targets(z: Tensor, t: Tensor, leave_one_out: bool) -> None:
+    _check_device("target", t, "online", z)
+    if t.shape[1:] != z.shape[1:]:
+        raise ValueError(
+            f"expected target (K', B, D) with online's B and D, {tuple(z.shape[1:])}, got {tuple(t.shape[1:])}"
+        )
+    if leave_one_out and (t.shape[0] < 2 or t.shape[0] != z.shape[0]):
+        raise ValueError(
+            "expected as many target views as online views, at least 2, with leave_one_out; "
+            f"got {t.shape[0]} and {z.shape[0]}"
+        )
+
+
+def _check_embedding(y: Tensor, z: Tensor) -> None:
+    _check_device("embedding", y, "online", z)
+    if y.shape[:2] != z.shape[:2]:
+        raise ValueError(
+            f"expected embedding (K, B, D) with online's K and B, {tuple(z.shape[:2])}, got {tuple(y.shape[:2])}"
+        )
+
+
+def _solver(solver: Solver, z: Tensor, group: dist.ProcessGroup | None) -> Solver:
+    if solver == "svd" and group is not None:
+        raise ValueError("expected solver 'eigh' or 'newton_schulz' with a process group, got 'svd': it needs all rows")
+    return linalg.resolve_solver(solver, z.device)
+
+
+def _check_spectral(spectrum: Spectrum, smoothing: float) -> None:
+    _check_choice("spectrum", spectrum, Spectrum)
+    _check_smoothing(smoothing)
+
+
+def _check_smoothing(smoothing: float) -> None:
+    if not smoothing >= 0:
+        raise ValueError(f"expected smoothing of at least 0, got {smoothing}")
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ValueError(f"expected {name} to be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")

@@ -1,0 +1,194 @@
+"""Singular values and what follows from them, batched, and quiet about input that is not finite.
+
+In training nothing here takes a singular value decomposition: for M of N rows and D columns everything comes from the
+Gram matrix G on the smaller side, MᵀM (D x D) or, when N < D, M Mᵀ (N x N). The public functions carry no gradient;
+`msbreg.functional.nuclear_norm` does.
+
+torch's own decompositions raise on NaN and Inf. These give NaN for the matrices concerned and right values for their
+neighbours in the batch, without asking the device whether there are any.
+"""
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+__all__ = ["Solver", "effective_rank", "polar", "singular_values"]
+
+Solver = Literal["auto", "newton_schulz", "eigh", "svd"]
+
+NEWTON_SCHULZ_FLOOR = 8.0
+"""In roundings: the smallest eigenvalue, relative to the Frobenius norm, that Newton-Schulz tells from zero. The
+eigenvalues of a Gram matrix are wrong by one or two of these, some to below zero, where the iteration diverges."""
+
+
+@torch.no_grad()
+def singular_values(matrix: Tensor) -> Tensor:
+    """Singular values, largest first, to the precision of the matrix: not through its Gram matrix.
+
+    Args:
+        matrix: (..., N, D), floating point; half precisions are computed in float32.
+
+    Returns:
+        (..., min(N, D)), float32 or float64; all NaN for a matrix that is not finite.
+
+    Raises:
+        ValueError: fewer than two dimensions.
+        TypeError: not floating point.
+    """
+    matrix = checked(matrix)
+    finite = torch.isfinite(matrix).all(-1).all(-1)[..., None]
+    values = torch.linalg.svdvals(torch.where(finite[..., None], matrix, 0.0))
+    return torch.where(finite, values, torch.nan)
+
+
+@torch.no_grad()
+def effective_rank(matrix: Tensor) -> Tensor:
+    """Effective rank: exp of the entropy of the singular values, normalised to sum to one.
+
+    From 1 (all rows along one direction) to min(N, D) (a flat spectrum); 0 for a matrix of zeros. Roy, Vetterli, "The
+    effective rank: a measure of effective dimensionality", EUSIPCO 2007.
+
+    Args:
+        matrix: (..., N, D), floating point; half precisions are computed in float32.
+
+    Returns:
+        (...), float32 or float64; NaN for a matrix that is not finite.
+
+    Raises:
+        ValueError: fewer than two dimensions.
+        TypeError: not floating point.
+    """
+    s = singular_values(matrix)
+    total = s.sum(-1, keepdim=True)
+    p = s / torch.where(total == 0, 1.0, total)
+    entropy = -torch.special.xlogy(p, p).sum(-1)
+    return torch.where(total[..., 0] == 0, 0.0, entropy.exp())
+
+
+@torch.no_grad()
+def polar(matrix: Tensor, *, solver: Solver = "auto") -> Tensor:
+    """Polar factor U Vᵀ of M = U S Vᵀ, taken over the nonzero singular values: the gradient of the nuclear norm.
+
+    At full rank it is the matrix with orthonormal columns (rows, when N < D) that is nearest to M.
+
+    Args:
+        matrix: (..., N, D), floating point.
+        solver: `"eigh"` (of the Gram matrix in float64) and `"svd"` count singular values below max(N, D) roundings of
+            the largest as zero; `"newton_schulz"` (matrix products alone) fades them out below about 1e-3 of the
+            Frobenius norm in float32, 5e-8 in float64. `"auto"`: newton_schulz on CUDA, eigh elsewhere.
+
+    Returns:
+        (..., N, D) in the matrix's dtype; all NaN for a matrix that is not finite.
+
+    Raises:
+        ValueError: fewer than two dimensions, or an unknown solver.
+        TypeError: not floating point.
+    """
+    solver = resolve_solver(solver, matrix.device)
+    m = checked(matrix)
+    tolerance = rank_tolerance(m, solver)
+    if solver == "eigh":
+        m = m.double()
+    return multiply(m, inverse_root(gram(m), 0.0, solver, m, tolerance)).to(matrix.dtype)
+
+
+def checked(matrix: Tensor) -> Tensor:
+    """The matrix in float32 or float64, once it is known to be one."""
+    if not matrix.is_floating_point():
+        raise TypeError(f"expected a floating-point matrix, got {matrix.dtype}")
+    if matrix.dim() < 2:
+        raise ValueError(f"expected a matrix (..., N, D), got shape {tuple(matrix.shape)}")
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+
+
+def resolve_solver(solver: Solver, device: torch.device) -> Solver:
+    """`"auto"` made definite; raises ValueError on a name that is none."""
+    if solver not in get_args(Solver):
+        raise ValueError(f"expected solver to be one of {get_args(Solver)}, got {solver!r}")
+    if solver == "auto":
+        return "newton_schulz" if device.type == "cuda" else "eigh"
+    return solver
+
+
+def finite_gram(gram: Tensor) -> Tensor:
+    """(..., 1, 1): whether a Gram matrix is finite. Its diagonal bounds the rest of it."""
+    return torch.isfinite(gram.diagonal(dim1=-2, dim2=-1).sum(-1))[..., None, None]
+
+
+def gram(matrix: Tensor, *, smaller: bool = True) -> Tensor:
+    """MᵀM (..., D, D), or with `smaller` and N < D, M Mᵀ (..., N, N)."""
+    rows, dim = matrix.shape[-2:]
+    return matrix @ matrix.mT if smaller and rows < dim else matrix.mT @ matrix
+
+
+def multiply(matrix: Tensor, weight: Tensor) -> Tensor:
+    """M W for a weight (..., D, D) and W M for a weight (..., N, N): whichever side its Gram matrix was."""
+    return matrix @ weight if weight.shape[-1] == matrix.shape[-1] else weight @ matrix
+
+
+def inverse_root(gram: Tensor, shift: float, solver: Solver, matrix: Tensor, tolerance: float = 0.0) -> Tensor:
+    """A^(-1/2), (..., p, p), of A = G + shift I.
+
+    Args:
+        gram: G, (..., p, p), float32 or float64.
+        shift: at least 0. At 0 the root is taken over the eigenvalues of G above `tolerance` times the largest.
+        solver: not `"auto"`.
+        matrix: the M that G is the Gram matrix of, which `"svd"` decomposes.
+        tolerance: see `rank_tolerance`.
+
+    Returns:
+        NaN for a G that is not finite.
+    """
+    if solver == "newton_schulz":
+        return newton_schulz(gram, shift)
+    values, vectors = eigenpairs(gram, matrix if solver == "svd" else None)
+    inverse = torch.rsqrt(values + shift)
+    if shift == 0:
+        inverse = torch.where(values <= tolerance * values.amax(-1, keepdim=True), 0.0, inverse)
+    return (vectors * inverse[..., None, :]) @ vectors.mT
+
+
+def rank_tolerance(matrix: Tensor, solver: Solver) -> float:
+    """The eigenvalue of the Gram matrix, relative to the largest, up to which it stands for a singular value of zero.
+
+    As in `torch.linalg.matrix_rank` a matrix resolves singular values down to max(N, D) roundings. A Gram matrix,
+    which without a shift is decomposed in float64, resolves their squares no better than that.
+    """
+    by_matrix = (max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps) ** 2
+    by_gram = min(matrix.shape[-2:]) * torch.finfo(torch.float64).eps
+    return by_matrix if solver == "svd" else max(by_matrix, by_gram)
+
+
+def eigenpairs(gram: Tensor, matrix: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (..., p), at least 0, and eigenvectors (..., p, p), as columns, of G; through M's SVD where given."""
+    finite = finite_gram(gram)
+    if matrix is None:
+        values, vectors = torch.linalg.eigh(torch.where(finite, gram, 0.0))
+        values = values.clamp_min(0.0)
+    else:
+        u, s, vt = torch.linalg.svd(torch.where(finite, matrix, 0.0), full_matrices=False)
+        values, vectors = s.square(), vt.mT if vt.shape[-2] == vt.shape[-1] else u
+    return torch.where(finite[..., 0], values, torch.nan), vectors
+
+
+def newton_schulz(gram: Tensor, shift: float) -> Tensor:
+    """A^(-1/2) of A = G + shift I by the coupled Newton-Schulz iteration: a fixed number of matrix products.
+
+    Higham, "Functions of Matrices", SIAM 2008, section 6.7. A step multiplies what a small eigenvalue adds to the
+    inverse root by 1.5, which gives the number of steps to the smallest that a Gram matrix of this precision holds:
+    about 1e-6 of the Frobenius norm in float32. A smaller shift is raised to that.
+    """
+    floor = NEWTON_SCHULZ_FLOOR * torch.finfo(gram.dtype).eps
+    steps = math.ceil(-0.5 * math.log(floor) / math.log(1.5)) + 5
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    size = torch.linalg.matrix_norm(gram, keepdim=True)
+    size = torch.where(size == 0, 1.0, size)
+    a = gram / size + (shift / size).clamp_min(floor) * identity
+    scale = torch.linalg.matrix_norm(a, keepdim=True)
+    y, z = a / scale, identity.expand_as(a)
+    for _ in range(steps):
+        t = 1.5 * identity - 0.5 * (z @ y)
+        y, z = y @ t, t @ z
+    return z * (size * scale).rsqrt()

@@ -1,0 +1,220 @@
+"""The losses as modules. `MSBRegLoss` is the whole method; the others are its parts."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from msbreg import functional
+from msbreg.distributed import rank
+from msbreg.functional import (
+    LAMBDA_B,
+    LAMBDA_S,
+    LEAVE_ONE_OUT,
+    PER,
+    SMOOTHING,
+    SOLVER,
+    SPECTRUM,
+    MSBRegOutput,
+    Per,
+    Reduction,
+    Views,
+    batch_size,
+)
+from msbreg.linalg import Solver
+from msbreg.reference import Spectrum
+
+__all__ = ["BrownianLoss", "CentroidLoss", "MSBRegLoss", "SingularValueLoss"]
+
+
+class _Loss(nn.Module):
+    """A loss whose repr shows its options."""
+
+    options: tuple[str, ...] = ()
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.options)
+
+
+class _NoisyLoss(_Loss):
+    """Holds the noise's seed and step as int64 buffers, so that a state_dict resumes the noise where it was saved.
+
+    In training mode a forward pass uses the current step, then advances it by one. In eval mode it uses the current
+    step and leaves it, so that evaluation is repeatable and disturbs nothing. An explicit step does neither.
+    """
+
+    seed: Tensor
+    step: Tensor
+
+    def __init__(self, seed: int, group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        self.group = group
+        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
+        self.register_buffer("step", torch.tensor(0, dtype=torch.int64))
+
+    def _noise(self, views: Views, step: int | Tensor | None) -> dict[str, int | Tensor]:
+        return {
+            "seed": self.seed,
+            "step": self.step if step is None else step,
+            "first_image": self._rank() * batch_size(views),
+        }
+
+    def _advance(self, step: int | Tensor | None) -> None:
+        if self.training and step is None:
+            self.step.add_(1)
+
+    def _rank(self) -> int:
+        """Whose images come first. Without a group too, processes that run together have different images."""
+        if self.group is None and dist.is_available() and dist.is_initialized():
+            return dist.get_rank()
+        return rank(self.group)
+
+
+class MSBRegLoss(_NoisyLoss):
+    """The multiview centroid, singular value and Brownian losses: L_M + λ_s L_S + λ_b L_B.
+
+    See `msbreg.functional.msbreg_loss` for the terms and their options.
+
+    Args:
+        lambda_s, lambda_b: weights; a term of weight 0 is not computed.
+        leave_one_out: compare a view with the targets of the other views alone.
+        spectrum: `"nuclear"`, `"whitening"` or `"coding_rate"`.
+        smoothing: δ of `"nuclear"`.
+        solver: `"auto"`, `"newton_schulz"`, `"eigh"` or `"svd"`.
+        per: `"image"` or `"view"`: whose random directions are independent.
+        seed: of the noise; any int64. The same in all processes.
+        group: process group over which a batch is spread, as many images in each process. None for local singular
+            values; images are numbered by global rank all the same, so that processes get different noise.
+
+    Example:
+        >>> criterion = MSBRegLoss(lambda_s=0.004, lambda_b=0.5)
+        >>> online = torch.randn(4, 32, 16, requires_grad=True)  # K = 4 views of B = 32 images, D = 16
+        >>> out = criterion(online, torch.randn(4, 32, 16))
+        >>> out.loss.backward()
+    """
+
+    options = ("lambda_s", "lambda_b", "leave_one_out", "spectrum", "smoothing", "solver", "per")
+
+    def __init__(
+        self,
+        lambda_s: float = LAMBDA_S,
+        lambda_b: float = LAMBDA_B,
+        *,
+        leave_one_out: bool = LEAVE_ONE_OUT,
+        spectrum: Spectrum = SPECTRUM,
+        smoothing: float = SMOOTHING,
+        solver: Solver = SOLVER,
+        per: Per = PER,
+        seed: int = 0,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(seed, group)
+        self.lambda_s = lambda_s
+        self.lambda_b = lambda_b
+        self.leave_one_out = leave_one_out
+        self.spectrum = spectrum
+        self.smoothing = smoothing
+        self.solver = solver
+        self.per = per
+
+    def forward(
+        self, online: Views, target: Views, embedding: Views | None = None, *, step: int | Tensor | None = None
+    ) -> MSBRegOutput:
+        """The loss of one batch; arguments and errors as in `msbreg.functional.msbreg_loss`.
+
+        Args:
+            online: (K, B, D) or K tensors (B, D).
+            target: (K', B, D) or K' tensors (B, D); no gradient.
+            embedding: (K, B, D') or K tensors (B, D'), which the dispersive losses act on; None for online.
+            step: the noise's step, in place of the module's own, which then does not advance.
+        """
+        out = functional.msbreg_loss(
+            online,
+            target,
+            embedding=embedding,
+            lambda_s=self.lambda_s,
+            lambda_b=self.lambda_b,
+            leave_one_out=self.leave_one_out,
+            spectrum=self.spectrum,
+            smoothing=self.smoothing,
+            solver=self.solver,
+            per=self.per,
+            group=self.group,
+            **self._noise(online, step),
+        )
+        self._advance(step)
+        return out
+
+
+class CentroidLoss(_Loss):
+    """L_M, the squared distance of views to the centroid of the target views; `msbreg.functional.centroid_loss`.
+
+    Args:
+        leave_one_out: compare a view with the targets of the other views alone; BYOL's loss for two views.
+        reduction: `"mean"` for a scalar, `"none"` for (K, B).
+    """
+
+    options = ("leave_one_out", "reduction")
+
+    def __init__(self, *, leave_one_out: bool = LEAVE_ONE_OUT, reduction: Reduction = "mean") -> None:
+        super().__init__()
+        self.leave_one_out = leave_one_out
+        self.reduction = reduction
+
+    def forward(self, online: Views, target: Views) -> Tensor:
+        """online (K, B, D) and target (K', B, D), or sequences of (B, D), to a scalar or (K, B)."""
+        return functional.centroid_loss(online, target, leave_one_out=self.leave_one_out, reduction=self.reduction)
+
+
+class SingularValueLoss(_Loss):
+    """L_S, how far singular values are from equal; `msbreg.functional.singular_value_loss`.
+
+    Args:
+        spectrum: `"nuclear"`, `"whitening"` or `"coding_rate"`.
+        smoothing: δ of `"nuclear"`.
+        solver: `"auto"`, `"newton_schulz"`, `"eigh"` or `"svd"`.
+        group: process group over which the rows are spread; None for this process alone.
+    """
+
+    options = ("spectrum", "smoothing", "solver")
+
+    def __init__(
+        self,
+        *,
+        spectrum: Spectrum = SPECTRUM,
+        smoothing: float = SMOOTHING,
+        solver: Solver = SOLVER,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.spectrum = spectrum
+        self.smoothing = smoothing
+        self.solver = solver
+        self.group = group
+
+    def forward(self, embeddings: Views) -> Tensor:
+        """(K, N, D), a sequence of (N, D), or one (N, D), to a scalar."""
+        return functional.singular_value_loss(
+            embeddings, spectrum=self.spectrum, smoothing=self.smoothing, solver=self.solver, group=self.group
+        )
+
+
+class BrownianLoss(_NoisyLoss):
+    """L_B, the embeddings' product with random directions; `msbreg.functional.brownian_loss`.
+
+    Args:
+        per: `"image"` or `"view"`: whose random directions are independent.
+        seed: of the noise; any int64. The same in all processes.
+        group: process group by whose ranks images are numbered; None for the global rank.
+    """
+
+    options = ("per",)
+
+    def __init__(self, *, per: Per = PER, seed: int = 0, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__(seed, group)
+        self.per = per
+
+    def forward(self, embeddings: Views, *, step: int | Tensor | None = None) -> Tensor:
+        """(K, B, D), a sequence of (B, D), or one (B, D), to a scalar; `step` as in `MSBRegLoss`."""
+        loss = functional.brownian_loss(embeddings, per=self.per, **self._noise(embeddings, step))
+        self._advance(step)
+        return loss

@@ -1,0 +1,40 @@
+"""What a training step computes: MSBReg and the relatives it is compared with, one method a file."""
+
+from msbreg.config import Config
+from msbreg.losses import MSBRegLoss
+from msbreg.methods.byol import BYOL
+from msbreg.methods.encoder import Encoder
+from msbreg.methods.msbreg import MSBReg
+from msbreg.methods.simsiam import SimSiam
+from msbreg.methods.step import StepOutput
+from msbreg.models import build_backbone, mlp_head
+
+__all__ = ["BYOL", "Encoder", "MSBReg", "SimSiam", "StepOutput", "build_method"]
+
+Method = MSBReg | SimSiam
+
+
+def build_method(config: Config, group: object | None = None) -> Method:
+    """The networks and loss that a config names, freshly initialised from torch's current random state.
+
+    Args:
+        config: the run's options.
+        group: process group whose ranks share each batch, or None for one process.
+    """
+    backbone = build_backbone(config.model.backbone, stem=config.model.stem)
+    projector = mlp_head(backbone.num_features, config.model.hidden, config.model.dim)
+    online = Encoder(backbone, projector, view_chunk=config.model.view_chunk)
+    predictor = mlp_head(config.model.dim, config.model.hidden, config.model.dim) if config.model.predictor else None
+    if config.method.name == "byol":
+        return BYOL(online, predictor)
+    if config.method.name == "simsiam":
+        return SimSiam(online, predictor)
+    criterion = MSBRegLoss(
+        lambda_s=config.method.lambda_s,
+        lambda_b=config.method.lambda_b,
+        leave_one_out=config.method.leave_one_out,
+        spectrum=config.method.spectrum,
+        seed=config.run.seed,
+        group=group,
+    )
+    return MSBReg(online, predictor, criterion, disperse=config.method.disperse)

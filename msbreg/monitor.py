@@ -1,0 +1,174 @@
+"""What a run tells: metrics.jsonl, the terminal, and the numbers that give a collapse away."""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from tqdm import tqdm
+
+from msbreg.linalg import effective_rank, singular_values
+
+__all__ = ["MetricsFile", "Progress", "Stopwatch", "embedding_statistics", "markdown_table", "memory_megabytes"]
+
+
+class MetricsFile:
+    """A JSON Lines file of metrics, one object a line, in the order of the steps.
+
+    Args:
+        path: the file.
+        resume_step: lines of later steps are dropped: a killed run may have written past its last checkpoint.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if resume_step else []
+        temporary = path.with_suffix(".partial")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
+
+    def write(self, **row: Any) -> None:
+        """Appends one line; numbers that are not finite become null, since JSON has none."""
+        self._file.write(json.dumps({name: finite(value) for name, value in row.items()}) + "\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a last line cut by a kill is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+@torch.no_grad()
+def embedding_statistics(embeddings: Tensor) -> dict[str, float]:
+    """How spread out the embeddings of a step are; each says a healthy value from a collapsed one.
+
+    Args:
+        embeddings: (K, B, D), any floating dtype; normalised to unit rows here.
+
+    Returns:
+        embedding_std: mean standard deviation of a dimension times sqrt(D): 1 spread out, 0 collapsed to a point.
+        effective_rank: of the first view's (B, D) matrix, 1 to min(B, D).
+        singular_max, singular_min: its extreme singular values over those of a flat spectrum, which has 1 and 1.
+        centroid_norm: length of the mean embedding: 0 spread out, 1 collapsed to a point.
+    """
+    rows = normalize(embeddings.float(), dim=-1)
+    count, dim = rows.shape[1:]
+    values = singular_values(rows[0]) * math.sqrt(min(count, dim) / count)
+    statistics = {
+        "embedding_std": rows.flatten(0, 1).std(dim=0).mean() * math.sqrt(dim),
+        "effective_rank": effective_rank(rows[0]),
+        "singular_max": values.max(),
+        "singular_min": values.min(),
+        "centroid_norm": rows.mean(dim=(0, 1)).norm(),
+    }
+    return dict(zip(statistics, torch.stack(list(statistics.values())).tolist(), strict=True))
+
+
+def memory_megabytes(device: torch.device) -> float:
+    """Peak memory of this process so far: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**10 if sys.platform != "darwin" else peak / 2**20
+
+
+class Stopwatch:
+    """Seconds of training (evaluation and saving left out), and the share of them spent waiting for data."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self._running_since: float | None = None
+        self._window = self._wait = 0.0
+
+    def start(self) -> None:
+        """Goes on counting."""
+        self._running_since = time.perf_counter()
+
+    def stop(self) -> None:
+        """Adds what has passed since `start`."""
+        if self._running_since is not None:
+            passed = time.perf_counter() - self._running_since
+            self.seconds += passed
+            self._window += passed
+            self._running_since = None
+
+    def waited(self, seconds: float) -> None:
+        """Counts time that the step waited for its batch."""
+        self._wait += seconds
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds of training and of waiting since the last lap; goes on counting."""
+        self.stop()
+        passed, wait = self._window, self._wait
+        self._window = self._wait = 0.0
+        self.start()
+        return passed, wait
+
+
+class Progress:
+    """A progress bar on a terminal, a line now and then elsewhere, nothing on ranks other than the first."""
+
+    SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self, total: int, done: int, *, shown: bool) -> None:
+        self._shown, self._terminal = shown, shown and sys.stderr.isatty()
+        self._total, self._done, self._first = total, done, done
+        self._began = self._last = time.monotonic()
+        self._bar = tqdm(
+            total=total, initial=done, unit="step", disable=not self._terminal, dynamic_ncols=True, smoothing=0.1
+        )
+
+    def step(self) -> None:
+        """One more step is done."""
+        self._done += 1
+        self._bar.update()
+
+    def show(self, **numbers: float) -> None:
+        """Shows the latest numbers beside the bar, or in a line if the last line is old enough."""
+        text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        if self._terminal:
+            self._bar.set_postfix_str(text)
+        elif self._shown and time.monotonic() - self._last >= self.SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            left = (self._last - self._began) / max(1, self._done - self._first) * (self._total - self._done)
+            print(f"step {self._done}/{self._total}  {text}  {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self._terminal:
+            self._bar.write(text, file=sys.stderr)
+        elif self._shown:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leaves the terminal's cursor below the bar."""
+        self._bar.close()
+
+
+def markdown_table(rows: list[tuple[str, str]], header: tuple[str, str]) -> str:
+    """A two-column Markdown table, padded so that it reads well in a terminal too."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in (0, 1)]
+    lines = [f"| {left:<{widths[0]}} | {right:>{widths[1]}} |" for left, right in [header, *rows]]
+    return "\n".join([lines[0], f"| {'-' * widths[0]} | {'-' * (widths[1] - 1)}: |", *lines[1:]])

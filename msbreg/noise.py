@@ -1,0 +1,71 @@
+"""The random directions of the Brownian loss: a function of (seed, step, image) and of nothing else."""
+
+import torch
+from torch import Tensor
+
+from msbreg.philox import WORD, normals, philox4x32
+
+__all__ = ["brownian_directions"]
+
+
+def brownian_directions(
+    batch: int,
+    dim: int,
+    *,
+    seed: int | Tensor,
+    step: int | Tensor,
+    first_image: int | Tensor = 0,
+    views: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Directions distributed evenly over the unit sphere, one for each image (or view) of a batch.
+
+    Standard normals from Philox4x32-10 (see `msbreg.philox` for the counter), divided by their norm. A row depends on
+    the seed, the step, its image's number and its view alone, so any split of a batch over calls, processes or blocks
+    gives the same rows. CPUs and GPUs may differ in the last digit, where their logarithms and cosines do.
+
+    Args:
+        batch: images, B.
+        dim: numbers in a row, D.
+        seed: 64-bit key; an int, or a zero-dimensional int64 tensor, which is not read by the host.
+        step: training step, of which the lower 32 bits count; as `seed`.
+        first_image: number of the batch's first image among those of all processes: rank * B.
+        views: None for one direction an image, or K for independent directions for each of K views.
+        device: where to make them; the CPU by default.
+        dtype: of the result. The arithmetic is float32 whatever it is.
+
+    Returns:
+        (batch, dim), or (views, batch, dim).
+
+    Raises:
+        ValueError: batch, dim or views below 1.
+        TypeError: a seed, step or first image that is neither an int nor a zero-dimensional int64 tensor, or a dtype
+            that is not floating point.
+    """
+    if min(batch, dim, 1 if views is None else views) < 1:
+        raise ValueError(f"expected batch, dim and views of at least 1, got {batch}, {dim} and {views}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"expected a floating-point dtype, got {dtype}")
+    for name, value in (("seed", seed), ("step", step), ("first_image", first_image)):
+        _check_integer(value, name)
+    quad = torch.arange((dim + 3) // 4, device=device)
+    image = (torch.arange(batch, device=device) + first_image) & WORD
+    stream = torch.arange(1, views + 1, device=device) if views else torch.zeros(1, dtype=torch.int64, device=device)
+    step = torch.zeros((), dtype=torch.int64, device=device) + (step & WORD)
+    words = philox4x32((quad, image[:, None], step, stream[:, None, None]), seed)
+    n = torch.stack(normals(words), dim=-1).flatten(-2)[..., :dim]  # (views or 1, B, D)
+    # In float64 a sum rounds to the same float32 in any order, here or in a kernel, save once in 1e8 rows.
+    n = n / torch.linalg.vector_norm(n, dim=-1, keepdim=True, dtype=torch.float64).to(torch.float32)
+    return (n if views else n[0]).to(dtype)
+
+
+def _check_integer(value: int | Tensor, name: str) -> None:
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64 or value.dim() != 0:
+            raise TypeError(
+                f"expected {name} to be a zero-dimensional int64 tensor, got {value.dtype} of shape "
+                f"{tuple(value.shape)}"
+            )
+    elif not isinstance(value, int):
+        raise TypeError(f"expected {name} to be an int or an int64 tensor, got {type(value).__name__}")

@@ -1,0 +1,101 @@
+"""The processes of a run: one alone, or those that torchrun started."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from msbreg.errors import MSBRegError
+
+__all__ = ["Processes"]
+
+
+class Processes:
+    """This process among those of the run; a context manager that joins and leaves the group.
+
+    Args:
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        patience: how long a collective waits for a rank before the run ends with an error; a rank that dies is
+            normally noticed at once, since torchrun ends the others.
+
+    Attributes:
+        rank: 0 to world - 1 over all machines.
+        local_rank: index on this machine.
+        local_world: processes on this machine.
+        world: processes of the run.
+        device: where this process's networks live.
+        group: process group of the losses and gradients, or None where the process is alone.
+    """
+
+    def __init__(self, device: str = "auto", *, patience: timedelta = timedelta(minutes=30)) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.device = self._choose(device)
+        self.patience = patience
+        self.group: dist.ProcessGroup | None = None
+        self._control: dist.ProcessGroup | None = None
+
+    def _choose(self, wanted: str) -> torch.device:
+        if wanted == "auto":
+            wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(wanted)
+        except RuntimeError as error:
+            raise MSBRegError(f"--run.device is {wanted!r}; expected auto, cpu, cuda or cuda:N.") from error
+        if device.type == "cpu":
+            return device
+        if device.type != "cuda":
+            raise MSBRegError(f"--run.device is {wanted!r}; expected auto, cpu, cuda or cuda:N.")
+        if not torch.cuda.is_available():
+            raise MSBRegError(
+                f"--run.device is {wanted!r}, but torch finds no usable GPU here; `msbreg doctor` says why."
+            )
+        index = self.local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise MSBRegError(
+                f"process {self.rank} needs GPU {index}, but this machine has {torch.cuda.device_count()}; "
+                "start as many processes a machine as it has GPUs."
+            )
+        return torch.device("cuda", index)
+
+    def __enter__(self) -> "Processes":
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=self.patience)
+            self.group = dist.group.WORLD
+            self._control = dist.new_group(
+                backend="gloo", timeout=self.patience
+            )  # waits on the CPU, not in a GPU queue
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and speaks to the terminal."""
+        return self.rank == 0
+
+    def gather(self, number: int) -> list[int]:
+        """One number from each rank, on every rank."""
+        if self.world == 1:
+            return [number]
+        mine, everyone = torch.tensor([number], dtype=torch.int64), [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(everyone, mine, group=self._control)
+        return [int(one) for one in everyone]
+
+    def mean(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The mean over ranks of a tensor on each rank's device."""
+        if self.group is not None:
+            dist.all_reduce(numbers, group=self.group)
+            numbers /= self.world
+        return numbers
+
+    def wait(self) -> None:
+        """Returns once every rank has come here."""
+        self.gather(0)

@@ -1,0 +1,164 @@
+"""The losses and their gradients in plain torch, without autograd: the mathematics on one page.
+
+    z[k, i]   embedding of view k of image i, a row of D numbers; with K views of N images, z is (K, N, D)
+    t[k, i]   embedding by the target network, which carries no gradient
+    ẑ, t̂, ĉ   rows of unit length
+    n̂[i]      a random direction
+    M         the N x D matrix of the rows ẑ[k, i] of one view, with r = min(N, D) singular values s_j
+
+    L   = L_M + λ_s L_S + λ_b L_B
+    L_M = mean_k mean_i |ẑ[k, i] - ĉ[i]|²       the views of an image attract each other
+    L_S = mean_k Σ_j f(s_j²)                    all embeddings spread out evenly
+    L_B = mean_k mean_i <ẑ[k, i], n̂[i]>         each gets a small random push
+
+Moon, Buracas, Park, Kim, Canny, "An Embedding-Dynamic Approach to Self-supervised Learning", WACV 2023,
+https://arxiv.org/abs/2207.03552. The form of L_S is a reconstruction: the paper's method section could not be read.
+
+Each gradient here is with respect to ẑ; `tangent` turns their sum into the one with respect to z. All tensors are
+float32 or float64; `functional` sees to that.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from msbreg.linalg import Solver, finite_gram, inverse_root
+
+__all__ = [
+    "Spectrum",
+    "brownian_gradient",
+    "brownian_loss",
+    "centroid_gradient",
+    "centroid_loss",
+    "centroids",
+    "nuclear_norm",
+    "singular_value_loss",
+    "tangent",
+    "unit_rows",
+]
+
+Spectrum = Literal["nuclear", "whitening", "coding_rate"]
+
+EPS = 1e-12
+"""Rows no longer than this have no direction; the value of `torch.nn.functional.normalize`."""
+
+CODING_PRECISION = 0.2
+"""ε of the coding rate, as in EMP-SSL, https://arxiv.org/abs/2304.03977, where it is not squared either."""
+
+
+def unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
+    """ẑ = z / |z|, (..., N, D), and |z|, (..., N, 1), which is at least EPS.
+
+    A row is divided by its largest entry first, because that entry's square may overflow.
+    """
+    largest = torch.maximum(z.amax(-1, keepdim=True), -z.amin(-1, keepdim=True)).clamp_min(EPS)
+    z_hat = z / largest
+    norms = (largest * torch.linalg.vector_norm(z_hat, dim=-1, keepdim=True)).clamp_min(EPS)
+    return z_hat.mul_(largest / norms), norms
+
+
+def tangent(g: Tensor, z_hat: Tensor, norms: Tensor) -> Tensor:
+    """dL/dz = (g - ẑ <ẑ, g>) / |z| for g = dL/dẑ, (K, N, D), which it overwrites.
+
+    Zero where z has no direction that could turn.
+    """
+    radial = (z_hat * g).sum(-1, keepdim=True)
+    return g.addcmul_(z_hat, radial, value=-1).mul_(torch.where(norms <= EPS, 0.0, 1 / norms))
+
+
+def centroids(t: Tensor, *, leave_one_out: bool) -> Tensor:
+    """ĉ, the direction of the mean over k of t̂[k, i]: (N, D); or of its mean over the other views: (K, N, D)."""
+    t_hat, _ = unit_rows(t)
+    mean = (t_hat.sum(0) - t_hat) / (t.shape[0] - 1) if leave_one_out else t_hat.mean(0)
+    return unit_rows(mean)[0]
+
+
+def centroid_loss(z_hat: Tensor, c_hat: Tensor) -> Tensor:
+    """|ẑ - ĉ|² = 2 - 2 <ẑ, ĉ>, (K, N)."""
+    return (z_hat - c_hat).square_().sum(-1)
+
+
+def centroid_gradient(z_hat: Tensor, c_hat: Tensor) -> Tensor:
+    """2 (ẑ - ĉ), (K, N, D). -2 ĉ has the same tangent, but none of its digits are left where the two nearly agree."""
+    return (z_hat - c_hat).mul_(2)
+
+
+def brownian_loss(z_hat: Tensor, n_hat: Tensor) -> Tensor:
+    """mean_k mean_i <ẑ[k, i], n̂[i]>, a scalar; n̂ is (N, D), or (K, N, D) with a direction for each view."""
+    z = z_hat.mean(0) if n_hat.dim() == 2 else z_hat
+    return (z * n_hat).sum(-1).mean()
+
+
+def brownian_gradient(z_hat: Tensor, n_hat: Tensor) -> Tensor:
+    """n̂ / (K N), of n̂'s shape."""
+    return n_hat / (z_hat.shape[0] * z_hat.shape[1])
+
+
+def singular_value_loss(
+    gram: Tensor, *, rows: int, dim: int, spectrum: Spectrum, smoothing: float, solver: Solver, matrix: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Σ_j f(s_j²) for each view, and the weight W that makes its gradient, M W.
+
+    Unit rows fix Σ s̃_j² = r for s̃_j = s_j sqrt(r / N), so that a flat spectrum is s̃_j = 1. With λ = s²,
+    c = r / N, a = D / (N ε) and the smoothing δ,
+
+        spectrum       f(λ)                       f'(λ)
+        nuclear        (sqrt(cλ + δ²) - 1)²       c (1 - 1 / sqrt(cλ + δ²))
+        whitening      (cλ - 1)²                  2c (cλ - 1)
+        coding_rate    -½ log(1 + aλ)             -½ a / (1 + aλ)
+
+    The gradient of Σ_j f(s_j²) is 2 M f'(MᵀM) = 2 f'(M Mᵀ) M, so W = 2 f'(G).
+
+    Args:
+        gram: G, (K, p, p). p is r, or D > r where processes summed it; f of the p - r zeros in it is taken off.
+        rows: N, of all processes together.
+        dim: D.
+        spectrum: f.
+        smoothing: δ.
+        solver: how the inverse root of `"nuclear"` is taken. `"whitening"` needs none, `"coding_rate"` a Cholesky
+            factor.
+        matrix: M, (K, N, D), for the solver `"svd"`.
+
+    Returns:
+        (K,) and W, (K, p, p); NaN where G is not finite.
+    """
+    r, p = min(rows, dim), gram.shape[-1]
+    c, a = r / rows, dim / (rows * CODING_PRECISION)
+    identity = torch.eye(p, dtype=gram.dtype, device=gram.device)
+    if spectrum == "coding_rate":
+        finite = finite_gram(gram)
+        factor, _ = torch.linalg.cholesky_ex(identity + a * torch.where(finite, gram, 0.0))
+        value = -factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        weight = -a * torch.cholesky_inverse(factor)
+        return torch.where(finite[..., 0, 0], value, torch.nan), torch.where(finite, weight, torch.nan)
+    if spectrum == "whitening":
+        excess = c * gram - identity
+        return excess.square().sum((-2, -1)) - (p - r), 4 * c * excess
+    # Σ (sqrt(cλ + δ²) - 1)² over all p is c trace(G) + p δ² - 2 trace((cG + δ²I)^(1/2)) + p.
+    shift = smoothing**2 / c
+    inverse = inverse_root(gram, shift, solver, matrix)
+    roots = c**0.5 * trace_of_root(gram, shift, inverse)
+    value = c * _trace(gram) + p * (smoothing**2 + 1) - 2 * roots - (p - r) * (smoothing - 1) ** 2
+    return value.to(gram.dtype), torch.sub(2 * c * identity, inverse, alpha=2 * c**0.5)
+
+
+def nuclear_norm(
+    gram: Tensor, *, rows: int, dim: int, smoothing: float, solver: Solver, matrix: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Σ_{j <= r} sqrt(s_j² + δ²) of each matrix, (K,), and the weight W of its gradient M W, (K, p, p).
+
+    Arguments as for `singular_value_loss`; `tolerance` as in `linalg.inverse_root`.
+    """
+    inverse = inverse_root(gram, smoothing**2, solver, matrix, tolerance)
+    roots = trace_of_root(gram, smoothing**2, inverse)
+    return (roots - (gram.shape[-1] - min(rows, dim)) * smoothing).to(gram.dtype), inverse
+
+
+def trace_of_root(gram: Tensor, shift: float, inverse: Tensor) -> Tensor:
+    """trace(A^(1/2)) = <A, A^(-1/2)> for A = G + shift I, (K,): the roots come for free with the gradient."""
+    return (gram * inverse).sum((-2, -1), dtype=torch.float64) + shift * _trace(inverse)
+
+
+def _trace(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)

@@ -1,0 +1,539 @@
+"""Pretraining: the loop, and what stands around it.
+
+Everything a step does is a function of the config and the step's number: the images and their views, the noise, the
+learning rate, the EMA momentum. So a run that was killed and started again walks the same path as one that was not.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import signal
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from msbreg import checkpoint
+from msbreg.config import Config, flatten
+from msbreg.data import Batch, Source, ViewLoader, load_recipe, open_source, open_split
+from msbreg.distributed import convert_sync_batchnorm
+from msbreg.doctor import usable_cores
+from msbreg.errors import DataError, MSBRegError
+from msbreg.evaluation import OnlineProbe
+from msbreg.evaluator import Evaluator, has_labels, set_aside
+from msbreg.export import export_backbone
+from msbreg.methods import StepOutput, build_method
+from msbreg.monitor import (
+    MetricsFile,
+    Progress,
+    Stopwatch,
+    embedding_statistics,
+    markdown_table,
+    memory_megabytes,
+    read_metrics,
+)
+from msbreg.optim import build_optimizer
+from msbreg.plots import draw_curves
+from msbreg.processes import Processes
+from msbreg.schedules import ema_tau, scaled_lr, warmup_cosine
+
+__all__ = ["Trainer", "pretrain"]
+
+BAD_LOSSES_IN_A_ROW = 3
+FREE_TO_CHANGE = {
+    "run.dir", "run.resume", "run.threads", "run.checkpoint_every", "run.log_every", "run.tensorboard", "run.device",
+    "data.path", "data.eval_path", "data.backend", "data.threads", "data.prefetch", "data.cache",
+}  # fmt: skip
+
+
+def pretrain(config: Config) -> dict[str, Any]:
+    """Trains a backbone as the config says, or goes on with the run that its folder holds.
+
+    Args:
+        config: the run's options.
+
+    Returns:
+        What summary.json holds. Where a signal stopped the run, `finished` is False and the run folder has a
+        checkpoint of the last step.
+
+    Raises:
+        MSBRegError: what the user can mend; see its text.
+    """
+    config.validate()
+    with Processes(config.run.device) as processes, run_folder(config, processes) as folder:
+        return Trainer(config, processes, folder).run()
+
+
+class Trainer:
+    """One run: its data, networks and state, and the loop over them.
+
+    Args:
+        config: the run's options.
+        processes: this process and its peers.
+        folder: the run folder, which exists and is ours.
+    """
+
+    def __init__(self, config: Config, processes: Processes, folder: Path) -> None:
+        self.config, self.processes, self.folder = config, processes, folder
+        self.device = processes.device
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        state = checkpoint.load_run(folder) if config.run.resume else None
+        if state is None and checkpoint.holds_one(folder):
+            raise MSBRegError(f"{folder} holds a run already and --run.resume is false; choose another --run.dir.")
+        if state is not None:
+            refuse_other_config(state, config, folder)
+
+        self.threads = config.data.threads or max(1, usable_cores() // processes.local_world)
+        self.source, self.held_out = open_images(config, processes)
+        if state is not None and state["images"] != len(self.source):
+            raise MSBRegError(
+                f"the run in {folder} was trained on {state['images']:,} images, but there are {len(self.source):,} now; "
+                "choose another --run.dir, or the images it had."
+            )
+        if config.data.batch_size % processes.world:
+            raise MSBRegError(
+                f"--data.batch_size is {config.data.batch_size} images over all processes, which {processes.world} "
+                "processes cannot share evenly."
+            )
+        self.recipe = load_recipe(config.data.recipe, config.data.views, config.data.size)
+        self.batch = config.data.batch_size // processes.world
+        self.loader = ViewLoader(
+            self.source,
+            self.recipe,
+            self.batch,
+            seed=config.run.seed,
+            rank=processes.rank,
+            world_size=processes.world,
+            device=self.device,
+            backend=config.data.backend,
+            threads=self.threads,
+            prefetch=config.data.prefetch,
+        )
+        self.steps = config.optim.steps or max(1, math.ceil(config.optim.epochs * self.loader.steps_per_epoch))
+        self.warmup_steps = min(self.steps, round(config.optim.warmup_epochs * self.loader.steps_per_epoch))
+        self.eval_every = (
+            max(1, round(config.eval.every * self.loader.steps_per_epoch)) if config.eval.every else self.steps
+        )
+        self.peak_lr = scaled_lr(config.optim.lr, config.data.batch_size)
+
+        self._build_networks()
+        self.done, self.results, self.stopwatch = 0, {}, Stopwatch()
+        if state is not None:
+            self._restore(state)
+
+    def _build_networks(self) -> None:
+        config, processes = self.config, self.processes
+        torch.manual_seed(config.run.seed)  # the same weights on every rank
+        self.method = build_method(config, processes.group).to(self.device, memory_format=torch.channels_last)
+        classes = len(self.source.classes) if config.eval.linear and has_labels(self.source) else 0
+        features = self.method.online.backbone.num_features
+        self.probe = OnlineProbe(features, classes, group=processes.group).to(self.device) if classes else None
+        if processes.group is not None:
+            self.method = convert_sync_batchnorm(self.method, processes.group)
+        if config.model.compile:
+            for network in self.method.children():
+                network.compile()
+        self.model = self.method if processes.group is None else distributed(self.method)
+        self.optimizer = build_optimizer(
+            config.optim.name, self.method, lr=self.peak_lr, weight_decay=config.optim.weight_decay
+        )
+        bf16 = config.model.precision == "bf16" or (config.model.precision == "auto" and self.device.type == "cuda")
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        self.input_dtype = torch.bfloat16 if bf16 else torch.float32
+        self.bad_losses = torch.zeros(2, dtype=torch.int64, device=self.device)  # in a row now, and the longest row
+
+    def run(self) -> dict[str, Any]:
+        """Trains from where the run stands to its end."""
+        first = self.processes.first
+        self.evaluator = (
+            Evaluator(
+                self.config, self.source, self.held_out, recipe=self.recipe, device=self.device, threads=self.threads
+            )
+            if first
+            else None
+        )
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.done) if first else None
+        self.board = tensorboard(self.folder) if first and self.config.run.tensorboard else None
+        self.progress = Progress(self.steps, self.done, shown=first)
+        try:
+            if self.done == 0:
+                self._evaluate()
+            elif self.done < self.steps:
+                self.progress.say(f"going on from step {self.done} of {self.steps} in {self.folder}")
+            with stop_signals() as stop:
+                self._train(stop)
+            finished = self.done == self.steps
+            summary = self._finish() if finished else {"finished": False, "step": self.done}
+        finally:
+            self.progress.close()
+            for open_thing in (self.metrics, self.board, self.loader, self.evaluator):
+                if open_thing is not None:
+                    open_thing.close()
+        return summary
+
+    def step(self, batch: Batch, step: int) -> StepOutput:
+        """One optimizer step on one batch; `step` counts from 0."""
+        lr = warmup_cosine(step, self.steps, self.warmup_steps, self.peak_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        views = [view.to(self.device, self.input_dtype, non_blocking=True) for view in batch.views]
+        with self.autocast:
+            out = self.model(views, self.batch)
+        out.loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.after_step(ema_tau(step, self.steps, self.config.method.tau))
+        if self.probe is not None:
+            self.probe.learn(out.features, batch.labels.to(self.device, non_blocking=True))
+        return out
+
+    def _train(self, stop: list[int]) -> None:
+        config = self.config
+        self.model.train()
+        self.stopwatch.start()
+        for step, batch in self._timed(self.loader.batches(self.done, self.steps)):
+            out = self.step(batch, step)
+            self.done = step + 1
+            self._watch(out.loss)
+            self.progress.step()
+
+            if self.done % config.run.log_every == 0 or self.done == self.steps:
+                self._log(out)
+                if self._stopped(stop):
+                    break
+            if self.done % self.eval_every == 0 and self.done < self.steps:
+                self._evaluate()
+            if self.done % config.run.checkpoint_every == 0 and self.done < self.steps:
+                self._save()
+        self.stopwatch.stop()
+        if self.done < self.steps:
+            self._save()
+            self.progress.say(
+                f"stopped by a signal at step {self.done} of {self.steps}; the same command goes on from there"
+            )
+
+    def _timed(self, batches: Iterator) -> Iterator[tuple[int, Any]]:
+        step = self.done
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self.stopwatch.waited(time.perf_counter() - began)
+            yield step, batch
+            step += 1
+
+    def _watch(self, loss: Tensor) -> None:
+        """Counts losses that are not finite, on the device: reading each would make the host wait for it."""
+        row = torch.where(loss.detach().isfinite(), 0, self.bad_losses[0] + 1)
+        self.bad_losses = torch.stack((row, torch.maximum(row, self.bad_losses[1])))
+
+    def _check_losses(self) -> None:
+        rows = self.processes.gather(int(self.bad_losses[1]))
+        if ranks := [rank for rank, row in enumerate(rows) if row >= BAD_LOSSES_IN_A_ROW]:
+            where = f" on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if self.processes.world > 1 else ""
+            kept = (
+                "The last good checkpoint is kept" if checkpoint.holds_one(self.folder) else "No checkpoint was due yet"
+            )
+            raise MSBRegError(
+                f"the loss was not finite in {BAD_LOSSES_IN_A_ROW} steps in a row{where}, at step {self.done} or shortly "
+                f"before. {kept}. Try a lower --optim.lr or a longer --optim.warmup_epochs."
+            )
+
+    def _stopped(self, stop: list[int]) -> bool:
+        return self.done < self.steps and any(self.processes.gather(len(stop)))
+
+    def _log(self, out: StepOutput) -> None:
+        self._check_losses()
+        seconds, wait = self.stopwatch.lap()
+        losses = self.processes.mean(torch.stack([out.loss.detach(), *out.terms.values()]))
+        if not self.processes.first:
+            return
+        steps = self.done - self.results.get("logged", 0)
+        self.results["logged"] = self.done
+        images = steps * self.config.data.batch_size
+        row = {
+            "event": "train",
+            "step": self.done,
+            "epoch": self.done / self.loader.steps_per_epoch,
+            **dict(zip(("loss", *out.terms), losses.tolist(), strict=True)),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **embedding_statistics(out.embeddings),
+            "images_per_second": images / seconds,
+            "views_per_second": images * self.config.data.views / seconds,
+            "data_wait_ms": 1e3 * wait / steps,
+            "step_ms": 1e3 * seconds / steps,
+            "memory_mb": memory_megabytes(self.device),
+            "unreadable_images": len(self.loader.unreadable),
+        }
+        self.results["wait_seconds"] = self.results.get("wait_seconds", 0.0) + wait
+        self._record(row)
+        self.progress.show(
+            loss=row["loss"],
+            rank=row["effective_rank"],
+            images_s=row["images_per_second"],
+            knn=self.results["knn_top1"],
+        )
+
+    def _record(self, row: dict[str, Any]) -> None:
+        self.metrics.write(**row)
+        if self.board is not None:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{row['event']}/{name}", value, row["step"])
+
+    def _evaluate(self, *, linear: bool = False) -> None:
+        """Measures the frozen backbone on the first rank while the others wait."""
+        self.stopwatch.stop()
+        if self.evaluator is not None:
+            if self.done == 0:
+                self.results["knn_top1_pixels"] = self.evaluator.pixels()
+            accuracy = self.evaluator(self.method.online.backbone, linear=linear)
+            self.results["knn_top1"] = accuracy.knn
+            if self.done == 0:
+                self.results["knn_top1_untrained"] = accuracy.knn
+            row = {"event": "eval", "step": self.done, "knn_top1": accuracy.knn}
+            row["knn_top1_pixels"] = self.results["knn_top1_pixels"]
+            if self.probe is not None and self.evaluator.task == "labels":
+                row["online_linear_top1"] = self.probe.accuracy(self.method.online.backbone, self.evaluator.queries)
+                self.results["online_linear_top1"] = row["online_linear_top1"]
+            if accuracy.linear is not None:
+                self.results["linear_top1"] = row["linear_top1"] = accuracy.linear
+            row["spectrum"] = self.evaluator.spectrum(
+                torch.nn.Sequential(self.method.online.backbone, self.method.online.projector)
+            )
+            self._record(row)
+        self.processes.wait()
+        self.stopwatch.start()
+
+    def _save(self) -> None:
+        self.stopwatch.stop()
+        self._check_losses()
+        problem: MSBRegError | None = None
+        if self.processes.first:
+            try:
+                checkpoint.save_checkpoint(self.folder, self._state())
+            except MSBRegError as error:
+                problem = error
+        failed = any(self.processes.gather(problem is not None))
+        if problem is not None:
+            raise problem
+        if failed:
+            raise MSBRegError("rank 0 could not save the checkpoint; it says why.")
+        self.stopwatch.start()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.done,
+            "images": len(self.source),
+            "config": asdict(self.config),
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "probe": self.probe.state_dict() if self.probe is not None else None,
+            "random": torch.get_rng_state(),
+            "unreadable": dict(self.loader.unreadable),
+            "seconds": self.stopwatch.seconds,
+            "results": dict(self.results),
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        try:
+            self.method.load_state_dict(state["method"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.probe is not None:
+                self.probe.load_state_dict(state["probe"])
+        except (RuntimeError, ValueError, AttributeError) as error:
+            raise MSBRegError(
+                f"the checkpoint in {self.folder} does not fit the networks of this config; choose another --run.dir."
+            ) from error
+        torch.set_rng_state(state["random"])
+        self.loader.unreadable.update(state["unreadable"])
+        self.done, self.results = state["step"], state["results"]
+        self.stopwatch = Stopwatch(state["seconds"])
+
+    def _finish(self) -> dict[str, Any]:
+        """Last evaluation, checkpoint, curves, exported backbone and table; does nothing twice on a finished run."""
+        before = "finished" in self.results
+        if not before:
+            self._evaluate(linear=True)
+            self.results["finished"] = True
+            self._save()
+            self.stopwatch.stop()
+        if not self.processes.first:
+            return {"finished": True, "step": self.done}
+        summary_file = self.folder / "summary.json"
+        again = before and summary_file.exists()
+        if again:
+            summary = json.loads(summary_file.read_text())
+        else:
+            config, summary = self.config, self._summary()
+            description = f"{config.model.backbone} pretrained by msbreg ({config.method.name}), {self.done} steps"
+            export_backbone(self.method.online.backbone, self.folder, description=description)
+            title = f"msbreg pretrain: {config.method.name}, {config.model.backbone}, K = {config.data.views}"
+            draw_curves(read_metrics(self.folder / "metrics.jsonl"), self.folder / "curves.png", title=title)
+            write_json(summary_file, summary)
+        self.progress.close()
+        self._print_table(summary, again)
+        return summary
+
+    def _summary(self) -> dict[str, Any]:
+        seconds = self.stopwatch.seconds
+        images = self.done * self.config.data.batch_size
+        names = ("knn_top1", "knn_top1_untrained", "knn_top1_pixels", "linear_top1", "online_linear_top1")
+        return {
+            "finished": True,
+            "method": self.config.method.name,
+            "backbone": self.config.model.backbone,
+            "step": self.done,
+            "images": len(self.source),
+            "task": self.evaluator.task,
+            **{name: self.results[name] for name in names if name in self.results},
+            "seconds": seconds,
+            "images_per_second": images / seconds,
+            "views_per_second": images * self.config.data.views / seconds,
+            "data_wait_ms": 1e3 * self.results["wait_seconds"] / self.done,
+            "memory_mb": memory_megabytes(self.device),
+            "unreadable_images": len(self.loader.unreadable),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "processes": self.processes.world,
+        }
+
+    def _print_table(self, summary: dict[str, Any], again: bool) -> None:
+        task = "kNN top-1" if summary["task"] == "labels" else "image recognised again"
+        rows = [
+            (f"{task}, this run", f"{summary['knn_top1']:.1%}"),
+            (f"{task}, untrained network", f"{summary['knn_top1_untrained']:.1%}"),
+            (f"{task}, raw pixels", f"{summary['knn_top1_pixels']:.1%}"),
+        ]
+        if "linear_top1" in summary:
+            rows.append(("linear probe top-1", f"{summary['linear_top1']:.1%}"))
+        rows += [
+            ("training images", f"{summary['images']:,}"),
+            ("steps", f"{summary['step']:,}"),
+            ("seconds of training", f"{summary['seconds']:.0f}"),
+            ("images/s", f"{summary['images_per_second']:,.0f}"),
+            ("views/s", f"{summary['views_per_second']:,.0f}"),
+            ("waiting for data, ms a step", f"{summary['data_wait_ms']:.1f}"),
+            ("peak memory, MB", f"{summary['memory_mb']:,.0f}"),
+        ]
+        if summary["unreadable_images"]:
+            rows.append(("unreadable images left out", f"{summary['unreadable_images']:,}"))
+        print(markdown_table(rows, (f"{summary['method']}, {summary['backbone']}", "value")))
+        done = "This run had finished already" if again else "Curves, metrics, checkpoint and backbone are"
+        print(f"\n{done} in {self.folder}/")
+
+
+def distributed(method: torch.nn.Module) -> DistributedDataParallel:
+    """Averages gradients over processes. Buffers need no broadcast: they are the same on every rank anyway."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch 2.15 has a new name, 2.9 only this one
+        return DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def open_images(config: Config, processes: Processes) -> tuple[Source, Source | None]:
+    """Training images, and held-out images with usable labels where there are any."""
+    if config.data.path is None:
+        from msbreg.data.rendered import render
+
+        path = rendered_folder(config)
+        if processes.local_rank == 0:
+            render(path, size=config.data.size)
+        processes.wait()
+    else:
+        path = config.data.path
+    train, held_out = open_split(path)
+    if config.data.eval_path is not None:
+        held_out = open_source(config.data.eval_path)
+    elif held_out is None and has_labels(train):
+        train, held_out = set_aside(train)
+    return train, held_out
+
+
+def rendered_folder(config: Config) -> Path:
+    """Where the rendered images of a config's size are kept between runs."""
+    cache = config.data.cache or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "msbreg")
+    return Path(cache).expanduser() / f"rendered-{config.data.size}"
+
+
+@contextlib.contextmanager
+def run_folder(config: Config, processes: Processes) -> Iterator[Path]:
+    """Makes the run folder and keeps other runs out of it until this one ends."""
+    folder = Path(config.run.dir).expanduser()
+    if not processes.first:
+        processes.wait()
+        yield folder
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until the run ends
+    except OSError as error:
+        raise MSBRegError(
+            f"cannot write to the run folder {folder}: {error.strerror}; choose another --run.dir."
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise MSBRegError(f"another process is training in {folder}; choose another --run.dir.") from error
+        processes.wait()
+        yield folder
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Within it, SIGTERM and SIGUSR1 (what schedulers send before they preempt) and Ctrl-C fill the list it gives.
+
+    A second Ctrl-C interrupts at once.
+    """
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def refuse_other_config(state: dict[str, Any], config: Config, folder: Path) -> None:
+    """A run goes on only as it began: options that shape its result may not change in the middle."""
+    before, now = flatten(state["config"]), flatten(config)
+    changed = [name for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
+    changed = [name for name in changed if not name.startswith("eval.") or name == "eval.linear"]
+    if changed:
+        differences = "; ".join(f"--{name} was {before.get(name)} and is now {now[name]}" for name in changed)
+        raise MSBRegError(
+            f"{folder} holds a run with other options: {differences}. "
+            "Give the options it had to go on with it, or another --run.dir to start anew."
+        )
+
+
+def tensorboard(folder: Path) -> Any:
+    """A TensorBoard writer in the run folder."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MSBRegError("--run.tensorboard needs the tensorboard package: pip install tensorboard.") from error
+    return SummaryWriter(str(folder))
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,477 @@
+import io
+import itertools
+import math
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from msbreg.data import ImageFolder, View, ViewLoader, byol, cifar, evaluation, load_recipe, multi_crop
+from msbreg.data.parameters import LUMA, crop_boxes, draw, permutation
+from msbreg.data.recipes import size_groups
+from msbreg.errors import DataError, MSBRegError
+from msbreg.philox import philox4x32, uniforms
+
+try:
+    import nvidia.dali  # noqa: F401
+
+    BACKENDS = ["dali", "torchvision"]
+except ImportError:
+    BACKENDS = ["torchvision"]
+
+
+def picture(seed, size=(40, 48)):
+    """A smooth random picture of (height, width) as a JPEG file."""
+    values = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).resize(size[::-1], Image.Resampling.BICUBIC).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """48 pictures in 4 classes."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(48):
+        (folder / f"c{number % 4}").mkdir(exist_ok=True)
+        (folder / f"c{number % 4}/{number:02d}.jpg").write_bytes(picture(number, (32 + number, 60 - number // 2)))
+    return ImageFolder(folder)
+
+
+def stream(source, recipe, batch_size, *, start=0, stop=None, **options):
+    """The batches of steps [start, stop), and whether anything was left out."""
+    loader = ViewLoader(source, recipe, batch_size, **{"threads": 1, **options})
+    try:
+        return list(loader.batches(start, stop))
+    finally:
+        loader.close()
+
+
+def same(ours, theirs):
+    return all(
+        torch.equal(a.index, b.index)
+        and torch.equal(a.labels, b.labels)
+        and all(torch.equal(x, y) for x, y in zip(a.views, b.views, strict=True))
+        for a, b in zip(ours, theirs, strict=True)
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_stream_does_not_depend_on_where_it_starts_or_on_threads(pictures, backend):
+    recipe = (*byol(2, 32), View(size=24, area=(0.05, 0.2), blur=0.5))
+    whole = stream(pictures, recipe, 10, stop=20, seed=5, backend=backend)
+    assert same(whole[17:], stream(pictures, recipe, 10, start=17, stop=20, seed=5, backend=backend, threads=3))
+    assert same(whole[:3], stream(pictures, recipe, 10, stop=3, seed=5, backend=backend, prefetch=5, threads=3))
+    assert not same(whole[:3], stream(pictures, recipe, 10, start=4, stop=7, seed=5, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_ranks_batches_joined_are_the_batches_of_one_process(pictures, backend, world):
+    recipe = cifar(3, 24)
+    whole = stream(pictures, recipe, 20, start=1, stop=4, seed=1, backend=backend)
+    ranks = [
+        stream(pictures, recipe, 20 // world, start=1, stop=4, seed=1, backend=backend, rank=rank, world_size=world)
+        for rank in range(world)
+    ]
+    for step, batch in enumerate(whole):
+        parts = [rank[step] for rank in ranks]
+        assert torch.equal(batch.index, torch.cat([part.index for part in parts]))
+        assert torch.equal(batch.labels, torch.cat([part.labels for part in parts]))
+        views = torch.cat([part.views[0].unflatten(0, (3, -1)) for part in parts], dim=1)
+        assert torch.equal(batch.views[0].unflatten(0, (3, -1)), views)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_seeds_differ_in_order_and_in_pixels(pictures, backend):
+    one, two = (stream(pictures, cifar(2, 24), 48, stop=1, seed=seed, backend=backend)[0] for seed in (0, 1))
+    assert not torch.equal(one.index, two.index)
+    ours, theirs = (batch.views[0][:48][batch.index.argsort()] for batch in (one, two))
+    assert (ours - theirs).abs().flatten(1).amax(1).min() > 0.01
+
+
+def test_an_epoch_has_every_image_once_and_the_next_one_another_order(pictures):
+    batches = stream(pictures, cifar(1, 8), 12, stop=8, backend="torchvision")
+    first, second = (torch.cat([batch.index for batch in batches[at : at + 4]]) for at in (0, 4))
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(48))
+    assert not torch.equal(first, second)
+    for batch in batches:
+        assert torch.equal(batch.labels, torch.from_numpy(pictures.labels)[batch.index])
+
+
+def test_the_rest_of_an_epoch_is_left_out_and_it_is_another_rest_each_time(pictures):
+    loader = ViewLoader(pictures, cifar(1, 8), 10, backend="torchvision")
+    assert loader.steps_per_epoch == 4
+    epochs = [
+        torch.cat([batch.index for batch in loader.batches(4 * epoch, 4 * epoch + 4)]).tolist() for epoch in range(3)
+    ]
+    loader.close()
+    assert all(len(set(epoch)) == 40 for epoch in epochs)
+    assert set(epochs[0]) != set(epochs[1]) != set(epochs[2])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_shuffle_the_images_come_once_in_order(pictures, backend):
+    loader = ViewLoader(pictures, evaluation(24), 20, shuffle=False, backend=backend, threads=1)
+    for _ in range(2):
+        batches = list(loader.batches())
+        assert [len(batch.index) for batch in batches] == [20, 20, 8] and loader.steps_per_epoch == 3
+        assert torch.cat([batch.index for batch in batches]).tolist() == list(range(48))
+        assert batches[2].views[0].shape == (8, 3, 24, 24)
+    loader.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_are_grouped_by_size_view_after_view_in_channels_last(pictures, backend):
+    plain = evaluation(24)[0]
+    mirrored = View(**{**vars(plain), "flip": 1.0})
+    small = View(**{**vars(plain), "size": 16})
+    batch = stream(pictures, (plain, small, mirrored), 6, stop=1, backend=backend)[0]
+    large, little = batch.views
+    assert large.shape == (12, 3, 24, 24) and little.shape == (6, 3, 16, 16)
+    for views in batch.views:
+        assert views.dtype == torch.float32 and views.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(large[:6].flip(-1), large[6:])
+    expected = stream(pictures.subset(batch.index.numpy()), (plain,), 6, shuffle=False, backend=backend)[0]
+    assert torch.equal(large[:6], expected.views[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_later_batches_do_not_write_to_earlier_ones(pictures, backend):
+    loader = ViewLoader(pictures, (View(size=24), View(size=16)), 8, backend=backend, threads=2)
+    batches = loader.batches()
+    kept = list(itertools.islice(batches, 4))
+    copies = [[views.clone() for views in batch.views] for batch in kept]
+    for _ in range(12):
+        next(batches)
+    loader.close()
+    for batch, copy in zip(kept, copies, strict=True):
+        assert all(torch.equal(views, earlier) for views, earlier in zip(batch.views, copy, strict=True))
+    addresses = {views.data_ptr() for batch in kept for views in batch.views}
+    assert len(addresses) == 8
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_views_are_normalised_by_imagenets_statistics(tmp_path, backend):
+    for number, colour in enumerate([(0, 128, 255), (255, 0, 64)]):
+        Image.new("RGB", (20, 20), colour).save(tmp_path / f"{number}.png")
+    views = stream(ImageFolder(tmp_path), evaluation(16), 2, shuffle=False, backend=backend)[0].views[0]
+    expected = (torch.tensor([[0, 128, 255], [255, 0, 64]]) / 255 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )
+    assert torch.allclose(views, expected[:, :, None, None].expand_as(views), atol=1e-5)
+
+
+def damaged_png():
+    """Whole from header to end marker, but its pixels cannot be decompressed."""
+    buffer = io.BytesIO()
+    Image.effect_noise((40, 40), 50).convert("RGB").save(buffer, "PNG")
+    data = bytearray(buffer.getvalue())
+    middle = len(data) // 2
+    data[middle : middle + 60] = bytes(60)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_images_among_good_ones_are_named_once_replaced_and_counted(tmp_path, backend):
+    bad = {3: picture(3)[:-200], 4: b"just a text", 9: b"", 12: damaged_png()}
+    for number in range(16):
+        name = f"{number:02d}.{'png' if number == 12 else 'jpg'}"
+        (tmp_path / name).write_bytes(bad.get(number, picture(number)))
+    source = ImageFolder(tmp_path)
+    loader = ViewLoader(source, cifar(2, 24), 8, backend=backend, threads=2)
+    with pytest.warns(UserWarning, match="left out") as caught:
+        batches = list(loader.batches(0, 6))
+    messages = [str(warning.message) for warning in caught]
+    assert sorted(loader.unreadable) == sorted(bad)
+    for number in bad:
+        assert len([message for message in messages if source.name(number) in message]) == 1
+    substitutes = {3: 5, 4: 5, 9: 10, 12: 13}
+    for step, batch in enumerate(batches):
+        order = permutation(16, seed=0, epoch=step // 2)[8 * (step % 2) :][:8]
+        assert batch.index.tolist() == [substitutes.get(number, number) for number in order.tolist()]
+
+    with warnings.catch_warnings():  # nothing is named again
+        warnings.simplefilter("error")
+        again = list(loader.batches(0, 6))
+    loader.close()
+    assert same(batches, again)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_substitutes_do_not_depend_on_ranks_or_on_what_was_found_before(tmp_path, backend):
+    for number in range(12):
+        name = f"{number:02d}.{'png' if number == 5 else 'jpg'}"
+        (tmp_path / name).write_bytes({5: damaged_png(), 6: b"x"}.get(number, picture(number)))
+    source = ImageFolder(tmp_path)
+    with pytest.warns(UserWarning, match="left out"):
+        whole = stream(source, cifar(1, 24), 6, stop=5, backend=backend)
+    with pytest.warns(UserWarning, match="left out"):
+        ranks = [stream(source, cifar(1, 24), 3, stop=5, backend=backend, rank=r, world_size=2) for r in range(2)]
+    for step, batch in enumerate(whole):
+        assert torch.equal(batch.views[0], torch.cat([rank[step].views[0] for rank in ranks]))
+    with pytest.warns(UserWarning, match="left out"):
+        assert same(whole[3:], stream(source, cifar(1, 24), 6, start=3, stop=5, backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_images_that_only_pillow_decodes_are_not_left_out(tmp_path, backend):
+    for number in range(4):
+        Image.open(io.BytesIO(picture(number))).save(tmp_path / f"{number}.gif")
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(picture(4))).save(buffer, "PNG")
+    (tmp_path / "4.png").write_bytes(buffer.getvalue()[:-14])  # all pixels, but neither checksum nor end marker
+    loader = ViewLoader(ImageFolder(tmp_path), evaluation(24), 5, shuffle=False, backend=backend, threads=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batch = next(loader.batches())
+    loader.close()
+    assert batch.index.tolist() == [0, 1, 2, 3, 4] and loader.unreadable == {}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [b"x", damaged_png()], ids=["text", "damaged"])
+@pytest.mark.parametrize("count", [4, 40])
+def test_nothing_but_bad_images_ends_with_an_error(tmp_path, backend, bad, count):
+    for number in range(count):
+        (tmp_path / f"{number:02d}.png").write_bytes(bad)
+    loader = ViewLoader(ImageFolder(tmp_path), evaluation(24), 4, shuffle=False, backend=backend, threads=1)
+    with pytest.raises(DataError, match=r"none of the 4 images|1\d of the 40 images|20 of the 40 images"):
+        list(loader.batches())
+    loader.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unreadable_images_of_an_earlier_run_may_be_told(pictures, backend):
+    loader = ViewLoader(pictures, evaluation(16), 48, shuffle=False, backend=backend, threads=1)
+    loader.unreadable.update({2: "told", 3: "told"})
+    assert next(loader.batches()).index.tolist()[:6] == [0, 1, 4, 4, 4, 5]
+    loader.close()
+
+
+def test_a_batch_larger_than_the_data_set(pictures):
+    with pytest.raises(
+        DataError, match=r"a batch of 49 images cannot be filled from the 48 of .*; use a smaller batch"
+    ):
+        ViewLoader(pictures, cifar(2), 49)
+    with pytest.raises(
+        DataError, match=r"batch of 64 images \(16 on each of 4 processes\) cannot be filled from the 48"
+    ):
+        ViewLoader(pictures, cifar(2), 16, world_size=4)
+    loader = ViewLoader(pictures, evaluation(8), 64, shuffle=False, backend="torchvision")
+    assert [len(batch.index) for batch in loader.batches()] == [48]
+    loader.close()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": 0},
+        {"prefetch": 0},
+        {"rank": 2, "world_size": 2},
+        {"shuffle": False, "world_size": 2},
+        {"backend": "cv"},
+    ],
+)
+def test_impossible_arguments(pictures, wrong):
+    with pytest.raises(ValueError, match=r"expected|backend"):
+        ViewLoader(pictures, cifar(2), **{"batch_size": 4, **wrong})
+
+
+def test_without_dali_torchvision_takes_its_place(pictures, monkeypatch, caplog):
+    for name in [name for name in sys.modules if name.startswith("nvidia.dali")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with caplog.at_level("WARNING"):
+        batch = stream(pictures, cifar(1, 16), 4, stop=1, backend="auto")[0]
+    assert "DALI is not installed" in caplog.text
+    assert same([batch], stream(pictures, cifar(1, 16), 4, stop=1, backend="torchvision"))
+    with pytest.raises(MSBRegError, match="DALI cannot be imported"):
+        ViewLoader(pictures, cifar(1, 16), 4, backend="dali")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_new_stream_ends_the_one_before(pictures, backend):
+    loader = ViewLoader(pictures, cifar(1, 16), 8, backend=backend, threads=1)
+    first = loader.batches()
+    one = next(first)
+    again = next(loader.batches())
+    assert same([one], [again])
+    assert next(first, None) is None
+    loader.close()
+    loader.close()
+
+
+def test_permutations_are_permutations_and_have_no_favourites():
+    counts = np.zeros((6, 6))
+    for epoch in range(1000):
+        order = permutation(6, seed=7, epoch=epoch)
+        counts[np.arange(6), order] += 1
+    assert (counts.sum(0) == 1000).all()
+    expected, sigma = 1000 / 6, math.sqrt(1000 * (1 / 6) * (5 / 6))
+    assert np.abs(counts - expected).max() < 5 * sigma
+    assert len({tuple(permutation(20, seed=seed, epoch=epoch)) for seed in range(5) for epoch in range(5)}) == 25
+
+
+def test_draws_come_from_the_documented_counters():
+    sample, view, seed = 2**33 + 12345, 3, 2**40 + 9
+    recipe = tuple(View(size=8, flip=0.5, solarize=0.5) for _ in range(5))
+    ordinals = np.array([7, sample], dtype=np.int64)
+    drawn = draw(recipe, ordinals, np.array([[50, 60], [70, 90]]), seed=seed)[view]
+
+    def uniform(number):
+        counter = [torch.tensor(word) for word in (number // 4, sample & 0xFFFFFFFF, sample >> 32, 2**31 + view)]
+        return float(uniforms(philox4x32(tuple(counter), seed))[number % 4])
+
+    assert drawn.sigma[1] == np.float32(0.1 + 1.9 * uniform(29))
+    assert drawn.solarize[1] == (uniform(30) < 0.5) and drawn.flip[1] == (uniform(31) < 0.5)
+    assert drawn.box[1, 0] == math.floor(uniform(20) * (70 - drawn.box[1, 2] + 1))
+
+
+def test_a_samples_draw_does_not_depend_on_its_batch():
+    sizes = np.random.default_rng(0).integers(20, 500, (64, 2))
+    whole = draw(byol(3), np.arange(64), sizes, seed=0)
+    part = draw(byol(3), np.arange(20, 30), sizes[20:30], seed=0)
+    for ours, theirs in zip(whole, part, strict=True):
+        assert all(np.array_equal(a[20:30], b) for a, b in zip(ours, theirs, strict=True))
+    assert len(np.unique([view.sigma[:10] for view in draw(byol(3), np.arange(64), sizes, seed=1)[::2]])) == 20
+
+
+@pytest.mark.parametrize(
+    "view", [*byol(1), *multi_crop(1, 1), *evaluation(224), *evaluation(32), View(ratio=(0.2, 0.3))]
+)
+def test_crops_lie_inside_the_image(view):
+    sides = [1, 2, 3, 7, 50, 333, 4000]
+    sizes = np.array([(height, width) for height in sides for width in sides] * 40)
+    top, left, height, width = draw((view,), np.arange(len(sizes)), sizes, seed=0)[0].box.T
+    assert (height >= 1).all() and (width >= 1).all() and (top >= 0).all() and (left >= 0).all()
+    assert (top + height <= sizes[:, 0]).all() and (left + width <= sizes[:, 1]).all()
+
+
+def reference_crop(view, u, height, width):
+    """RandomResizedCrop as one reads it: attempt after attempt."""
+    low, high = math.log(view.ratio[0]), math.log(view.ratio[1])
+    for attempt in range(10):
+        area = height * width * (view.area[0] + (view.area[1] - view.area[0]) * u[attempt])
+        ratio = math.exp(low + (high - low) * u[10 + attempt])
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return [int(u[20] * (height - h + 1)), int(u[21] * (width - w + 1)), h, w]
+    if width / height < view.ratio[0]:
+        w, h = width, round(width / view.ratio[0])
+    elif width / height > view.ratio[1]:
+        w, h = round(height * view.ratio[1]), height
+    else:
+        w, h = width, height
+    return [(height - h) // 2, (width - w) // 2, h, w]
+
+
+@pytest.mark.parametrize("view", [View(), View(area=(0.9, 1.0)), View(area=(0.3, 0.5), ratio=(0.5, 0.6))])
+def test_crops_are_those_of_random_resized_crop(view):
+    random = np.random.default_rng(0)
+    sizes, u = random.integers(10, 600, (2000, 2)), random.uniform(size=(32, 2000))
+    expected = [reference_crop(view, u[:, i], *sizes[i].tolist()) for i in range(2000)]
+    assert crop_boxes(view, u, sizes).tolist() == expected
+
+
+def test_the_evaluation_crop_is_the_centred_square():
+    boxes = draw(evaluation(224), np.arange(2), np.array([[256, 341], [500, 400]]), seed=0)[0].box
+    assert boxes.tolist() == [[16, 58, 224, 224], [75, 25, 350, 350]]
+
+
+COUNT = 40_000
+
+
+def near(values, mean, variance):
+    """Whether the mean of independent values is within five standard errors of the expectation."""
+    return abs(np.mean(values) - mean) < 5 * math.sqrt(variance / len(values))
+
+
+def test_crops_have_the_documented_distribution():
+    view, side = View(area=(0.08, 0.5)), 10_000  # so that the first attempt always fits and rounding is small
+    top, left, height, width = draw((view,), np.arange(COUNT), np.full((COUNT, 2), side), seed=0)[0].box.T.astype(float)
+    area, log_ratio, span = height * width / side**2, np.log(width / height), math.log(4 / 3)
+    assert near(area, 0.29, 0.42**2 / 12) and near(area**2, (0.5**3 - 0.08**3) / 3 / 0.42, 0.01)
+    assert near(log_ratio, 0, span**2 / 3) and near(log_ratio**2, span**2 / 3, span**4)
+    for place, size in ((top, height), (left, width)):
+        assert near(place / (side - size), 0.5, 1 / 12) and near((place / (side - size)) ** 2, 1 / 3, 4 / 45)
+    assert abs(np.corrcoef(area, log_ratio)[0, 1]) < 5 / math.sqrt(COUNT)
+
+
+def test_probabilities_and_strengths_are_those_of_the_recipe():
+    first, second = draw(byol(2), np.arange(COUNT), np.full((COUNT, 2), 256), seed=3)
+    assert near(first.flip, 0.5, 0.25) and near(second.solarize, 0.2, 0.16) and near(second.sigma > 0, 0.1, 0.09)
+    assert not first.solarize.any() and (first.sigma > 0).all()
+    assert first.sigma.min() >= 0.1 and first.sigma.max() <= 2 and near(first.sigma, 1.05, 1.9**2 / 12)
+    assert (first.radius == np.ceil(3 * first.sigma)).all()
+
+    identity = (first.colour == np.eye(3, 4, dtype=np.float32)).all(axis=(1, 2))
+    assert near(identity, 0.2 * 0.8, 0.16 * 0.84)  # neither jitter nor grayscale
+    rows_alike = np.abs(first.colour[:, 0] - first.colour[:, 1]).max(axis=1) < 1e-6
+    assert near(rows_alike, 0.2, 0.16)  # grayscale
+    # grey v becomes b c v + 128 (1 - c)
+    contrast = 1 - first.colour[:, 0, 3] / 128
+    brightness = first.colour[:, 0, :3].sum(axis=1) / contrast
+    for factor in (contrast, brightness):
+        assert near(factor, 1, 0.8 * 0.8**2 / 12) and factor.min() > 0.6 - 1e-5 and factor.max() < 1.4 + 1e-5
+        assert near(np.abs(factor - 1) < 1e-6, 0.2, 0.16)
+    assert abs(np.corrcoef(contrast[~identity], brightness[~identity])[0, 1]) < 0.03
+
+
+def test_colour_matrices_keep_grey_grey_and_the_luma_of_saturation_and_hue():
+    view = View(brightness=0.0, contrast=0.0, saturation=0.9, hue=0.5, jitter=1.0)
+    linear = draw((view,), np.arange(100), np.full((100, 2), 64), seed=0)[0].colour[:, :, :3]
+    assert np.abs(linear @ np.ones(3) - 1).max() < 1e-5
+    assert np.abs(LUMA @ linear - LUMA).max() < 1e-5
+
+
+def test_blur_windows_fit_into_small_views():
+    assert draw((View(size=4),), np.arange(500), np.full((500, 2), 64), seed=0)[0].radius.max() == 3
+
+
+def test_recipes_by_name():
+    assert load_recipe("byol", 4, 96) == byol(4, 96) == (*byol(2, 96), *byol(2, 96))
+    assert load_recipe("auto", 2, 32) == cifar(2, 32) and load_recipe("auto", 2, 96) == byol(2, 96)
+    assert [view.size for view in load_recipe("multi_crop", 8, 224)] == [224] * 2 + [96] * 6
+    assert size_groups(multi_crop(2, 3)) == [[0, 1], [2, 3, 4]]
+    assert size_groups((View(size=8), View(size=4), View(size=8))) == [[0, 2], [1]]
+
+
+def test_recipes_from_a_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("- blur: 0.5\n  area: [0.2, 1]\n- size: 16\n  interpolation: linear\n")
+    first, second = View(size=32, blur=0.5, area=(0.2, 1)), View(size=16, interpolation="linear")
+    assert load_recipe(str(path), 3, 32) == (first, second, first)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- blurr: 1", "block 1: no field is called blurr; there are size, area"),
+        ("- size: 32\n- blur: 2", "block 2: blur is a probability, 0 to 1, not 2"),
+        ("- area: [0.5, 0.2]", "area is a range"),
+        ("- area: 0.5", "block 1"),
+        ("- size: big", "size is a number of pixels"),
+        ("- flip: often", "block 1"),
+        ("blur: 1", "should be a list of blocks"),
+        ("- just a word", "expected field: value pairs"),
+        ("", "should be a list of blocks"),
+        ("- [", "is not YAML"),
+    ],
+)
+def test_wrong_recipe_files(tmp_path, text, says):
+    (tmp_path / "wrong.yaml").write_text(text)
+    with pytest.raises(MSBRegError, match=says):
+        load_recipe(str(tmp_path / "wrong.yaml"), 2, 32)
+
+
+def test_missing_recipes():
+    with pytest.raises(MSBRegError, match="no recipe is called moco"):
+        load_recipe("moco", 2, 32)
+    with pytest.raises(MSBRegError, match="cannot be read: No such file"):
+        load_recipe("missing.yaml", 2, 32)
+    with pytest.raises(MSBRegError, match="at least one small one, not 2"):
+        load_recipe("multi_crop", 2, 224)

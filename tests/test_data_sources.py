@@ -1,0 +1,325 @@
+import io
+import os
+import random
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from msbreg.data import ImageFolder, IndexFile, TarShards, open_source, open_split
+from msbreg.data.sources import Reader, UnreadableError, decode, probe
+from msbreg.errors import DataError
+
+
+def encoded(size=(20, 30), kind="JPEG", mode="RGB", seed=0, **options):
+    """A smooth random picture of (height, width), encoded."""
+    random_values = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    picture = Image.fromarray(random_values).resize(size[::-1], Image.Resampling.BICUBIC).convert(mode)
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def fill(folder, files):
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def pack(path, files, kind=tarfile.USTAR_FORMAT):
+    with tarfile.open(path, "w", format=kind) as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = len(data), 1.5 if kind == tarfile.PAX_FORMAT else 1
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_folder_takes_images_at_any_depth_and_classes_from_the_first_level(tmp_path):
+    fill(
+        tmp_path,
+        {
+            "dog/b.JPG": b"1", "cat/deep/er/a.png": b"2", "cat/a.jpeg": b"3", "top.webp": b"4", "notes.txt": b"",
+            "dog/x": b"", ".hidden/a.jpg": b"", "cat/.a.jpg": b"", "empty/readme.md": b"",
+        },
+    )  # fmt: skip
+    source = ImageFolder(tmp_path)
+    assert source.paths == ["cat/a.jpeg", "cat/deep/er/a.png", "dog/b.JPG", "top.webp"]
+    assert source.classes == ["cat", "dog"]
+    assert source.labels.tolist() == [0, 0, 1, -1] and source.labels.dtype == np.int64
+    assert [source.read(index) for index in range(len(source))] == [b"3", b"2", b"1", b"4"]
+    assert source.name(2) == str(tmp_path / "dog/b.JPG")
+
+
+@pytest.mark.parametrize("names", [["a.jpg", "b.jpg"], ["images/a.jpg", "images/b.jpg"]])
+def test_fewer_than_two_folders_are_no_classes(tmp_path, names):
+    source = ImageFolder(fill(tmp_path, dict.fromkeys(names, b"x")))
+    assert source.classes == [] and source.labels.tolist() == [-1, -1]
+
+
+def test_a_link_back_up_is_not_walked_for_ever(tmp_path):
+    fill(tmp_path, {"a/1.jpg": b"x", "b/2.jpg": b"x"})
+    (tmp_path / "a/up").symlink_to(tmp_path)
+    assert len(ImageFolder(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: path / "missing", "no such folder or file: .*missing"),
+        (lambda path: path, "holds no images: .*[.]jpg, [.]jpeg, [.]png"),
+        (lambda path: fill(path, {"a/b.txt": b"x", "c.pdf": b"x"}), "holds no images: .*[.]jpg"),
+        (lambda path: fill(path, {"a.tar": b"not a tar at all"}) / "a.tar", "not a whole, uncompressed tar file"),
+        (lambda path: fill(path, {"a.tar": b""}), "not a whole, uncompressed tar file"),
+        (lambda path: path / "shard-{000..002}.tar", "no such shard: .*shard-000.tar"),
+        (lambda path: path / "*.tar", "no such shard: .*[*].tar"),
+        (lambda path: pack(path / "a.tar", {"a.txt": b"x", "._a.jpg": b"x"}), "holds no images: no member"),
+        (lambda path: path / "list.txt", "no such file: .*list.txt"),
+        (lambda path: fill(path, {"list.txt": b"# nothing\n\n"}) / "list.txt", "lists no images"),
+        (lambda path: fill(path, {"list.csv": b"\xff\xd8\xff\x00"}) / "list.csv", "should be a text file"),
+    ],
+)  # fmt: skip
+def test_what_holds_no_images_is_said_in_one_sentence(tmp_path, make, says):
+    with pytest.raises(DataError, match=says) as caught:
+        open_source(make(tmp_path))
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_that_is_a_file(tmp_path):
+    with pytest.raises(DataError, match="is not a folder"):
+        ImageFolder(fill(tmp_path, {"a.jpg": b"x"}) / "a.jpg")
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_shards_hold_what_a_folder_holds(tmp_path, kind):
+    files = {f"{'cat' if i % 3 else 'dog'}/{i:03d}.jpg": encoded(seed=i) for i in range(9)}
+    folder = ImageFolder(fill(tmp_path / "folder", files))
+    (tmp_path / "shards").mkdir()
+    names = list(files)
+    for number in range(3):
+        members = {}
+        for name in names[number::3]:
+            members[name] = files[name]
+            members[name.replace(".jpg", ".cls")] = name[:3].encode() + b"\n"
+            members[name.replace(".jpg", ".json")] = b"{}"
+        pack(tmp_path / f"shards/s-{number:02d}.tar", members, kind)
+    shards = open_source(tmp_path / "shards")
+    assert isinstance(shards, TarShards) and shards.classes == folder.classes == ["cat", "dog"]
+
+    def content(source):
+        return {(source.name(i)[-11:], source.read(i), int(source.labels[i])) for i in range(len(source))}
+
+    assert content(shards) == content(folder)
+    for pattern in ("s-{00..02}.tar", "s-0?.tar", "s-{00,01,02}.tar"):
+        other = open_source(tmp_path / "shards" / pattern)
+        assert [other.name(i) for i in range(9)] == [shards.name(i) for i in range(9)]
+    assert len(open_source(tmp_path / "shards/s-01.tar")) == 3
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
+def test_long_and_foreign_names_in_shards(tmp_path, kind):
+    names = ["ü" * 30 + "/ö.jpeg", "d" * 70 + "/" + "e" * 80 + ".png"]
+    names += [] if kind == tarfile.USTAR_FORMAT else ["f" * 150 + "/" + "g" * 120 + ".webp"]
+    files = {name: os.urandom(600 + i) for i, name in enumerate(names)}
+    shards = TarShards(pack(tmp_path / "s.tar", files, kind))
+    assert [shards.names[i] for i in range(len(shards))] == names
+    assert [shards.read(i) for i in range(len(shards))] == list(files.values())
+
+
+def test_numbers_in_cls_are_class_numbers_and_samples_are_grouped_by_name(tmp_path):
+    files = {
+        "x/1.cls": b"7",
+        "x/1.jpg": b"a",
+        "x/1.png": b"b",
+        "y/1.jpg": b"c",
+        "2.seg.png": b"d",
+        "2.jpg": b"e",
+        "2.cls": b"0",
+    }
+    shards = TarShards(pack(tmp_path / "s.tar", files))
+    assert [shards.read(i) for i in range(len(shards))] == [b"a", b"c", b"e"]
+    assert shards.labels.tolist() == [7, -1, 0] and shards.classes == [str(number) for number in range(8)]
+
+
+def test_a_shard_cut_short_is_an_error(tmp_path):
+    path = pack(tmp_path / "s.tar", {"a.jpg": b"x" * 5000, "b.jpg": b"y" * 5000})
+    whole = path.read_bytes()
+    for length in (700, 7000, 5632 + 100):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match="not a whole, uncompressed tar file"):
+            TarShards(path)
+
+
+def test_a_compressed_shard_is_an_error(tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("a.jpg"), io.BytesIO())
+    with pytest.raises(DataError, match="uncompressed tar file"):
+        TarShards(tmp_path / "s.tar")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "labels", "classes"),
+    [
+        ("list.txt", "# two\na/1.jpg dog\n\nmy cat.jpg cat\nb c.jpg\n", [1, 0, -1], ["cat", "dog"]),
+        ("list.lst", "a/1.jpg 2\nmy cat.jpg 0\nb c.jpg 1\n", [2, 0, 1], ["0", "1", "2"]),
+        ("list.tsv", "a/1.jpg\tbig dog\nmy cat.jpg\tcat\nb c.jpg\n", [0, 1, -1], ["big dog", "cat"]),
+        ("list.csv", "path,label\na/1.jpg, dog\nmy cat.jpg,cat\nb c.jpg,\n", [1, 0, -1], ["cat", "dog"]),
+    ],
+)
+def test_index_files(tmp_path, name, text, labels, classes):
+    fill(tmp_path, {"a/1.jpg": b"1", "my cat.jpg": b"2", "b c.jpg": b"3", name: text.encode()})
+    source = open_source(tmp_path / name)
+    assert isinstance(source, IndexFile)
+    assert [source.read(i) for i in range(3)] == [b"1", b"2", b"3"]
+    assert source.labels.tolist() == labels and source.classes == classes
+
+
+@pytest.mark.parametrize("held_out", ["val", "test", "validation"])
+def test_split_folders_number_classes_alike(tmp_path, held_out):
+    fill(tmp_path, {"train/ant/1.jpg": b"", "train/bee/1.jpg": b"", "train/cat/1.jpg": b""})
+    fill(tmp_path, {f"{held_out}/bee/1.jpg": b"", f"{held_out}/cat/1.jpg": b""})
+    train, test = open_split(tmp_path)
+    assert train.labels.tolist() == [0, 1, 2]
+    assert test.labels.tolist() == [1, 2] and test.classes == ["ant", "bee", "cat"]
+
+
+def test_a_held_out_class_without_training_images_is_an_error(tmp_path):
+    fill(tmp_path, {"train/ant/1.jpg": b"", "train/bee/1.jpg": b"", "val/ant/1.jpg": b"", "val/fly/1.jpg": b""})
+    with pytest.raises(DataError, match="class fly"):
+        open_split(tmp_path)
+
+
+def test_without_a_split_everything_is_for_training(tmp_path):
+    train, test = open_split(fill(tmp_path, {"a/1.jpg": b"", "b/1.jpg": b""}))
+    assert len(train) == 2 and test is None
+
+
+def test_subset_keeps_labels_and_classes(tmp_path):
+    source = ImageFolder(fill(tmp_path, {"a/1.jpg": b"1", "b/2.jpg": b"2", "b/3.jpg": b"3"}))
+    subset = source.subset([2, 0]).subset(np.array([1, 0]))
+    assert [subset.read(i) for i in range(2)] == [b"1", b"3"]
+    assert subset.labels.tolist() == [0, 1] and subset.classes == ["a", "b"] and subset.name(1) == source.name(2)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "JPEG2000"])
+def test_probe_tells_size_and_whether_every_backend_decodes_it(kind):
+    assert probe(encoded((20, 30), kind)) == (20, 30, kind != "GIF")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_images_come_upright(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded((20, 30), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert probe(data)[:2] == upright.size[::-1]
+    assert np.array_equal(np.asarray(decode(data)), np.asarray(upright))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_damaged_exif_is_no_damaged_image():
+    data = encoded((20, 30), exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff")
+    assert probe(data)[:2] == (20, 30)
+    assert decode(data).size == (30, 20)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_an_image_cut_short_anywhere_is_unreadable(kind):
+    whole = encoded((60, 80), kind)
+    last = len(whole) - (40 if kind == "PNG" else 1)  # a PNG's checksums and end marker follow its last pixel
+    for length in [0, 1, 10, *random.Random(0).sample(range(20, last), 20), last]:
+        with pytest.raises(UnreadableError):
+            probe(whole[:length])
+
+
+def test_bytes_after_the_end_do_no_harm():
+    assert probe(encoded((20, 30)) + b"camera's own data")[:2] == (20, 30)
+
+
+def test_sixteen_bits_are_cut_to_eight_and_alpha_is_left_out():
+    grey = np.linspace(0, 65535, 600).astype(np.uint16).reshape(20, 30)
+    buffer = io.BytesIO()
+    Image.fromarray(grey).save(buffer, "PNG")
+    assert not probe(buffer.getvalue()).common
+    assert np.array_equal(np.asarray(decode(buffer.getvalue()))[..., 0], grey >> 8)
+
+    colours = np.random.default_rng(0).integers(0, 256, (20, 30, 4), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(colours).save(buffer, "PNG")
+    assert np.array_equal(np.asarray(decode(buffer.getvalue())), colours[..., :3])
+
+
+def test_reader_puts_the_next_readable_image_in_place_of_a_bad_one(tmp_path):
+    good = {f"{i:02d}.jpg": encoded((20 + i, 30), seed=i) for i in range(12)}
+    bad = {"03.jpg": b"text", "04.jpg": b"", "11.jpg": good["11.jpg"][:500]}
+    source = ImageFolder(fill(tmp_path, {**good, **bad}))
+    expected = {3: 5, 4: 5, 11: 0}
+    for order in (range(12), reversed(range(12))):
+        reader = Reader(source)
+        for index in order:
+            sample = reader.sample(index)
+            assert sample.index == expected.get(index, index)
+            assert (sample.height, sample.width) == (20 + sample.index, 30)
+            assert sample.data.tobytes() == good[f"{sample.index:02d}.jpg"]
+        assert sorted(reader.unreadable) == [3, 4, 11]
+        assert "not an image" in reader.unreadable[3] and "empty" in reader.unreadable[4]
+        assert len(reader.news) == 3 and all(str(tmp_path) in news for news in reader.news)
+
+
+def test_a_file_that_vanishes_is_unreadable(tmp_path):
+    source = ImageFolder(fill(tmp_path, {"1.jpg": encoded(), "2.jpg": encoded()}))
+    (tmp_path / "1.jpg").unlink()
+    reader = Reader(source)
+    assert reader.sample(0).index == 1
+    assert "No such file" in reader.unreadable[0]
+
+
+def test_too_many_unreadable_images_are_an_error(tmp_path):
+    reader = Reader(ImageFolder(fill(tmp_path, {f"{i:03d}.jpg": encoded() if i % 2 else b"x" for i in range(60)})))
+    assert reader.limit == 16
+    for index in range(32):
+        reader.sample(index)
+    with pytest.raises(DataError, match=r"17 of the 60 images .* cannot be read, which is more than the 16"):
+        reader.sample(32)
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 17, 18, 40])
+def test_only_unreadable_images_are_an_error(tmp_path, count):
+    reader = Reader(ImageFolder(fill(tmp_path, {f"{i:03d}.jpg": b"x" for i in range(count)})))
+    with pytest.raises(DataError, match=r"none of the|cannot be read"):
+        reader.sample(count // 2)
+
+
+def test_one_percent_may_be_unreadable(tmp_path):
+    reader = Reader(ImageFolder(fill(tmp_path, {f"{i:04d}.jpg": b"" for i in range(2500)})))
+    assert reader.limit == 25
+
+
+def with_size_field(path, place, field):
+    """Rewrites a tar header's size field and checksum."""
+    content = bytearray(path.read_bytes())
+    content[place + 124 : place + 136] = field
+    content[place + 148 : place + 156] = b" " * 8
+    content[place + 148 : place + 156] = b"%06o\0 " % sum(content[place : place + 512])
+    path.write_bytes(bytes(content))
+    return path
+
+
+def test_sizes_beyond_eight_gibibytes_in_gnu_shards(tmp_path):
+    """GNU tar writes them in base 256; here a small one."""
+    data = encoded()
+    path = with_size_field(pack(tmp_path / "s.tar", {"a.jpg": data}), 0, b"\x80" + len(data).to_bytes(11, "big"))
+    assert TarShards(path).read(0) == data
+
+
+def test_sizes_beyond_eight_gibibytes_in_pax_shards(tmp_path):
+    """Pax shards keep them in a header of their own, which counts; here a small one."""
+    data = encoded()
+    with tarfile.open(tmp_path / "s.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("a.jpg")
+        member.size, member.pax_headers = len(data), {"size": str(len(data))}
+        archive.addfile(member, io.BytesIO(data))
+    assert TarShards(with_size_field(tmp_path / "s.tar", 1024, b"0" * 11 + b"\0")).read(0) == data

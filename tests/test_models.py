@@ -1,0 +1,116 @@
+"""Backbones by name, the stem for small images, and the perceptron."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from msbreg.errors import MSBRegError
+from msbreg.models import ConvNet, build_backbone, mlp_head
+
+
+def features(backbone: nn.Module, side: int) -> torch.Tensor:
+    with torch.no_grad():
+        return backbone(torch.randn(2, 3, side, side))
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        ("convnet", 128),
+        ("resnet18", 512),  # fc
+        ("shufflenet_v2_x0_5", 1024),
+        ("googlenet", 1024),  # auxiliary classifiers
+        ("mobilenet_v3_small", 1024),  # classifier: the layers before the last stay
+        ("squeezenet1_1", 512),  # a convolution classifies
+        ("regnet_y_400mf", 440),
+        ("swin_t", 768),  # head
+        ("vit_b_32", 768),  # heads
+        ("timm/resnet18", 512),
+        ("timm/mobilenetv3_small_050", 1024),  # a last layer after pooling
+    ],
+)
+def test_a_backbone_maps_images_to_num_features(name, width):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    backbone = build_backbone(name)
+    side = 224 if "vit" in name else 64
+    assert backbone.training
+    assert features(backbone, side).shape == (2, width)
+    assert backbone.num_features == width
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_weights_go_back_into_torchvisions_model(stem):
+    weights = build_backbone("resnet18", stem=stem).state_dict()
+    whole = torchvision.models.resnet18()
+    if stem == "cifar":
+        whole.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    missing, unexpected = whole.load_state_dict(weights, strict=False)
+    assert missing == ["fc.weight", "fc.bias"]
+    assert unexpected == []
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "timm/resnet18"])
+def test_the_cifar_stem_keeps_the_resolution(name):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    sides = []
+    for stem in ("imagenet", "cifar"):
+        backbone = build_backbone(name, stem=stem)
+        backbone.layer4.register_forward_hook(lambda layer, inputs, output: sides.append(output.shape[-1]))
+        features(backbone, 32)
+    assert sides == [1, 4]
+
+
+def test_the_convnet_halves_the_resolution_twice_and_takes_its_width():
+    network = ConvNet(width=8)
+    sides = []
+    for layer in network.layers:
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda layer, inputs, output: sides.append(tuple(output.shape[1:])))
+    assert features(network, 20).shape == (2, 32)
+    assert sides == [(8, 20, 20), (8, 20, 20), (16, 10, 10), (16, 10, 10), (32, 5, 5), (32, 5, 5)]
+
+
+def test_channels_last_gives_the_same_features():
+    torch.manual_seed(0)
+    network = ConvNet(width=8).eval()
+    images = torch.randn(4, 3, 16, 16)
+    expected = network(images)
+    network.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(network(images.contiguous(memory_format=torch.channels_last)), expected)
+
+
+def test_one_seed_gives_one_network():
+    networks = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        networks.append(build_backbone("convnet").state_dict())
+    assert all(torch.equal(networks[0][name], networks[1][name]) for name in networks[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "words"),
+    [
+        ("resnet81", "imagenet", "did you mean .*resnet18"),
+        ("timm/resnet5O", "imagenet", "did you mean .*timm/resnet50"),
+        ("fcn_resnet50", "imagenet", "there is no backbone 'fcn_resnet50'"),  # torchvision has it, for segmentation
+        ("squeezenet1_1", "cifar", "the stem cifar is for ResNets, and squeezenet1_1 is none"),
+        ("convnet", "cifar", "convnet is none"),
+        ("resnet18", "small", "got 'small'"),
+    ],
+)
+def test_what_cannot_be_built_is_explained(name, stem, words):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    with pytest.raises(MSBRegError, match=words):
+        build_backbone(name, stem=stem)
+
+
+def test_the_head_is_linear_norm_relu_linear():
+    head = mlp_head(6, 10, 4)
+    assert head(torch.randn(3, 6)).shape == (3, 4)
+    assert [type(layer) for layer in head] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+    assert head[0].out_features == 10
+    assert head[3].bias is None

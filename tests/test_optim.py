@@ -1,0 +1,106 @@
+"""LARS against a plain twin, and which parameters decay."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from msbreg.errors import MSBRegError
+from msbreg.optim import LARS, build_optimizer, parameter_groups
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
+
+
+def gradients(module: nn.Module, step: int) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for parameter in module.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def plain_lars(w, g, m, *, lr, momentum, decay, eta, adapt):
+    """One step for one tensor, written as in the paper; returns the new weights and momentum."""
+    u = g + decay * w
+    norm_w, norm_u = float(w.norm()), float(u.norm())
+    ratio = eta * norm_w / norm_u if adapt and norm_w > 0 and norm_u > 0 else 1.0
+    m = momentum * m + ratio * u
+    return w - lr * m, m
+
+
+def test_lars_equals_its_plain_twin_over_several_steps():
+    module = network()
+    optimizer = build_optimizer("lars", module, lr=0.5, weight_decay=0.1, momentum=0.8)
+    twins = [(parameter.detach().clone(), torch.zeros_like(parameter)) for parameter in module.parameters()]
+    for step, lr in enumerate([0.5, 0.25, 1.0]):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        gradients(module, step)
+        for index, parameter in enumerate(module.parameters()):
+            tensor = parameter.ndim > 1
+            twins[index] = plain_lars(
+                *(twins[index][0], parameter.grad, twins[index][1]),
+                lr=lr, momentum=0.8, decay=0.1 if tensor else 0.0, eta=1e-3, adapt=tensor,
+            )  # fmt: skip
+        optimizer.step()
+        for parameter, (expected, _) in zip(module.parameters(), twins, strict=True):
+            torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_lars_takes_plain_steps_where_a_norm_is_zero():
+    for value, gradient in ((0.0, 2.0), (3.0, 0.0)):
+        w = nn.Parameter(torch.full((2, 2), value))
+        w.grad = torch.full((2, 2), gradient)
+        LARS([w], lr=0.1).step()
+        torch.testing.assert_close(w.detach(), torch.full((2, 2), value - 0.1 * gradient))
+
+
+def test_lars_passes_over_parameters_without_a_gradient_and_returns_the_closures_loss():
+    used, unused = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+    optimizer = LARS([used, unused], lr=0.1)
+
+    def closure():
+        loss = (used**2).sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 4.0
+    assert torch.equal(unused, torch.ones(2, 2))
+    assert not torch.equal(used, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_a_saved_state_goes_on_bit_for_bit(name):
+    module = network()
+    optimizer = build_optimizer(name, module, lr=0.5, weight_decay=0.1)
+    gradients(module, 0)
+    optimizer.step()
+    copied = copy.deepcopy(module)
+    resumed = build_optimizer(name, copied, lr=123.0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for model, stepper in ((module, optimizer), (copied, resumed)):
+        gradients(model, 1)
+        stepper.step()
+    for a, b in zip(module.parameters(), copied.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_biases_and_norms_neither_decay_nor_adapt_and_frozen_parameters_are_left_out():
+    module = network()
+    module[0].requires_grad_(False)
+    tensors, vectors = parameter_groups(module, 0.1)
+    assert [id(w) for w in tensors["params"]] == [id(module[3].weight)]
+    assert {id(w) for w in vectors["params"]} == {id(module[1].weight), id(module[1].bias), id(module[3].bias)}
+    assert (tensors["weight_decay"], tensors["adapt"]) == (0.1, True)
+    assert (vectors["weight_decay"], vectors["adapt"]) == (0.0, False)
+
+
+def test_a_group_without_parameters_is_left_out():
+    assert len(parameter_groups(nn.Linear(2, 2, bias=False), 0.1)) == 1
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(MSBRegError, match="got 'adam'"):
+        build_optimizer("adam", network(), lr=0.1)

@@ -1,0 +1,359 @@
+"""`msbreg pretrain` from the command line: what a run leaves behind, how it resumes, and what it says of bad input."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from msbreg.cli import main
+from msbreg.monitor import read_metrics
+
+TIMES = {
+    "images_per_second", "views_per_second", "data_wait_ms", "step_ms", "memory_mb", "seconds", "processes",
+}  # fmt: skip
+
+
+def pretrain(*options: str, capsys=None) -> int:
+    return main(["pretrain", *map(str, options)])
+
+
+def without_times(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name not in TIMES}
+
+
+def outcome(folder: Path) -> tuple[list[dict], dict, dict]:
+    """Metrics and summary without times, and the final weights."""
+    summary = json.loads((folder / "summary.json").read_text())
+    weights = torch.load(folder / "backbone.pt", weights_only=True)
+    return [without_times(row) for row in read_metrics(folder / "metrics.jsonl")], without_times(summary), weights
+
+
+def assert_same_outcome(one: Path, other: Path) -> None:
+    (metrics, summary, weights), (metrics_2, summary_2, weights_2) = outcome(one), outcome(other)
+    assert metrics == metrics_2
+    assert summary == summary_2
+    for name, value in weights.items():
+        assert torch.equal(value, weights_2[name]), name
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, small) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert pretrain("--run.dir", folder, *small) == 0
+    return folder
+
+
+def test_a_run_leaves_what_the_readme_promises(undisturbed):
+    names = {path.name for path in undisturbed.iterdir()}
+    assert {
+        "metrics.jsonl",
+        "summary.json",
+        "curves.png",
+        "checkpoint.pt",
+        "backbone.pt",
+        "backbone.safetensors",
+    } <= names
+    assert not [name for name in names if name.endswith(".partial")]
+    with Image.open(undisturbed / "curves.png") as picture:
+        assert picture.size[0] > 800
+
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    for name in ("knn_top1", "knn_top1_untrained", "knn_top1_pixels", "linear_top1"):
+        assert 0 < summary[name] <= 1, name
+    assert summary["step"] == 12 and summary["seconds"] > 0 and summary["task"] == "labels"
+    assert math.isclose(summary["images_per_second"], 12 * 32 / summary["seconds"], rel_tol=1e-6)
+
+    rows = read_metrics(undisturbed / "metrics.jsonl")
+    train = [row for row in rows if row["event"] == "train"]
+    assert [row["step"] for row in train] == [2, 4, 6, 8, 10, 12]
+    for name in (
+        "loss", "centroid", "singular_value", "brownian", "lr", "images_per_second", "views_per_second", "data_wait_ms",
+        "memory_mb", "embedding_std", "effective_rank", "singular_max", "singular_min", "centroid_norm",
+    ):  # fmt: skip
+        assert all(isinstance(row[name], float) for row in train), name
+    assert [row["step"] for row in rows if row["event"] == "eval"] == [0, 12]
+
+
+def test_the_exported_backbone_is_the_trained_one(undisturbed):
+    from safetensors.torch import load_file
+
+    from msbreg.models import build_backbone
+
+    weights = torch.load(undisturbed / "backbone.pt", weights_only=True)
+    state = torch.load(undisturbed / "checkpoint.pt", weights_only=True)["method"]
+    assert weights.keys() == load_file(undisturbed / "backbone.safetensors").keys()
+    for name, value in weights.items():
+        assert torch.equal(value, state[f"online.backbone.{name}"])
+    build_backbone("convnet").load_state_dict(weights)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(undisturbed, small, capsys):
+    before = {path.name: path.stat().st_mtime_ns for path in undisturbed.iterdir() if path.name != ".lock"}
+    metrics = (undisturbed / "metrics.jsonl").read_bytes()
+    assert pretrain("--run.dir", undisturbed, *small) == 0
+    assert "had finished already" in capsys.readouterr().out
+    assert (undisturbed / "metrics.jsonl").read_bytes() == metrics
+    after = {path.name: path.stat().st_mtime_ns for path in undisturbed.iterdir() if path.name in before}
+    assert {name for name in before if before[name] != after[name]} <= {"metrics.jsonl"}
+
+
+def start(folder: Path, *options: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "msbreg", "pretrain", "--run.dir", str(folder), *options]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(row["event"] == "train" and row["step"] >= step for row in read_metrics(folder / "metrics.jsonl")):
+            return
+        time.sleep(0.005)
+    pytest.fail(f"the run never reached step {step}: {process.communicate()}")
+
+
+LONG = ["--optim.steps", "40"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed_long(tmp_path_factory, small) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "long"
+    assert pretrain("--run.dir", folder, *small, *LONG) == 0
+    return folder
+
+
+def test_killed_three_times_it_ends_as_if_never_disturbed_bit_for_bit(tmp_path, small, undisturbed_long):
+    for step in (6, 18, 30):
+        process = start(tmp_path, *small, *LONG)
+        wait_for_step(tmp_path, step, process)
+        process.kill()
+        process.communicate()
+        assert not (tmp_path / "summary.json").exists()
+    assert pretrain("--run.dir", tmp_path, *small, *LONG) == 0
+    assert_same_outcome(tmp_path, undisturbed_long)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_preemption_signal_saves_and_exits_cleanly(tmp_path, small, undisturbed_long, number):
+    process = start(tmp_path, *small, *LONG, "--run.checkpoint_every", "1000")
+    wait_for_step(tmp_path, 10, process)
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "stopped by a signal at step" in errors
+    step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
+    assert 10 <= step < 40
+    assert pretrain("--run.dir", tmp_path, *small, *LONG) == 0
+    assert_same_outcome(tmp_path, undisturbed_long)
+
+
+def test_another_seed_is_another_run(tmp_path, small, undisturbed):
+    assert pretrain("--run.dir", tmp_path, *small, "--run.seed", "1") == 0
+    assert outcome(tmp_path)[0] != outcome(undisturbed)[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method.name", "byol"],
+        ["--method.name", "simsiam"],
+        ["--data.views", "4", "--model.view_chunk", "2", "--method.leave_one_out", "true"],
+        ["--method.spectrum", "whitening", "--method.disperse", "predictor", "--optim.name", "sgd"],
+        ["--method.spectrum", "coding_rate", "--model.predictor", "false", "--optim.name", "lars"],
+        ["--data.recipe", "multi_crop", "--data.views", "4", "--model.precision", "bf16"],
+        ["--data.backend", "torchvision"],
+    ],
+)
+def test_options_train(tmp_path, small, options):
+    assert pretrain("--run.dir", tmp_path, *small, "--optim.steps", "3", *options) == 0
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["event"] == "train"]
+    assert len(rows) == 2 and all(math.isfinite(row["loss"]) for row in rows)
+
+
+def test_images_without_labels_are_recognised_again(tmp_path, small, swatches):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for index, image in enumerate(sorted((swatches / "train").rglob("*.jpg"))[:40]):
+        (flat / f"{index}.jpg").symlink_to(image)
+    assert pretrain("--run.dir", tmp_path / "run", *small, "--data.path", flat, "--optim.steps", "2") == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["task"] == "instances" and 0 < summary["knn_top1"] <= 1 and "linear_top1" not in summary
+
+
+def test_processes_of_torchrun_train_as_one_does(tmp_path, small, undisturbed, free_port):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port),
+        "-m", "msbreg", "pretrain", "--run.dir", str(tmp_path), *small,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "summary.json").read_text())["processes"] == 2
+    two, one = (
+        [row for row in read_metrics(folder / "metrics.jsonl") if row["event"] == "train"]
+        for folder in (tmp_path, undisturbed)
+    )
+    for mine, theirs in zip(two, one, strict=True):
+        assert mine["step"] == theirs["step"]
+        for name in ("loss", "centroid", "singular_value", "brownian"):
+            assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-4), (mine["step"], name)
+
+
+def test_eval_and_export(undisturbed, tmp_path, capsys):
+    assert main(["eval", str(undisturbed), "--bank", "100", "--queries", "60", "--k", "5", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert f"{summary['knn_top1']:.1%}" in printed and f"{summary['linear_top1']:.1%}" in printed
+    assert main(["export", str(undisturbed), "--out", str(tmp_path)]) == 0
+    for name, value in torch.load(undisturbed / "backbone.pt", weights_only=True).items():
+        assert torch.equal(value, torch.load(tmp_path / "backbone.pt", weights_only=True)[name])
+
+
+def test_doctor_names_versions_and_devices(capsys):
+    assert main(["doctor"]) == 0
+    report = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in report and "GPU" in report and "nvidia.dali" in report
+
+
+# Bad input: one clear sentence, exit status 2, nothing lost.
+
+
+def refusal(capsys, *options: str) -> str:
+    status = pretrain(*options)
+    captured = capsys.readouterr()
+    assert status == 2
+    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, captured.err
+    assert "Traceback" not in captured.err
+    return lines[0]
+
+
+def test_no_such_folder(tmp_path, small, capsys):
+    missing = tmp_path / "missing"
+    assert str(missing) in refusal(capsys, "--run.dir", tmp_path / "run", *small, "--data.path", missing)
+
+
+def test_empty_folder_and_folder_without_images(tmp_path, small, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert str(empty) in refusal(capsys, "--run.dir", tmp_path / "run", *small, "--data.path", empty)
+    (empty / "notes.txt").write_text("no image")
+    assert ".jpg" in refusal(capsys, "--run.dir", tmp_path / "run", *small, "--data.path", empty)
+
+
+def test_a_batch_larger_than_the_data_set(tmp_path, small, capsys):
+    text = refusal(capsys, "--run.dir", tmp_path, *small, "--data.batch_size", "1000")
+    assert "1000" in text and "240" in text
+
+
+def test_one_view_where_two_are_needed(tmp_path, small, capsys):
+    assert "at least 2" in refusal(capsys, "--run.dir", tmp_path, *small, "--data.views", "1")
+
+
+def test_three_views_for_byol(tmp_path, small, capsys):
+    assert "exactly 2" in refusal(capsys, "--run.dir", tmp_path, *small, "--data.views", "3", "--method.name", "byol")
+
+
+def test_an_unknown_backbone(tmp_path, small, capsys):
+    assert "resnet18" in refusal(capsys, "--run.dir", tmp_path, *small, "--model.backbone", "resnet81")
+
+
+def test_an_unknown_option_and_a_value_of_the_wrong_type(capsys):
+    for options, word in ((["--data.viewz", "2"], "--data.viewz"), (["--data.views", "two"], "data.views")):
+        with pytest.raises(SystemExit) as exit_:
+            pretrain(*options)
+        assert exit_.value.code == 2
+        assert word in capsys.readouterr().err
+
+
+def test_a_run_folder_that_cannot_be_written(tmp_path, small, capsys):
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    assert "choose another --run.dir" in refusal(capsys, "--run.dir", in_the_way, *small)
+    assert "choose another --run.dir" in refusal(capsys, "--run.dir", in_the_way / "run", *small)
+    assert "choose another --run.dir" in refusal(capsys, "--run.dir", "/proc/msbreg", *small)
+
+
+def test_two_runs_in_one_folder(tmp_path, small, capsys):
+    process = start(tmp_path, *small, *LONG)
+    wait_for_step(tmp_path, 2, process)
+    try:
+        assert "another process" in refusal(capsys, "--run.dir", tmp_path, *small, *LONG)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_checkpoint_of_another_architecture(undisturbed, small, capsys):
+    text = refusal(capsys, "--run.dir", undisturbed, *small, "--model.backbone", "resnet18", "--model.stem", "cifar")
+    assert "--model.backbone was convnet and is now resnet18" in text
+
+
+def test_a_checkpoint_cut_short(tmp_path, small, undisturbed, capsys):
+    whole = (undisturbed / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    assert "cut short or damaged" in refusal(capsys, "--run.dir", tmp_path, *small)
+    assert (tmp_path / "checkpoint.pt").stat().st_size == len(whole) // 2
+    assert main(["export", str(tmp_path)]) == 2
+    assert "cut short or damaged" in capsys.readouterr().err
+
+
+def test_a_run_folder_that_holds_a_run_when_told_not_to_resume(undisturbed, small, capsys):
+    assert "holds a run already" in refusal(capsys, "--run.dir", undisturbed, *small, "--run.resume", "false")
+
+
+def test_a_disk_that_fills_while_saving(tmp_path, small, undisturbed, capsys, file_size_limit):
+    checkpoint_bytes = (undisturbed / "checkpoint.pt").stat().st_size
+    assert pretrain("--run.dir", tmp_path, *small, "--data.cache", tmp_path) == 0  # imports write their caches before
+    run = tmp_path / "run"
+    with file_size_limit(checkpoint_bytes // 2):
+        text = refusal(capsys, "--run.dir", run, *small)
+    assert "cannot save the checkpoint" in text and "there was none before" in text
+    assert pretrain("--run.dir", run, *small) == 0
+    assert_same_outcome(run, undisturbed)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, small, capsys):
+    options = ["--optim.name", "sgd", "--optim.lr", "1e30", "--optim.warmup_epochs", "0", "--run.checkpoint_every", "1"]
+    text = refusal(capsys, "--run.dir", tmp_path, *small, *options)
+    assert "not finite in 3 steps in a row" in text
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["step"] >= 1
+
+
+def test_bad_images_among_good_ones_are_named_left_out_and_counted(tmp_path, small, swatches, capsys):
+    images = tmp_path / "images"
+    good = sorted((swatches / "train").rglob("*.jpg"))[:60]
+    images.mkdir()
+    for index, path in enumerate(good):
+        (images / f"good_{index:02}.jpg").symlink_to(path)
+    (images / "truncated.jpg").write_bytes(good[0].read_bytes()[:400])
+    (images / "text.jpg").write_text("this is no image")
+    (images / "empty.jpg").write_bytes(b"")
+    with Image.open(good[1]) as image:
+        image.convert("L").save(images / "gray.jpg")
+        image.convert("CMYK").save(images / "cmyk.jpg")
+        image.convert("RGBA").save(images / "alpha.png")
+    run = tmp_path / "run"
+    assert pretrain("--run.dir", run, *small, "--data.path", images) == 0
+    captured = capsys.readouterr()
+    for name in ("truncated.jpg", "text.jpg", "empty.jpg"):
+        assert captured.err.count(name) == 1, captured.err
+    for name in ("gray.jpg", "cmyk.jpg", "alpha.png", "good_"):
+        assert name not in captured.err
+    assert json.loads((run / "summary.json").read_text())["unreadable_images"] == 3
+    assert "unreadable images left out" in captured.out
+
+
+def test_nothing_but_unreadable_images_ends_with_an_error(tmp_path, small, capsys):
+    for index in range(64):
+        (tmp_path / f"{index}.jpg").write_text("no image")
+    refusal(capsys, "--run.dir", tmp_path / "run", *small, "--data.path", tmp_path)
