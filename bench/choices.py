@@ -23,7 +23,8 @@ import msbreg
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = [
-    "--data.views", "2", "--data.batch_size", "128", "--eval.every", "0", "--eval.bank", "10000", "--eval.queries", "2000",
+    "--data.views", "2", "--data.batch_size", "128", "--eval.every", "0", "--eval.bank", "10000",
+    "--eval.queries", "2000",
     "--run.threads", "1", "--data.threads", "1", "--run.checkpoint_every", "1000000", "--run.log_every", "50",
 ]  # fmt: skip
 ROWS = {

@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
@@ -57,11 +57,9 @@ def build_parser() -> ArgumentParser:
 
     evaluate = ArgumentParser(description="kNN and linear probe accuracy of the frozen backbone of a run.")
     evaluate.add_argument("run", type=str, help="run folder, or a checkpoint file")
+    evaluate.add_argument("--data.path", type=str | None, default=None, help="labelled images; unset: those of the run")
     evaluate.add_argument(
-        "--data.path", type=Optional[str], default=None, help="labelled images; unset: those of the run"
-    )
-    evaluate.add_argument(
-        "--data.eval_path", type=Optional[str], default=None, help="held-out images; unset: as in pretrain"
+        "--data.eval_path", type=str | None, default=None, help="held-out images; unset: as in pretrain"
     )
     evaluate.add_argument("--k", type=int, default=20, help="neighbours in the kNN vote")
     evaluate.add_argument("--bank", type=int, default=50_000, help="labelled images the neighbours come from, at most")
@@ -72,7 +70,7 @@ def build_parser() -> ArgumentParser:
 
     export = ArgumentParser(description="Write the backbone of a run as backbone.safetensors and backbone.pt.")
     export.add_argument("run", type=str, help="run folder, or a checkpoint file")
-    export.add_argument("--out", type=Optional[str], default=None, help="folder to write to; unset: the run folder")
+    export.add_argument("--out", type=str | None, default=None, help="folder to write to; unset: the run folder")
     commands.add_subcommand("export", export, help="write a trained backbone for other software")
 
     bench = ArgumentParser(
@@ -93,8 +91,8 @@ def add_config(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         action="config",
-        help=f"YAML file of options, or the name of a recipe: {', '.join(packaged_configs())}. May be given again; later "
-        "options win.",
+        help=f"YAML file of options, or the name of a recipe: {', '.join(packaged_configs())}. May be given again; "
+        "later options win.",
     )
     parser.add_class_arguments(Config, None)
 

@@ -6,7 +6,7 @@ cores. `msbreg/configs/*.yaml` hold the other recipes; `--config NAME` loads one
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 from msbreg import functional
 from msbreg.errors import MSBRegError
@@ -19,7 +19,7 @@ class RunConfig:
     """Where the run lives and how it reports."""
 
     dir: str = "runs/default"
-    """Folder of the run: metrics, checkpoints, curves and the exported backbone. Resumed where it holds a checkpoint."""
+    """Folder of the run: metrics, checkpoints, curves, the exported backbone. Resumed where it holds a checkpoint."""
     seed: int = 0
     """Seed of initial weights, order of images, augmentation and noise."""
     resume: bool = True
@@ -40,12 +40,12 @@ class RunConfig:
 class DataConfig:
     """Which images, and which views of them."""
 
-    path: Optional[str] = None
+    path: str | None = None
     """Image folder, folder or pattern of tar shards, or index file; unset: images that msbreg renders itself."""
-    eval_path: Optional[str] = None
+    eval_path: str | None = None
     """Held-out images for evaluation; unset: val/ or test/ beside train/ under data.path, else a tenth is set aside."""
     recipe: str = "auto"
-    """Augmentation: byol, cifar, multi_crop or a YAML file with one block a view; auto: cifar below 96 pixels, else byol."""
+    """Augmentation: byol, cifar, multi_crop, or a YAML file with a block a view; auto: cifar below 96 pixels or byol."""
     size: int = 32
     """Side of a view, in pixels."""
     views: int = 2
@@ -58,7 +58,7 @@ class DataConfig:
     """Threads that decode and augment in each process; 0: the CPU's cores shared among the machine's processes."""
     prefetch: int = 2
     """Batches prepared ahead of the step."""
-    cache: Optional[str] = None
+    cache: str | None = None
     """Folder for the rendered images; unset: msbreg/ in the user's cache folder (XDG_CACHE_HOME)."""
 
 

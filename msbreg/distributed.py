@@ -71,7 +71,7 @@ class CrossRankBatchNorm(_BatchNorm):
         group = dist.group.WORLD if self.group is None else self.group
         output, mean, variance, count = _CrossRankNormalise.apply(input, self.weight, self.bias, self.eps, group)
         if self.track_running_stats:
-            self._update_running(mean, variance * count / (count - 1))
+            self._update_running(mean, variance * (count / (count - 1)))
         return output
 
     @torch.no_grad()
@@ -100,8 +100,10 @@ class _CrossRankNormalise(torch.autograd.Function):
         inverse = torch.rsqrt(variance + eps)
         output = centred * _channels(inverse, x)
         if weight is not None:
-            output = output * _channels(weight, x) + _channels(bias, x)
-        ctx.save_for_backward(x, weight, mean, inverse, count)
+            output *= _channels(weight, x)
+        if bias is not None:
+            output += _channels(bias, x)
+        ctx.save_for_backward(x, weight, bias, mean, inverse, count)
         ctx.group = group
         ctx.mark_non_differentiable(mean, variance, count)
         return output.to(x.dtype), mean, variance, count
@@ -109,7 +111,7 @@ class _CrossRankNormalise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, inverse, count = ctx.saved_tensors
+        x, weight, bias, mean, inverse, count = ctx.saved_tensors
         others = [d for d in range(x.dim()) if d != 1]
         dy32 = dy.to(mean.dtype)
         x_hat = (x.to(mean.dtype) - _channels(mean, x)) * _channels(inverse, x)
@@ -117,9 +119,9 @@ class _CrossRankNormalise(torch.autograd.Function):
         mean_dy, mean_dy_x = all_reduce_sum(torch.stack((d_bias, d_weight)), ctx.group) / count
         scale = inverse if weight is None else inverse * weight
         dx = (dy32 - _channels(mean_dy, x) - x_hat * _channels(mean_dy_x, x)) * _channels(scale, x)
-        if weight is None:
-            return dx.to(x.dtype), None, None, None, None
-        return dx.to(x.dtype), d_weight.to(weight.dtype), d_bias.to(weight.dtype), None, None
+        d_weight = None if weight is None else d_weight.to(weight.dtype)
+        d_bias = None if bias is None else d_bias.to(bias.dtype)
+        return dx.to(x.dtype), d_weight, d_bias, None, None
 
 
 def _channels(statistic: Tensor, x: Tensor) -> Tensor:

@@ -74,7 +74,8 @@ class Evaluator:
         plain = evaluation(config.data.size)
 
         def images(source: Source, most: int, views: tuple = plain) -> Images:
-            chosen = np.random.Generator(np.random.Philox(0)).permutation(len(source))[:most]
+            usable = np.flatnonzero(np.asarray(source.labels) >= 0) if self.task == "labels" else np.arange(len(source))
+            chosen = np.random.Generator(np.random.Philox(0)).permutation(usable)[:most]
             loader = ViewLoader(
                 source.subset(np.sort(chosen)),
                 views,

@@ -299,10 +299,9 @@ def _spectral_loss(z_hat: Tensor, options: _Spectral) -> tuple[Tensor, Tensor]:
     """L_S and the weight W, (K, p, p), of its gradient ẑ W in this process."""
     spectrum, smoothing, solver, group = options
     world, (views, rows, dim) = world_size(group), z_hat.shape
-    m = _for_solver(z_hat, solver, smoothing) if spectrum == "nuclear" else z_hat
-    gram = all_reduce_sum(linalg.gram(m, smaller=group is None), group)
+    gram, inverse_root = _gram(z_hat, smoothing, solver, group)
     values, weight = reference.singular_value_loss(
-        gram, rows=rows * world, dim=dim, spectrum=spectrum, smoothing=smoothing, solver=solver, matrix=m
+        gram, inverse_root, rows=rows * world, dim=dim, spectrum=spectrum, smoothing=smoothing
     )
     # Each process has its rows' gradient of the one loss of all rows; DDP's average divides it by the world size.
     return values.mean().to(z_hat.dtype), (weight * (world / views)).to(z_hat.dtype)
@@ -316,17 +315,8 @@ class _NuclearNorm(torch.autograd.Function):
         with torch.autocast(z.device.type, enabled=False):
             x = _raised(z)
             world, (_, rows, dim) = world_size(group), x.shape
-            m = _for_solver(x, solver, smoothing)
-            gram = all_reduce_sum(linalg.gram(m, smaller=group is None), group)
-            values, weight = reference.nuclear_norm(
-                gram,
-                rows=rows * world,
-                dim=dim,
-                smoothing=smoothing,
-                solver=solver,
-                matrix=m,
-                tolerance=linalg.rank_tolerance(x, solver),
-            )
+            gram, inverse_root = _gram(x, smoothing, solver, group)
+            values, weight = reference.nuclear_norm(gram, inverse_root, rows=rows * world, dim=dim, smoothing=smoothing)
             ctx.save_for_backward(z, (weight * world).to(x.dtype))
             return values.to(x.dtype)
 
@@ -348,9 +338,21 @@ def _raised(x: Tensor) -> Tensor:
     return x.to(_raised_dtype(x))
 
 
-def _for_solver(m: Tensor, solver: Solver, smoothing: float) -> Tensor:
-    """M in the precision that the solver needs: a float32 Gram matrix cannot tell small eigenvalues from zero."""
-    return m.double() if solver == "eigh" and smoothing == 0 else m
+def _gram(
+    m: Tensor, smoothing: float, solver: Solver, group: dist.ProcessGroup | None
+) -> tuple[Tensor, reference.InverseRoot]:
+    """The Gram matrix of all processes' rows and a function to its inverse root, by the solver that is wanted.
+
+    Eigenvalues near zero want float64 where no smoothing covers for what is wrong with them in float32.
+    """
+    x = m.double() if solver == "eigh" and smoothing == 0 else m
+    gram = all_reduce_sum(linalg.gram(x, smaller=group is None), group)
+    tolerance = linalg.rank_tolerance(m, solver)
+
+    def inverse_root(gram: Tensor, shift: float) -> Tensor:
+        return linalg.inverse_root(gram, shift, solver, x, tolerance)
+
+    return gram, inverse_root
 
 
 @torch.no_grad()

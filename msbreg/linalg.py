@@ -128,7 +128,7 @@ def multiply(matrix: Tensor, weight: Tensor) -> Tensor:
     return matrix @ weight if weight.shape[-1] == matrix.shape[-1] else weight @ matrix
 
 
-def inverse_root(gram: Tensor, shift: float, solver: Solver, matrix: Tensor, tolerance: float = 0.0) -> Tensor:
+def inverse_root(gram: Tensor, shift: float, solver: Solver, matrix: Tensor, tolerance: float) -> Tensor:
     """A^(-1/2), (..., p, p), of A = G + shift I.
 
     Args:

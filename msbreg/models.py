@@ -29,7 +29,7 @@ class ConvNet(nn.Module):
         num_features: F = 4 width.
     """
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 16) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3

@@ -13,6 +13,7 @@ stream                c0                 c1                c2               c3
 ====================  =================  ================  ===============  =======================
 Brownian noise        dimension // 4     global image      step             0, or 1 + view
 augmentation          draw // 4          sample, low word  sample, high     2**31 + view
+order of images       image              epoch             0                2**32 - 1
 ====================  =================  ================  ===============  =======================
 """
 

@@ -85,7 +85,10 @@ class Processes:
         """One number from each rank, on every rank."""
         if self.world == 1:
             return [number]
-        mine, everyone = torch.tensor([number], dtype=torch.int64), [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
+        mine, everyone = (
+            torch.tensor([number], dtype=torch.int64),
+            [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)],
+        )
         dist.all_gather(everyone, mine, group=self._control)
         return [int(one) for one in everyone]
 

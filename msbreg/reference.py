@@ -18,12 +18,13 @@ Each gradient here is with respect to ẑ; `tangent` turns their sum into the on
 float32 or float64; `functional` sees to that.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from msbreg.linalg import Solver, finite_gram, inverse_root
+from msbreg.linalg import finite_gram
 
 __all__ = [
     "Spectrum",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 Spectrum = Literal["nuclear", "whitening", "coding_rate"]
+InverseRoot = Callable[[Tensor, float], Tensor]
 
 EPS = 1e-12
 """Rows no longer than this have no direction; the value of `torch.nn.functional.normalize`."""
@@ -96,9 +98,9 @@ def brownian_gradient(z_hat: Tensor, n_hat: Tensor) -> Tensor:
 
 
 def singular_value_loss(
-    gram: Tensor, *, rows: int, dim: int, spectrum: Spectrum, smoothing: float, solver: Solver, matrix: Tensor
+    gram: Tensor, inverse_root: InverseRoot, *, rows: int, dim: int, spectrum: Spectrum, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Σ_j f(s_j²) for each view, and the weight W that makes its gradient, M W.
+    """Σ_j f(s_j²) for each view, and the weight W that makes its gradient, M W (or W M; see `linalg.multiply`).
 
     Unit rows fix Σ s̃_j² = r for s̃_j = s_j sqrt(r / N), so that a flat spectrum is s̃_j = 1. With λ = s²,
     c = r / N, a = D / (N ε) and the smoothing δ,
@@ -112,13 +114,11 @@ def singular_value_loss(
 
     Args:
         gram: G, (K, p, p). p is r, or D > r where processes summed it; f of the p - r zeros in it is taken off.
+        inverse_root: G and a shift to (G + shift I)^(-1/2), which `"nuclear"` needs.
         rows: N, of all processes together.
         dim: D.
         spectrum: f.
         smoothing: δ.
-        solver: how the inverse root of `"nuclear"` is taken. `"whitening"` needs none, `"coding_rate"` a Cholesky
-            factor.
-        matrix: M, (K, N, D), for the solver `"svd"`.
 
     Returns:
         (K,) and W, (K, p, p); NaN where G is not finite.
@@ -130,27 +130,29 @@ def singular_value_loss(
         finite = finite_gram(gram)
         factor, _ = torch.linalg.cholesky_ex(identity + a * torch.where(finite, gram, 0.0))
         value = -factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        weight = -a * torch.cholesky_inverse(factor)
+        # torch.cholesky_inverse would make the host wait for the device.
+        inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+        weight = -a * (inverse.mT @ inverse)
         return torch.where(finite[..., 0, 0], value, torch.nan), torch.where(finite, weight, torch.nan)
     if spectrum == "whitening":
         excess = c * gram - identity
         return excess.square().sum((-2, -1)) - (p - r), 4 * c * excess
     # Σ (sqrt(cλ + δ²) - 1)² over all p is c trace(G) + p δ² - 2 trace((cG + δ²I)^(1/2)) + p.
     shift = smoothing**2 / c
-    inverse = inverse_root(gram, shift, solver, matrix)
+    inverse = inverse_root(gram, shift)
     roots = c**0.5 * trace_of_root(gram, shift, inverse)
     value = c * _trace(gram) + p * (smoothing**2 + 1) - 2 * roots - (p - r) * (smoothing - 1) ** 2
     return value.to(gram.dtype), torch.sub(2 * c * identity, inverse, alpha=2 * c**0.5)
 
 
 def nuclear_norm(
-    gram: Tensor, *, rows: int, dim: int, smoothing: float, solver: Solver, matrix: Tensor, tolerance: float
+    gram: Tensor, inverse_root: InverseRoot, *, rows: int, dim: int, smoothing: float
 ) -> tuple[Tensor, Tensor]:
     """Σ_{j <= r} sqrt(s_j² + δ²) of each matrix, (K,), and the weight W of its gradient M W, (K, p, p).
 
-    Arguments as for `singular_value_loss`; `tolerance` as in `linalg.inverse_root`.
+    The arguments are those of `singular_value_loss`.
     """
-    inverse = inverse_root(gram, smoothing**2, solver, matrix, tolerance)
+    inverse = inverse_root(gram, smoothing**2)
     roots = trace_of_root(gram, smoothing**2, inverse)
     return (roots - (gram.shape[-1] - min(rows, dim)) * smoothing).to(gram.dtype), inverse
 

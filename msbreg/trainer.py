@@ -24,10 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from msbreg import checkpoint
 from msbreg.config import Config, flatten
-from msbreg.data import Batch, Source, ViewLoader, load_recipe, open_source, open_split
+from msbreg.data import Batch, Source, ViewLoader, load_recipe, open_source, open_split, with_classes_of
 from msbreg.distributed import convert_sync_batchnorm
 from msbreg.doctor import usable_cores
-from msbreg.errors import DataError, MSBRegError
+from msbreg.errors import MSBRegError
 from msbreg.evaluation import OnlineProbe
 from msbreg.evaluator import Evaluator, has_labels, set_aside
 from msbreg.export import export_backbone
@@ -97,8 +97,8 @@ class Trainer:
         self.source, self.held_out = open_images(config, processes)
         if state is not None and state["images"] != len(self.source):
             raise MSBRegError(
-                f"the run in {folder} was trained on {state['images']:,} images, but there are {len(self.source):,} now; "
-                "choose another --run.dir, or the images it had."
+                f"the run in {folder} was trained on {state['images']:,} images, but there are {len(self.source):,} "
+                "now; choose another --run.dir, or the images it had."
             )
         if config.data.batch_size % processes.world:
             raise MSBRegError(
@@ -246,8 +246,8 @@ class Trainer:
                 "The last good checkpoint is kept" if checkpoint.holds_one(self.folder) else "No checkpoint was due yet"
             )
             raise MSBRegError(
-                f"the loss was not finite in {BAD_LOSSES_IN_A_ROW} steps in a row{where}, at step {self.done} or shortly "
-                f"before. {kept}. Try a lower --optim.lr or a longer --optim.warmup_epochs."
+                f"the loss was not finite in {BAD_LOSSES_IN_A_ROW} steps in a row{where}, at step {self.done} or "
+                f"shortly before. {kept}. Try a lower --optim.lr or a longer --optim.warmup_epochs."
             )
 
     def _stopped(self, stop: list[int]) -> bool:
@@ -453,7 +453,7 @@ def open_images(config: Config, processes: Processes) -> tuple[Source, Source | 
         path = config.data.path
     train, held_out = open_split(path)
     if config.data.eval_path is not None:
-        held_out = open_source(config.data.eval_path)
+        held_out = with_classes_of(train, open_source(config.data.eval_path))
     elif held_out is None and has_labels(train):
         train, held_out = set_aside(train)
     return train, held_out

@@ -37,14 +37,15 @@ def swatches(tmp_path_factory) -> Path:
     """A small set of the rendered images: 240 to train on, 120 held out."""
     from msbreg.data.rendered import render
 
-    return render(tmp_path_factory.mktemp("images") / "swatches", images=240, test_images=120, size=32)
+    return render(tmp_path_factory.mktemp("images") / "swatches", images=240, test_images=120, size=16)
 
 
 @pytest.fixture(scope="session")
 def small(swatches) -> list[str]:
     """Options of a run on them that takes seconds."""
     return [
-        "--data.path", str(swatches), "--data.batch_size", "32", "--optim.steps", "12", "--run.checkpoint_every", "4",
+        "--data.path", str(swatches), "--data.size", "16", "--data.batch_size", "32", "--optim.steps", "12",
+        "--run.checkpoint_every", "4",
         "--run.log_every", "2", "--eval.every", "0", "--eval.bank", "100", "--eval.queries", "60", "--eval.k", "5",
         "--model.hidden", "32", "--model.dim", "16", "--run.threads", "1", "--data.threads", "1", "--run.device", "cpu",
     ]  # fmt: skip

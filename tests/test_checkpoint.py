@@ -61,7 +61,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
 def test_a_failed_write_leaves_the_earlier_checkpoints_and_no_rubbish(tmp_path, file_size_limit):
     checkpoint.save_checkpoint(tmp_path, {"step": 1})
-    with file_size_limit(100_000), pytest.raises(MSBRegError, match="cannot save the checkpoint.*is intact"):
+    with file_size_limit(100_000), pytest.raises(MSBRegError, match=r"cannot save the checkpoint.*is intact"):
         checkpoint.save_checkpoint(tmp_path, {"step": 2, "weights": torch.zeros(100_000)})
     assert checkpoint.load_run(tmp_path)["step"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]

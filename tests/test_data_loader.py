@@ -165,6 +165,15 @@ def test_views_are_normalised_by_imagenets_statistics(tmp_path, backend):
     assert torch.allclose(views, expected[:, :, None, None].expand_as(views), atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_solarize_inverts_values_from_128_on(tmp_path, backend):
+    for number, value in enumerate([0, 127, 128, 255]):
+        Image.new("RGB", (20, 20), (value,) * 3).save(tmp_path / f"{number}.png")
+    view = View(**{**vars(evaluation(16)[0]), "solarize": 1.0})
+    red = stream(ImageFolder(tmp_path), (view,), 4, shuffle=False, backend=backend)[0].views[0][:, 0, 5, 5]
+    assert (255 * (red * 0.229 + 0.485)).round().tolist() == [0, 127, 127, 0]
+
+
 def damaged_png():
     """Whole from header to end marker, but its pixels cannot be decompressed."""
     buffer = io.BytesIO()

@@ -17,7 +17,7 @@ def features(backbone: nn.Module, side: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("name", "width"),
     [
-        ("convnet", 128),
+        ("convnet", 64),
         ("resnet18", 512),  # fc
         ("shufflenet_v2_x0_5", 1024),
         ("googlenet", 1024),  # auxiliary classifiers

@@ -147,7 +147,7 @@ def test_a_preemption_signal_saves_and_exits_cleanly(tmp_path, small, undisturbe
     process = start(tmp_path, *small, *LONG, "--run.checkpoint_every", "1000")
     wait_for_step(tmp_path, 10, process)
     process.send_signal(number)
-    out, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "stopped by a signal at step" in errors
     step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
@@ -251,7 +251,7 @@ def test_empty_folder_and_folder_without_images(tmp_path, small, capsys):
 
 def test_a_batch_larger_than_the_data_set(tmp_path, small, capsys):
     text = refusal(capsys, "--run.dir", tmp_path, *small, "--data.batch_size", "1000")
-    assert "1000" in text and "240" in text
+    assert "1,000" in text and "240" in text
 
 
 def test_one_view_where_two_are_needed(tmp_path, small, capsys):

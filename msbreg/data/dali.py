@@ -9,7 +9,7 @@ https://docs.nvidia.com/deeplearning/dali
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ class DaliBackend:
 
         self.recipe, self.batch_size, self.device, self.threads = recipe, batch_size, device, threads
         self._groups = size_groups(recipe)
-        self._pipeline: Pipeline | None = None
+        self._pipeline: Any = None
         self._pending: deque[list[Bytes]] = deque()
 
     def submit(self, encoded: list[Bytes], draws: list[Draw]) -> None:
@@ -171,7 +171,7 @@ def _view(view: View, number: int, images: DataNode, device: torch.device) -> Da
         return fn.external_source(name=f"{name}{number}", dtype=dtype, ndim=ndim)
 
     gpu = device.type == "cuda"
-    x = fn.resize(
+    x: Any = fn.resize(
         images,
         size=[view.size, view.size],
         roi_start=argument("start", types.FLOAT, 1),

@@ -12,7 +12,7 @@ import logging
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
     float16 on a GPU, float32 on a CPU. No later batch writes to it."""
     labels: Tensor
     """(B,) int64 on the CPU, -1 where unknown."""
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuples have a method of this name, which nobody needs here
     """(B,) int64 on the CPU: which images of the source these are."""
 
 
@@ -141,7 +141,7 @@ class ViewLoader:
         self._backend = _open_backend(backend, recipe, min(batch_size, images), self.device, threads)
         self._reading = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="read")
         self._drawing = ThreadPoolExecutor(1, thread_name_prefix="draw")
-        self._stream: Iterator[Batch] | None = None
+        self._stream: Generator[Batch, None, None] | None = None
 
     @property
     def unreadable(self) -> dict[int, str]:
@@ -173,27 +173,28 @@ class ViewLoader:
         self._drawing.shutdown(cancel_futures=True)
         self._backend.close()
 
-    def _run(self, steps: Iterator[int]) -> Iterator[Batch]:
+    def _run(self, steps: Iterator[int]) -> Generator[Batch, None, None]:
         reading: deque[Future[_Work]] = deque()
         decoding: deque[_Work] = deque()
 
-        def read_ahead() -> None:
+        def work_ahead() -> None:
             ahead = 2 * self.prefetch - len(reading) - len(decoding)
             reading.extend(self._read(step) for step in itertools.islice(steps, max(0, ahead)))
+            # With something to hand out, nothing is waited for: the caller's time is for training.
+            while reading and len(decoding) < self.prefetch and (not decoding or reading[0].done()):
+                work = reading.popleft().result()
+                self._submit(work)
+                decoding.append(work)
 
         try:
             while True:
-                read_ahead()
-                # With something to hand out, nothing is waited for: the caller's time is for training.
-                while reading and len(decoding) < self.prefetch and (not decoding or reading[0].done()):
-                    work = reading.popleft().result()
-                    self._submit(work)
-                    decoding.append(work)
+                work_ahead()
                 if not decoding:
                     return
                 views = self._receive(decoding)
+                index = np.array([sample.image for sample in decoding.popleft().samples])
+                work_ahead()  # once more, so that the backend has a full queue while the caller is busy
                 self._warn()
-                index = np.array([sample.index for sample in decoding.popleft().samples])
                 yield Batch(views, torch.from_numpy(self.source.labels[index]), torch.from_numpy(index))
         finally:
             for future in reading:
@@ -216,6 +217,8 @@ class ViewLoader:
         if not self.shuffle:
             return np.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(self.source)))
         epoch, step = divmod(step, self.steps_per_epoch)
+        if step == 0:
+            self._reading.submit(self._order, epoch + 1)  # a second's work for a million images
         first = step * self.global_batch + self.rank * self.batch_size
         return self._order(epoch)[first : first + self.batch_size]
 
@@ -237,7 +240,7 @@ class ViewLoader:
                 return self._backend.receive()
             except UndecodableError as error:
                 for position in error.positions:
-                    self._reader.distrust(decoding[0].samples[position].index)
+                    self._reader.distrust(decoding[0].samples[position].image)
                 step = decoding[0].step
                 decoding[0] = self._drawn(step, self._samples(self._indices(step).tolist()))
                 for work in decoding:

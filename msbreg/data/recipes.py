@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from msbreg.errors import MSBRegError
 
@@ -200,9 +200,10 @@ def _read_blocks(path: Path, size: int) -> Recipe:
         unknown = sorted(str(key) for key in block if key not in known)
         if unknown:
             raise MSBRegError(f"{path}, block {number}: no field is called {unknown[0]}; there are {', '.join(known)}")
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in block.items()}
+        values: dict[str, Any] = {"size": size}
+        values |= {key: tuple(value) if isinstance(value, list) else value for key, value in block.items()}
         try:
-            blocks.append(View(**{"size": size, **values}))
+            blocks.append(View(**values))
         except (TypeError, ValueError) as error:
             raise MSBRegError(f"{path}, block {number}: {error}") from error
     return tuple(blocks)

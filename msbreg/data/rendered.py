@@ -1,20 +1,20 @@
-"""The embedded data set: patterned paper in ten motifs, rendered here, so that a first run needs no download.
+"""The embedded data set: printed cloth in ten patterns, rendered here, so that a first run needs no download.
 
-Each image is a swatch of wrapping paper, and its class is the motif printed on it: discs, squares, triangles and so on.
-Everything else varies freely: the colours, how large the motifs are and how they lie, whether they are filled, outlined
-or bordered, the paper beneath them with its stripes or clouds, light, shadow and noise. Neither colour nor position nor
-pixels tell the class, but any two crops of one swatch show the same motif, which is what learning from augmented views
-can find out.
+Each image is a swatch of cloth, and its class is the pattern printed on it: bricks, dots, zigzag and so on. All else
+varies freely within a class: the pair of colours and which of them is the ground, the scale of the print, where it
+starts and how it is stretched, turned and creased, the light and the haze, and the grain. So neither colours nor
+pixels tell the class, but two crops of one swatch show the same pattern at different scales, places and exposures,
+which is exactly what learning from augmented views can find out.
 
-Motifs are signed distance functions (negative inside, in units of the pattern's cell), so that one evaluation per pixel
-renders a whole lattice of them, with smooth edges: the lattice's cell is found first and the distance is taken there.
+A pattern is a signed distance function, negative on the ink, in units of its own period: one evaluation per pixel
+draws it with smooth edges at any size.
 """
 
 import json
 import math
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,123 +28,157 @@ __all__ = ["CLASSES", "render", "swatches"]
 
 Array = NDArray[np.float32]
 
-VERSION = 1  # part of the manifest: a folder rendered by another version of this file is rendered anew
 MANIFEST = "rendered.json"
+VERSION = 1  # part of the manifest: raise it when the pictures change, and old folders are rendered anew
 JPEG_QUALITY = 90
-CHUNK = 256  # images rendered at once; part of the random stream, since each chunk has its own
-CELLS = 8  # the cells' random numbers repeat after this many in each direction, more than a swatch shows
+CHUNK = 64  # images rendered at a time; the stream of random numbers depends on it
+SATURATION = 0.75
 
 
-def _box(x: Array, y: Array, half_width: float, half_height: float) -> Array:
-    """Distance to an axis-parallel rectangle around the origin."""
-    dx, dy = np.abs(x) - half_width, np.abs(y) - half_height
-    return np.hypot(np.maximum(dx, 0), np.maximum(dy, 0)) + np.minimum(np.maximum(dx, dy), 0)
+def _near(x: Array) -> Array:
+    """Distance to the nearest whole number."""
+    return np.abs(x - np.round(x))
 
 
-def _fold(x: Array, y: Array, sectors: int) -> tuple[Array, Array]:
-    """Turns every point into the sector around the upward axis, whose distance then stands for all `sectors`."""
-    width = 2 * math.pi / sectors
-    angle = np.arctan2(x, y)
-    angle -= width * np.round(angle / width)
-    radius = np.hypot(x, y)
-    return radius * np.sin(angle), radius * np.cos(angle)
+def _staggered(x: Array, y: Array, height: float) -> tuple[Array, Array]:
+    """Place within the cell of a lattice of cells 1 wide and `height` high, every other row shifted by a half."""
+    row = np.round(y / height)
+    x = x + 0.5 * (row % 2)
+    return x - np.round(x), y - height * row
 
 
-def _disc(x: Array, y: Array) -> Array:
-    return np.hypot(x, y) - 0.30
+def _blobs(x: Array, y: Array) -> Array:
+    waves = np.sin(3.8 * x + 1.3 * np.sin(2.3 * y)) + np.sin(3.5 * y + 1.6 * np.sin(2.1 * x))
+    return 0.16 * (waves + np.sin(2.5 * x - 2.8 * y + 1.3 * np.sin(1.7 * x + y)))
 
 
-def _square(x: Array, y: Array) -> Array:
-    return _box(x, y, 0.27, 0.27)
+def _bricks(x: Array, y: Array) -> Array:
+    u, v = _staggered(x, y, 0.6)
+    return 0.08 - np.minimum(0.5 - np.abs(u), 0.3 - np.abs(v))
 
 
-def _triangle(x: Array, y: Array) -> Array:
-    _, height = _fold(x, y, 3)
-    return height - 0.20
+def _checks(x: Array, y: Array) -> Array:
+    odd = (np.floor(x) + np.floor(y)) % 2
+    return (1 - 2 * odd) * np.minimum(_near(x), _near(y))
 
 
-def _cross(x: Array, y: Array) -> Array:
-    return np.minimum(_box(x, y, 0.38, 0.115), _box(x, y, 0.115, 0.38))
+def _columns(x: Array, y: Array) -> Array:
+    return _near(x) - 0.25
 
 
-def _star(x: Array, y: Array) -> Array:
-    side, height = _fold(x, y, 5)
-    tip, notch = 0.43, 0.19
-    # The edge runs from the tip (0, tip) to the notch, half a sector away.
-    notch_x, notch_y = notch * math.sin(math.pi / 5), notch * math.cos(math.pi / 5)
-    length = math.hypot(tip - notch_y, notch_x)
-    return (np.abs(side) * (tip - notch_y) + (height - tip) * notch_x) / length
+def _diamonds(x: Array, y: Array) -> Array:
+    return 1.4 * _checks(0.6 * (x + y), 0.6 * (x - y))
 
 
-def _heart(x: Array, y: Array) -> Array:
-    # A square standing on its corner, and a disc over each of its two upper edges.
-    diagonal = math.sqrt(0.5)
-    half, y = 0.19, y + 0.07
-    u, v = (x + y) * diagonal, (y - x) * diagonal
-    lobes = np.minimum(np.hypot(u - half, v), np.hypot(u, v - half)) - half
-    return np.minimum(_box(u, v, half, half), lobes)
+def _dots(x: Array, y: Array) -> Array:
+    return np.hypot(*_staggered(x, y, 0.87)) - 0.3
 
 
-def _moon(x: Array, y: Array) -> Array:
-    return np.maximum(np.hypot(x, y) - 0.38, 0.31 - np.hypot(x - 0.17, y - 0.05))
+def _rings(x: Array, y: Array) -> Array:
+    return np.abs(np.hypot(*_staggered(x, y, 0.87)) - 0.3) - 0.1
 
 
-def _drop(x: Array, y: Array) -> Array:
-    diagonal = math.sqrt(0.5)
-    radius, y = 0.25, y + 0.07
-    u, v = (x + y) * diagonal, (y - x) * diagonal
-    return np.minimum(np.hypot(u, v) - radius, _box(u - radius / 2, v - radius / 2, radius / 2, radius / 2))
+def _stripes(x: Array, y: Array) -> Array:
+    return _near(y) - 0.25
 
 
-def _flower(x: Array, y: Array) -> Array:
-    side, height = _fold(x, y, 5)
-    return np.minimum(np.hypot(side, height - 0.24), np.hypot(x, y) * 0.9) - 0.15
+def _triangles(x: Array, y: Array) -> Array:
+    u, v = _staggered(x, y, 1.0)
+    return 0.9 * (np.abs(u) - 0.25 + 0.5 * v)
 
 
-def _arrow(x: Array, y: Array) -> Array:
-    head = np.maximum((np.abs(x) + y - 0.42) * math.sqrt(0.5), 0.02 - y)
-    return np.minimum(head, _box(x, y + 0.19, 0.10, 0.23))
+def _zigzag(x: Array, y: Array) -> Array:
+    return 0.75 * (_near(y + _near(x)) - 0.25)
 
 
-MOTIFS: dict[str, Callable[[Array, Array], Array]] = {
-    "arrow": _arrow,
-    "cross": _cross,
-    "disc": _disc,
-    "drop": _drop,
-    "flower": _flower,
-    "heart": _heart,
-    "moon": _moon,
-    "square": _square,
-    "star": _star,
-    "triangle": _triangle,
+PATTERNS: dict[str, Callable[[Array, Array], Array]] = {
+    "blobs": _blobs,
+    "bricks": _bricks,
+    "checks": _checks,
+    "columns": _columns,
+    "diamonds": _diamonds,
+    "dots": _dots,
+    "rings": _rings,
+    "stripes": _stripes,
+    "triangles": _triangles,
+    "zigzag": _zigzag,
 }
-CLASSES: tuple[str, ...] = tuple(MOTIFS)
+CLASSES: tuple[str, ...] = tuple(PATTERNS)
 
 
 def _distance(labels: NDArray[np.int64], x: Array, y: Array) -> Array:
-    """Each image's own motif's distance at (x, y), all (N, S, S)."""
+    """The distance of each image's own pattern at the points (x, y), all (N, S, S)."""
     distance = np.empty_like(x)
-    for label, motif in enumerate(MOTIFS.values()):
+    for label, pattern in enumerate(PATTERNS.values()):
         chosen = labels == label
-        distance[chosen] = motif(x[chosen], y[chosen])
+        distance[chosen] = pattern(x[chosen], y[chosen])
     return distance
 
 
-def _from_hsv(hue: Array, saturation: Array, value: Array) -> Array:
-    """Colours in [0, 1] with a last dimension of three."""
-    sector = (np.array([5.0, 3.0, 1.0], np.float32) + 6 * hue[..., None]) % 6
+def _rgb(hue: Array, saturation: Array, value: Array) -> Array:
+    """Hue in turns, saturation and value in [0, 1], each (N, 1, 1), to colours (N, 1, 1, 3) in [0, 1]."""
+    sector = (np.array([5, 3, 1], np.float32) + 6 * hue[..., None]) % 6
     ramp = np.clip(np.minimum(sector, 4 - sector), 0, 1)
     return value[..., None] * (1 - saturation[..., None] * ramp)
 
 
-def _waves(random: np.random.Generator, images: int, x: Array, y: Array, frequency: float) -> Array:
-    """A soft random field in [-1, 1], (N, S, S): the mean of four plane waves of at most `frequency` cycles a side."""
-    field = np.zeros((images, *x.shape[-2:]), np.float32)
-    for _ in range(4):
-        a, b = (random.uniform(-frequency, frequency, (images, 1, 1)).astype(np.float32) for _ in range(2))
-        phase = random.uniform(0, 1, (images, 1, 1)).astype(np.float32)
-        field += np.sin(2 * math.pi * (a * x + b * y + phase)) / 4
-    return field
+def _mix(a: Array, b: Array, share: Array) -> Array:
+    return a + (b - a) * share
+
+
+class _Draw:
+    """Random properties of a chunk of images: one number each, (N, 1, 1) float32."""
+
+    def __init__(self, images: int, random: np.random.Generator) -> None:
+        self.images = images
+        self.random = random
+
+    def uniform(self, low: float, high: float) -> Array:
+        return self.random.uniform(low, high, (self.images, 1, 1)).astype(np.float32)
+
+    def chance(self, probability: float) -> NDArray[np.bool_]:
+        return self.uniform(0, 1) < probability
+
+    def field(self, x: Array, y: Array, frequency: float) -> Array:
+        """A soft field in [-1, 1], (N, S, S): the mean of four plane waves of up to `frequency` cycles per axis."""
+        waves = np.zeros((self.images, *x.shape), np.float32)
+        for _ in range(4):
+            across, down = self.uniform(-frequency, frequency), self.uniform(-frequency, frequency)
+            waves += 0.25 * np.sin(2 * math.pi * (across * x + down * y + self.uniform(0, 1)))
+        return waves
+
+
+def _print(draw: _Draw, labels: NDArray[np.int64], x: Array, y: Array) -> Array:
+    """How much of each pixel is inked, (N, S, S) in [0, 1]: the pattern laid on the cloth, which is seen askew."""
+    size = x.shape[-1]
+    crease, turn = draw.uniform(0.01, 0.06), draw.uniform(-0.25, 0.25)
+    periods, stretch = np.exp(draw.uniform(math.log(2.6), math.log(5.4))), np.exp(draw.uniform(-0.15, 0.15))
+    u, v = x + crease * draw.field(x, y, 1.5), y + crease * draw.field(x, y, 1.5)
+    u, v = np.cos(turn) * u - np.sin(turn) * v, np.sin(turn) * u + np.cos(turn) * v
+    u, v = u * periods * stretch + draw.uniform(0, 100), v * periods / stretch + draw.uniform(0, 100)
+    boldness = draw.uniform(-0.06, 0.06)
+    return np.clip(0.5 - (_distance(labels, u, v) - boldness) * size / periods, 0, 1)
+
+
+def _dye(draw: _Draw) -> tuple[Array, Array]:
+    """Colours of ground and ink, (N, 1, 1, 3): one deep and one pale, of one hue or of opposite ones."""
+    hue = draw.uniform(0, 1)
+    opposite = draw.uniform(-0.1, 0.1) + 0.5 * draw.chance(0.4)
+    deep = _rgb(hue, SATURATION * draw.uniform(0.3, 1), draw.uniform(0.08, 0.45))
+    pale = _rgb(hue + opposite, SATURATION * draw.uniform(0, 0.9), draw.uniform(0.65, 1))
+    swapped = draw.chance(0.5)[..., None]
+    return np.where(swapped, deep, pale), np.where(swapped, pale, deep)
+
+
+def _expose(draw: _Draw, cloth: Array, x: Array, y: Array) -> Array:
+    """The photograph of the cloth, (N, S, S, 3): light from one side, soft folds, haze, exposure and grain."""
+    sun = draw.uniform(0, 2 * math.pi)
+    light = 1 + draw.uniform(0, 1) * (np.cos(sun) * x + np.sin(sun) * y)
+    light += draw.uniform(0, 0.5) * draw.field(x, y, 1.2)
+    haze, grey = draw.uniform(0, 0.3)[..., None], draw.uniform(0.2, 0.8)[..., None]
+    picture = _mix(cloth * light[..., None], grey, haze) * draw.uniform(0.75, 1.15)[..., None]
+    grain = draw.uniform(0.005, 0.04)[..., None]
+    return picture + grain * draw.random.standard_normal(cloth.shape, np.float32)
 
 
 def swatches(labels: NDArray[np.int64], *, size: int, random: np.random.Generator) -> NDArray[np.uint8]:
@@ -152,84 +186,90 @@ def swatches(labels: NDArray[np.int64], *, size: int, random: np.random.Generato
 
     Args:
         labels: (N,) int64, indices into `CLASSES`.
-        size: side of an image in pixels.
-        random: where every other property is drawn from.
+        size: S, side of an image in pixels.
+        random: where every property but the pattern is drawn from.
 
     Returns:
-        (N, size, size, 3) uint8, RGB.
+        (N, S, S, 3) uint8, RGB.
     """
-    images = len(labels)
-
-    def uniform(low: float, high: float, *shape: int) -> Array:
-        return random.uniform(low, high, (images, *(shape or (1, 1)))).astype(np.float32)
-
-    def mix(a: Array, b: Array, share: Array) -> Array:
-        return a + (b - a) * share
-
+    draw = _Draw(len(labels), random)
     centres = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
-    page_x, page_y = np.meshgrid(centres, centres)  # (S, S), in [-1/2, 1/2]
+    x, y = np.meshgrid(centres, centres)  # (S, S), in (-1/2, 1/2)
+    ink_share = _print(draw, labels, x, y)[..., None]
+    ground, ink = _dye(draw)
+    clouds = 1 + draw.uniform(0.05, 0.35) * draw.field(x, y, 2.5)
+    picture = _expose(draw, _mix(ground * clouds[..., None], ink, ink_share), x, y)
+    return (picture.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
-    # The page, seen a little askew and curled, then laid out in cells: `cells` of them on a side.
-    cells = np.exp(uniform(math.log(1.6), math.log(3.4)))
-    turn, stretch, curl = uniform(0, 2 * math.pi), np.exp(uniform(-0.18, 0.18)), uniform(0, 0.03)
-    x = page_x + curl * _waves(random, images, page_x, page_y, 1.5)
-    y = page_y + curl * _waves(random, images, page_x, page_y, 1.5)
-    x, y = np.cos(turn) * x - np.sin(turn) * y, np.sin(turn) * x + np.cos(turn) * y
-    x, y = x * cells * stretch + uniform(0, CELLS), y * cells / stretch + uniform(0, CELLS)
-    row = np.floor(y)
-    x += uniform(0, 1) * row  # every row shifted against the last: lattices of all angles
-    column = np.floor(x)
-    x, y = x - column - 0.5, y - row - 0.5
-    cell = ((row % CELLS) * CELLS + column % CELLS).astype(np.int64).reshape(images, -1)
 
-    def per_cell(values: Array) -> Array:
-        return np.take_along_axis(values, cell, 1).reshape(x.shape)
+def render(folder: str | Path, *, images: int = 5000, test_images: int = 2000, size: int = 32, seed: int = 0) -> Path:
+    """Renders the data set as JPEG files `train/CLASS/NUMBER.jpg` and `test/CLASS/NUMBER.jpg`, classes in equal parts.
 
-    # Within its cell each motif is turned, moved and scaled: by its own amount where `order` is 0, alike where it is 1.
-    order = (uniform(0, 1, 1) < 0.5).astype(np.float32)
-    angle = per_cell(uniform(0, 2 * math.pi, 1) + (1 - order) * uniform(-math.pi, math.pi, CELLS**2))
-    scale = per_cell(uniform(0.9, 1.15, 1) * (1 + (1 - order) * uniform(-0.2, 0.1, CELLS**2)))
-    x = x - per_cell(0.06 * uniform(-1, 1, CELLS**2))
-    y = y - per_cell(0.06 * uniform(-1, 1, CELLS**2))
-    x, y = (np.cos(angle) * x - np.sin(angle) * y) / scale, (np.sin(angle) * x + np.cos(angle) * y) / scale
-    distance = _distance(labels, x, y) * scale
-    pixel = cells / size
+    The same arguments give the same pictures. A folder that is already complete is returned at once, and one rendered
+    with other arguments is replaced. The folder appears whole or not at all: files are written beside it and the
+    finished folder is renamed.
 
-    # Colours: the paper's, and two inks that differ from it in lightness or clearly in hue.
-    paper_value = uniform(0.15, 1.0)
-    paper_hue, paper_saturation = uniform(0, 1), uniform(0.05, 0.7)
-    lighter = paper_value < uniform(0.4, 0.75)
-    ink_value = np.where(lighter, paper_value + uniform(0.3, 0.6), paper_value - uniform(0.3, 0.6)).clip(0.05, 1)
-    ink_saturation = uniform(0.2, 0.95)
-    ink_hue = paper_hue + uniform(0.15, 0.85)
-    paper = _from_hsv(paper_hue, paper_saturation, paper_value)
-    ink = _from_hsv(ink_hue, ink_saturation, ink_value)
-    other_ink = _from_hsv(ink_hue + uniform(-0.25, 0.25), ink_saturation, (ink_value + uniform(-0.12, 0.12)).clip(0, 1))
+    Args:
+        folder: where to; its parents are made.
+        images: training images. The defaults are sized so that rendering takes seconds and an epoch on a CPU too.
+        test_images: held-out images, drawn from a stream of their own.
+        size: side of an image in pixels.
+        seed: a whole number, 0 or more.
 
-    # The paper has clouds, and on half of the swatches stripes.
-    clouds = _waves(random, images, page_x, page_y, 2.5)
-    tilt, period = uniform(0, math.pi), uniform(4, 11)
-    stripes = np.sin(2 * math.pi * period * (np.cos(tilt) * page_x + np.sin(tilt) * page_y))
-    striped = (uniform(0, 1) < 0.5) * uniform(0.04, 0.16)
-    canvas = paper * (1 + uniform(0.1, 0.45) * clouds + striped * np.clip(2 * stripes, -1, 1))[..., None]
+    Returns:
+        The folder.
 
-    # Motifs are filled, outlined, or filled with a border of the other ink.
-    style = uniform(0, 1)
-    line = np.maximum(uniform(0.05, 0.09), 0.8 * pixel)
-    outlined, bordered = style < 0.25, style > 0.7
-    shape = np.where(outlined, np.abs(distance + line / 2) - line / 2, distance)
-    coverage = np.clip(0.5 - shape / pixel, 0, 1)[..., None]
-    inner = np.clip(0.5 - (distance + line) / pixel, 0, 1)
-    second = per_cell((uniform(0, 1, CELLS**2) < 0.5).astype(np.float32))
-    share = np.where(bordered, inner, second * (uniform(0, 1) < 0.6))[..., None]
-    fill = mix(ink, other_ink, share)
+    Raises:
+        DataError: where the folder cannot be written, or exists and holds something else.
+    """
+    folder = Path(folder)
+    recipe = {"version": VERSION, "images": images, "test_images": test_images, "size": size, "seed": seed}
+    if _recipe_of(folder) == recipe:
+        return folder
+    if folder.exists() and not (folder.is_dir() and (_recipe_of(folder) or not any(folder.iterdir()))):
+        raise DataError(f"{folder} is not a folder of rendered images and is left as it is; choose another place")
+    partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+        for stream, (split, count) in enumerate({"train": images, "test": test_images}.items()):
+            random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stream])))
+            _write_split(partial / split, count, size, random)
+        (partial / MANIFEST).write_text(json.dumps(recipe) + "\n", encoding="utf-8")
+        _put_in_place(partial, folder, recipe)
+    except OSError as error:
+        raise DataError(f"cannot write the rendered images to {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
 
-    shadow = np.clip(0.5 - distance / (4 * pixel), 0, 1) * uniform(0, 0.5)
-    canvas = mix(canvas * (1 - shadow[..., None]), fill, coverage)
 
-    # Light from one side, a soft stain, and grain.
-    sun = uniform(0, 2 * math.pi)
-    light = 1 + uniform(0, 0.5) * (np.cos(sun) * page_x + np.sin(sun) * page_y)
-    light = light + uniform(0, 0.25) * _waves(random, images, page_x, page_y, 1.5)
-    grain = uniform(0.005, 0.05)[..., None] * random.standard_normal(canvas.shape, np.float32)
-    return ((canvas * light[..., None] + grain).clip(0, 1) * 255 + 0.5).astype(np.uint8)
+def _recipe_of(folder: Path) -> dict[str, int] | None:
+    """What a finished folder was rendered from; None where there is no such folder."""
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _write_split(folder: Path, count: int, size: int, random: np.random.Generator) -> None:
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True)
+    for start in range(0, count, CHUNK):
+        labels = np.arange(start, min(start + CHUNK, count)) % len(CLASSES)
+        for offset, picture in enumerate(swatches(labels, size=size, random=random)):
+            file = folder / CLASSES[labels[offset]] / f"{start + offset:05d}.jpg"
+            # Colour at full resolution (subsampling 0): halving it would smear prints of a few pixels.
+            Image.fromarray(picture).save(file, quality=JPEG_QUALITY, subsampling=0)
+
+
+def _put_in_place(partial: Path, folder: Path, recipe: dict[str, int]) -> None:
+    if _recipe_of(folder) not in (None, recipe):
+        outdated = partial.with_name(partial.name + "-outdated")
+        os.rename(folder, outdated)
+        shutil.rmtree(outdated, ignore_errors=True)
+    try:
+        os.rename(partial, folder)
+    except OSError:
+        # Another process may have finished the same folder in the meantime; its pictures are these.
+        if _recipe_of(folder) != recipe:
+            raise

@@ -28,7 +28,7 @@ from msbreg.errors import DataError
 
 __all__ = [
     "EXTENSIONS", "ImageFolder", "IndexFile", "Reader", "Sample", "Source", "Subset", "TarShards", "UndecodableError",
-    "UnreadableError", "decode", "open_source", "open_split", "probe",
+    "UnreadableError", "decode", "open_source", "open_split", "probe", "with_classes_of",
 ]  # fmt: skip
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "gif")
@@ -125,8 +125,7 @@ class IndexFile(Source):
     """Images listed in a text file, one a line: a path, relative to the file's folder, and perhaps a label.
 
     In a .csv file a comma lies between them, and a first line without an image's ending is a heading; elsewhere a tab,
-    or the last blank of a line that does not end like an image. Labels are class numbers where all of them are whole
-    numbers, else names. Empty lines and lines that begin with # are passed over.
+    or the last blank of a line that does not end like an image. Empty lines and those that begin with # do not count.
 
     Args:
         path: the text file.
@@ -170,8 +169,7 @@ class TarShards(Source):
     """WebDataset shards: uncompressed tar files in which members of one name and different endings form a sample.
 
     The headers are scanned once, at the start; images are then read at their offsets, in any order. Of a sample, its
-    first image counts, and its `cls` member is the label: class numbers where all of them are whole numbers, else
-    names. Samples without an image are passed over.
+    first image counts, and its `cls` member is the label. Samples without an image are passed over.
 
     Args:
         path: one shard, a folder of shards, or a pattern with {000..127}, {a,b}, * or ?.
@@ -245,13 +243,17 @@ def open_split(path: str | Path) -> tuple[Source, Source | None]:
     train = open_source(folder / "train")
     for name in ("val", "validation", "test"):
         if (folder / name).is_dir():
-            return train, _with_classes_of(train, open_source(folder / name))
+            return train, with_classes_of(train, open_source(folder / name))
     return train, None
 
 
-def _with_classes_of(train: Source, held_out: Source) -> Source:
-    """Renumbers the held-out classes by name."""
-    if held_out.classes and held_out.classes != train.classes:
+def with_classes_of(train: Source, held_out: Source) -> Source:
+    """The held-out images with the class numbers of the training images, matched by the classes' names.
+
+    Raises:
+        DataError: the held-out images have a class that the training images lack.
+    """
+    if train.classes and held_out.classes and held_out.classes != train.classes:
         unknown = [name for name in held_out.classes if name not in train.classes]
         if unknown:
             raise DataError(f"{held_out} has images of class {unknown[0]}, which {train} has not")
@@ -302,15 +304,12 @@ def _split_line(line: str) -> list[str]:
 
 
 def _number_classes(labels: Iterable[str | None]) -> tuple[Labels, list[str]]:
-    """Class numbers (-1 for None) and the classes' names; whole numbers are taken as they are, names are sorted."""
+    """Class numbers (-1 for None) and the classes' names, sorted: as numbers where all of them are, else as words."""
     labels = list(labels)
     names = {label for label in labels if label is not None}
-    if names and all(name.isdecimal() for name in names):
-        numbers = np.array([-1 if label is None else int(label) for label in labels])
-        return numbers, [str(number) for number in range(numbers.max() + 1)]
-    classes = sorted(names)
-    number = {name: index for index, name in enumerate(classes)}
-    return np.array([-1 if label is None else number[label] for label in labels]), classes
+    classes = sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    number: dict[str | None, int] = {name: index for index, name in enumerate(classes)}
+    return np.array([number.get(label, -1) for label in labels], dtype=np.int64), classes
 
 
 def _expand_shards(path: str | Path) -> list[str]:
@@ -540,8 +539,8 @@ def _orientation(image: Image.Image) -> int:
 class Sample(NamedTuple):
     """One encoded image."""
 
-    index: int
-    """Which image of the source it is."""
+    image: int
+    """Which one of the source it is."""
     data: NDArray[np.uint8]
     height: int
     width: int
