@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0, 2 for what the user can mend, 130 after Ctrl-C.
     """
     options = build_parser().parse_args(name_configs(sys.argv[1:] if arguments is None else arguments))
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    show_each_warning_once()
     try:
         return COMMANDS[options.command](options[options.command])
     except MSBRegError as error:
@@ -39,6 +39,18 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 2
+
+
+def show_each_warning_once() -> None:
+    """Warnings as one line each, however many loaders come across the same bad image."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *_: object) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = show
 
 
 def build_parser() -> ArgumentParser:

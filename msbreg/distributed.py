@@ -70,12 +70,13 @@ class CrossRankBatchNorm(_BatchNorm):
             return super().forward(input)
         group = dist.group.WORLD if self.group is None else self.group
         output, mean, variance, count = _CrossRankNormalise.apply(input, self.weight, self.bias, self.eps, group)
-        if self.track_running_stats:
-            self._update_running(mean, variance * (count / (count - 1)))
+        self._update_running(mean, variance * (count / (count - 1)))
         return output
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, variance: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return  # made without track_running_stats
         self.num_batches_tracked.add_(1)
         momentum = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
         for running, new in ((self.running_mean, mean), (self.running_var, variance)):
@@ -119,14 +120,21 @@ class _CrossRankNormalise(torch.autograd.Function):
         mean_dy, mean_dy_x = all_reduce_sum(torch.stack((d_bias, d_weight)), ctx.group) / count
         scale = inverse if weight is None else inverse * weight
         dx = (dy32 - _channels(mean_dy, x) - x_hat * _channels(mean_dy_x, x)) * _channels(scale, x)
-        d_weight = None if weight is None else d_weight.to(weight.dtype)
-        d_bias = None if bias is None else d_bias.to(bias.dtype)
-        return dx.to(x.dtype), d_weight, d_bias, None, None
+        return (
+            dx.to(x.dtype),
+            None if weight is None else d_weight.to(weight.dtype),
+            None if bias is None else d_bias.to(bias.dtype),
+            None,
+            None,
+        )
 
 
 def _channels(statistic: Tensor, x: Tensor) -> Tensor:
     """(C,) shaped to broadcast over x, (N, C, ...)."""
     return statistic.reshape(1, -1, *[1] * (x.dim() - 2))
+
+
+CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def convert_sync_batchnorm(module: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
@@ -156,11 +164,8 @@ def convert_sync_batchnorm(module: nn.Module, group: dist.ProcessGroup | None = 
     return _convert(module, group)
 
 
-CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
 def _convert(module: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:
-    if type(module) in CONVERTIBLE:
+    if isinstance(module, CONVERTIBLE):
         new = CrossRankBatchNorm(
             module.num_features,
             module.eps,

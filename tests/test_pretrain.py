@@ -335,7 +335,7 @@ def test_bad_images_among_good_ones_are_named_left_out_and_counted(tmp_path, sma
     images.mkdir()
     for index, path in enumerate(good):
         (images / f"good_{index:02}.jpg").symlink_to(path)
-    (images / "truncated.jpg").write_bytes(good[0].read_bytes()[:400])
+    (images / "truncated.jpg").write_bytes(good[0].read_bytes()[:-200])  # its header is whole
     (images / "text.jpg").write_text("this is no image")
     (images / "empty.jpg").write_bytes(b"")
     with Image.open(good[1]) as image:
@@ -347,7 +347,7 @@ def test_bad_images_among_good_ones_are_named_left_out_and_counted(tmp_path, sma
     captured = capsys.readouterr()
     for name in ("truncated.jpg", "text.jpg", "empty.jpg"):
         assert captured.err.count(name) == 1, captured.err
-    for name in ("gray.jpg", "cmyk.jpg", "alpha.png", "good_"):
+    for name in ("gray.jpg", "cmyk.jpg", "alpha.png", "/good_"):
         assert name not in captured.err
     assert json.loads((run / "summary.json").read_text())["unreadable_images"] == 3
     assert "unreadable images left out" in captured.out

@@ -10,6 +10,7 @@ A pattern is a signed distance function, negative on the ink, in units of its ow
 draws it with smooth edges at any size.
 """
 
+import io
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from msbreg.errors import DataError
 
 __all__ = ["CLASSES", "render", "swatches"]
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]
 
 MANIFEST = "rendered.json"
 VERSION = 1  # part of the manifest: raise it when the pictures change, and old folders are rendered anew
@@ -84,7 +85,7 @@ def _stripes(x: Array, y: Array) -> Array:
 
 def _triangles(x: Array, y: Array) -> Array:
     u, v = _staggered(x, y, 1.0)
-    return 0.9 * (np.abs(u) - 0.25 + 0.5 * v)
+    return np.maximum(0.9 * (np.abs(u) - 0.25 + 0.5 * v), -0.42 - v)
 
 
 def _zigzag(x: Array, y: Array) -> Array:
@@ -257,9 +258,14 @@ def _write_split(folder: Path, count: int, size: int, random: np.random.Generato
     for start in range(0, count, CHUNK):
         labels = np.arange(start, min(start + CHUNK, count)) % len(CLASSES)
         for offset, picture in enumerate(swatches(labels, size=size, random=random)):
-            file = folder / CLASSES[labels[offset]] / f"{start + offset:05d}.jpg"
-            # Colour at full resolution (subsampling 0): halving it would smear prints of a few pixels.
-            Image.fromarray(picture).save(file, quality=JPEG_QUALITY, subsampling=0)
+            (folder / CLASSES[labels[offset]] / f"{start + offset:05d}.jpg").write_bytes(_jpeg(picture))
+
+
+def _jpeg(picture: NDArray[np.uint8]) -> bytes:
+    encoded = io.BytesIO()  # not to the file itself: Pillow lets a write pass that a full disk cut short
+    # Colour at full resolution (subsampling 0): halving it would smear prints of a few pixels.
+    Image.fromarray(picture).save(encoded, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return encoded.getvalue()
 
 
 def _put_in_place(partial: Path, folder: Path, recipe: dict[str, int]) -> None:
