@@ -36,11 +36,9 @@ def key_from_seed(seed: int | Tensor) -> tuple[int | Tensor, int | Tensor]:
 
 
 def _multiply(x: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of `x * multiplier`, whose 64 bits would overflow torch's signed int64."""
-    low_half, high_half = x & 0xFFFF, x >> 16
-    low = low_half * multiplier  # below 2**48
-    middle = high_half * multiplier + (low >> 16)  # below 2**49
-    return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
+    """High and low 32 bits of `x * multiplier`; int64 wraps around, which leaves all 64 bits as they should be."""
+    product = x * multiplier
+    return (product >> 32) & WORD, product & WORD
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor) -> tuple[Tensor, ...]:
