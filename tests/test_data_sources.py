@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from msbreg.data import ImageFolder, IndexFile, TarShards, open_source, open_split
-from msbreg.data.sources import Reader, UnreadableError, decode, probe
+from msbreg.data.images import UnreadableError, decode, probe
+from msbreg.data.reader import Reader
 from msbreg.errors import DataError
 
 

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from msbreg.data.images import UndecodableError
 from msbreg.data.parameters import Draw
 from msbreg.data.recipes import MEAN, STD, Recipe, View, size_groups
-from msbreg.data.sources import UndecodableError
 
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline

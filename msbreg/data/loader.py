@@ -22,9 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from msbreg.data.images import UndecodableError
 from msbreg.data.parameters import Draw, draw, permutation
+from msbreg.data.reader import Reader, Sample
 from msbreg.data.recipes import Recipe
-from msbreg.data.sources import Reader, Sample, Source, UndecodableError
+from msbreg.data.sources import Source
 from msbreg.errors import DataError, MSBRegError
 
 __all__ = ["Batch", "ViewLoader"]

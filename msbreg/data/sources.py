@@ -1,38 +1,33 @@
-"""Where encoded images come from, and what can be said of one without decoding it.
+"""Where encoded images are: a folder, tar shards, an index file.
 
-A source is a list of encoded images that can be read in any order from any thread: a folder, tar shards, an index file.
-`Reader` stands between a source and the loader: it finds out each image's size from its header, and puts another image
-in the place of one that cannot be read.
+A source is a list of encoded images that can be read in any order from any thread; it knows nothing of what is in them.
 """
 
 from __future__ import annotations
 
 import csv
 import glob
-import io
 import itertools
 import os
 import re
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from msbreg.errors import DataError
 
 __all__ = [
-    "EXTENSIONS", "ImageFolder", "IndexFile", "Reader", "Sample", "Source", "Subset", "TarShards", "UndecodableError",
-    "UnreadableError", "decode", "open_source", "open_split", "probe", "with_classes_of",
+    "EXTENSIONS", "ImageFolder", "IndexFile", "Source", "Subset", "TarShards", "open_source", "open_split",
+    "with_classes_of",
 ]  # fmt: skip
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "gif")
 """Endings, in any case, by which files and tar members are taken for images."""
+_ENDINGS = ", ".join(f".{ending}" for ending in EXTENSIONS)
 
 Labels = NDArray[np.int64]
 
@@ -84,7 +79,23 @@ class Subset(Source):
         return str(self.source)
 
 
-class ImageFolder(Source):
+class _Files(Source):
+    """Images that are files of their own."""
+
+    folder: Path
+    paths: list[str]
+    """(N,) relative to the folder."""
+
+    def read(self, index: int) -> bytes:
+        """See `Source.read`."""
+        return (self.folder / self.paths[index]).read_bytes()
+
+    def name(self, index: int) -> str:
+        """See `Source.name`."""
+        return str(self.folder / self.paths[index])
+
+
+class ImageFolder(_Files):
     """All images below a folder, at any depth, sorted by path; hidden files and other files are passed over.
 
     The first-level folders are the classes where there are two or more of them; images outside them, and all images
@@ -98,30 +109,22 @@ class ImageFolder(Source):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = _existing_folder(folder)
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise DataError(f"{folder} is not a folder" if self.folder.exists() else f"no such folder: {folder}")
         self.paths = sorted(_files_below(self.folder, EXTENSIONS))
         if not self.paths:
-            raise DataError(
-                f"{self.folder} holds no images: no file below it ends in {', '.join('.' + ext for ext in EXTENSIONS)}"
-            )
+            raise DataError(f"{self.folder} holds no images: no file below it ends in {_ENDINGS}")
         top = [path.split("/", 1)[0] if "/" in path else None for path in self.paths]
         self.labels, self.classes = _number_classes(top)
         if len(self.classes) < 2:
             self.labels, self.classes = np.full(len(top), -1), []
 
-    def read(self, index: int) -> bytes:
-        """See `Source.read`."""
-        return (self.folder / self.paths[index]).read_bytes()
-
-    def name(self, index: int) -> str:
-        """See `Source.name`."""
-        return str(self.folder / self.paths[index])
-
     def __str__(self) -> str:
         return str(self.folder)
 
 
-class IndexFile(Source):
+class IndexFile(_Files):
     """Images listed in a text file, one a line: a path, relative to the file's folder, and perhaps a label.
 
     In a .csv file a comma lies between them, and a first line without an image's ending is a heading; elsewhere a tab,
@@ -145,21 +148,13 @@ class IndexFile(Source):
         lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
         if self.path.suffix.lower() == ".csv":
             rows = [[field.strip() for field in row] for row in csv.reader(lines)]
-            rows = rows[1:] if rows and not _is_image(rows[0][0]) else rows
+            rows = rows[1:] if rows and _ending(rows[0][0]) not in EXTENSIONS else rows
         else:
             rows = [_split_line(line.strip()) for line in lines]
         if not rows:
             raise DataError(f"{self.path} lists no images: expected one path a line")
-        self.paths = [row[0] for row in rows]
+        self.folder, self.paths = self.path.parent, [row[0] for row in rows]
         self.labels, self.classes = _number_classes([row[1] if len(row) > 1 and row[1] else None for row in rows])
-
-    def read(self, index: int) -> bytes:
-        """See `Source.read`."""
-        return (self.path.parent / self.paths[index]).read_bytes()
-
-    def name(self, index: int) -> str:
-        """See `Source.name`."""
-        return str(self.path.parent / self.paths[index])
 
     def __str__(self) -> str:
         return str(self.path)
@@ -186,8 +181,7 @@ class TarShards(Source):
         members = [(shard, *member) for shard, inside in enumerate(found) for member in inside]
         if not members:
             raise DataError(
-                f"{self.pattern} holds no images: no member of its {len(self.shards)} shards ends in "
-                f"{', '.join('.' + ext for ext in EXTENSIONS)}"
+                f"{self.pattern} holds no images: no member of its {len(self.shards)} shards ends in {_ENDINGS}"
             )
         shard, names, offset, size, labels = zip(*members, strict=True)
         self.names = list(names)
@@ -219,7 +213,7 @@ def open_source(path: str | Path) -> Source:
     """
     text = str(path)
     if os.path.isdir(path):
-        shards = any(_files_below(Path(path), ("tar",))) and not any(_files_below(Path(path), EXTENSIONS))
+        shards = not any(_files_below(Path(path), EXTENSIONS)) and any(_files_below(Path(path), ("tar",)))
         return TarShards(path) if shards else ImageFolder(path)
     if text.lower().endswith((".txt", ".csv", ".tsv", ".lst")):
         return IndexFile(path)
@@ -253,7 +247,7 @@ def with_classes_of(train: Source, held_out: Source) -> Source:
     Raises:
         DataError: the held-out images have a class that the training images lack.
     """
-    if train.classes and held_out.classes and held_out.classes != train.classes:
+    if train.classes and held_out.classes:
         unknown = [name for name in held_out.classes if name not in train.classes]
         if unknown:
             raise DataError(f"{held_out} has images of class {unknown[0]}, which {train} has not")
@@ -263,17 +257,8 @@ def with_classes_of(train: Source, held_out: Source) -> Source:
     return held_out
 
 
-def _existing_folder(path: str | Path) -> Path:
-    folder = Path(path)
-    if not folder.exists():
-        raise DataError(f"no such folder: {folder}")
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder")
-    return folder
-
-
-def _is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in EXTENSIONS
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2].lower()
 
 
 def _files_below(folder: Path, endings: tuple[str, ...]) -> Iterator[str]:
@@ -292,7 +277,7 @@ def _files_below(folder: Path, endings: tuple[str, ...]) -> Iterator[str]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = os.path.relpath(parent, folder).replace(os.sep, "/")
         for name in files:
-            if not name.startswith(".") and name.rpartition(".")[2].lower() in endings:
+            if not name.startswith(".") and _ending(name) in endings:
                 yield name if below == "." else f"{below}/{name}"
 
 
@@ -300,7 +285,7 @@ def _split_line(line: str) -> list[str]:
     """A line of a plain list into path and perhaps label."""
     if "\t" in line:
         return [field.strip() for field in line.split("\t")]
-    return [line] if _is_image(line) else line.rsplit(None, 1)
+    return [line] if _ending(line) in EXTENSIONS else line.rsplit(None, 1)
 
 
 def _number_classes(labels: Iterable[str | None]) -> tuple[Labels, list[str]]:
@@ -383,16 +368,9 @@ def _tar_members(descriptor: int) -> Iterator[tuple[str, int, int]]:
         if len(header) == 512 and not any(header):
             return
         try:
-            told = int(header[148:156].strip(b" \0"), 8)
-            size = (
-                int.from_bytes(header[125:136], "big")
-                if header[124] & 128
-                else int(header[124:136].strip(b" \0") or b"0", 8)
-            )
-        except (ValueError, IndexError):
-            told, size = -1, 0
-        if told != sum(header[:148]) + 8 * ord(" ") + sum(header[156:]):
-            raise ValueError(f"no header at byte {place:,}")
+            size = _data_size(header)
+        except ValueError as error:
+            raise ValueError(f"no header at byte {place:,}") from error
         size = size if long_size is None else long_size
         data, place = place + 512, place + 512 + -(-size // 512) * 512
         if data + size > end:
@@ -413,6 +391,20 @@ def _tar_members(descriptor: int) -> Iterator[tuple[str, int, int]]:
             long_name = long_size = None
 
 
+def _data_size(header: bytes) -> int:
+    """Bytes of data after a tar header.
+
+    Raises:
+        ValueError: it is no header.
+    """
+    told = int(header[148:156].strip(b" \0"), 8)
+    if told != sum(header[:148]) + 8 * ord(" ") + sum(header[156:]):
+        raise ValueError("the checksum is wrong")
+    if header[124] & 128:  # base 256, for sizes beyond eight gibibytes
+        return int.from_bytes(header[125:136], "big")
+    return int(header[124:136].strip(b" \0") or b"0", 8)
+
+
 def _pax_records(data: bytes) -> dict[str, str]:
     """The records of a pax header: each its own length, a blank, key=value and a line's end."""
     records, place = {}, 0
@@ -422,218 +414,3 @@ def _pax_records(data: bytes) -> dict[str, str]:
         records[key.decode()] = value.decode("utf-8", "replace")
         place += length
     return records
-
-
-ORIENTATION_TAG = 0x0112
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""What brings an image upright, by its EXIF orientation."""
-
-COMMON_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
-"""Pillow's names of the formats that DALI decodes too, to the same pixels on a CPU (MPO is a phone's JPEG)."""
-
-
-class UnreadableError(Exception):
-    """An image that cannot be decoded; its text is the reason."""
-
-
-class UndecodableError(Exception):
-    """A backend could not decode some images of a batch.
-
-    Args:
-        positions: where in the batch they are.
-    """
-
-    def __init__(self, positions: list[int]) -> None:
-        super().__init__(f"images {positions} of the batch cannot be decoded")
-        self.positions = positions
-
-
-class Header(NamedTuple):
-    """What the loader must know of an image before it is decoded."""
-
-    height: int
-    """Pixels, upright."""
-    width: int
-    """Pixels, upright."""
-    common: bool
-    """Whether every backend decodes it alike; else it is decoded by Pillow and handed on without compression."""
-
-
-def probe(data: bytes) -> Header:
-    """Reads the header. Images without their format's end marker are decoded whole, to see whether that works.
-
-    Raises:
-        UnreadableError: it is empty, not an image, or cut short.
-    """
-    image = _open(data)
-    if not _is_complete(data, image.format):
-        _load(image)
-    width, height = image.size
-    if 5 <= _orientation(image) <= 8:
-        width, height = height, width
-    return Header(height, width, image.format in COMMON_FORMATS and not image.mode.startswith(("I", "F")))
-
-
-def decode(data: bytes | memoryview) -> Image.Image:
-    """The upright image in RGB; alpha is left out, 16 bits are cut to 8.
-
-    Raises:
-        UnreadableError: it cannot be decoded.
-    """
-    image = _open(data)
-    orientation = _orientation(image)
-    _load(image)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    image = image.convert("RGB")
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
-
-
-def _open(data: bytes | memoryview) -> Image.Image:
-    if not data:
-        raise UnreadableError("the file is empty")
-    try:
-        return Image.open(io.BytesIO(data))
-    except Exception as error:  # broken headers make Pillow's parsers raise almost anything
-        raise UnreadableError("it is not an image, or its header is damaged") from error
-
-
-def _load(image: Image.Image) -> None:
-    try:
-        image.load()
-    except Exception as error:  # as above
-        raise UnreadableError(f"it cannot be decoded: {error}") from error
-
-
-def _is_complete(data: bytes, kind: str | None) -> bool:
-    """Whether the data end as a whole file of this kind does; False where that cannot be told."""
-    if kind in ("JPEG", "MPO"):
-        return data.endswith(b"\xff\xd9")
-    if kind == "PNG":
-        return data.endswith(b"IEND\xaeB`\x82")
-    if kind == "WEBP":
-        return len(data) >= 8 + int.from_bytes(data[4:8], "little")
-    return False
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 where there is none. TIFF: Pillow turns the image itself when it decodes it."""
-    if "exif" not in image.info or image.format == "TIFF":
-        return 1
-    exif = Image.Exif()
-    try:
-        exif.load(image.info["exif"])
-        return int(exif.get(ORIENTATION_TAG, 1))
-    except Exception:  # damaged EXIF says nothing about orientation, and nothing about the image
-        return 1
-
-
-class Sample(NamedTuple):
-    """One encoded image."""
-
-    image: int
-    """Which one of the source it is."""
-    data: NDArray[np.uint8]
-    height: int
-    width: int
-
-
-class Reader:
-    """Reads images with their sizes, and puts another in the place of one that cannot be read. Thread-safe.
-
-    The substitute is the next readable image of the source, a function of the source alone, so that the training
-    stream stays one too.
-
-    Args:
-        source: the images.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.unreadable: dict[int, str] = {}
-        """Why images cannot be read, by index."""
-        self.news: list[str] = []
-        """Sentences about images found unreadable since somebody last emptied this list."""
-        self._sizes = np.zeros((len(source), 2), dtype=np.int32)  # height, width; zero: not yet known
-        self._uncommon: set[int] = set()
-        self._lock = threading.Lock()
-
-    @property
-    def limit(self) -> int:
-        """Images that may be unreadable before it is an error."""
-        return max(16, len(self.source) // 100)
-
-    def sample(self, index: int) -> Sample:
-        """The image, or its substitute.
-
-        Raises:
-            DataError: too many images cannot be read, or all of them.
-        """
-        for shift in range(len(self.source)):
-            candidate = (index + shift) % len(self.source)
-            if candidate in self.unreadable:
-                continue
-            try:
-                return self._read(candidate)
-            except UnreadableError as error:
-                self._reject(candidate, str(error))
-        raise DataError(f"none of the {len(self.source):,} images of {self.source} can be read: {self._example()}")
-
-    def _read(self, index: int) -> Sample:
-        try:
-            data = self.source.read(index)
-        except OSError as error:
-            raise UnreadableError(f"it cannot be read: {error.strerror or error}") from error
-        if not self._sizes[index].any():
-            header = probe(data)
-            if not header.common:
-                self._uncommon.add(index)
-            self._sizes[index] = header.height, header.width
-        if index in self._uncommon:
-            data = _without_compression(data)
-        height, width = self._sizes[index].tolist()
-        return Sample(index, np.frombuffer(data, np.uint8), height, width)
-
-    def distrust(self, index: int) -> None:
-        """Takes notice that a backend could not decode an image: it is left to Pillow from now on, else given up.
-
-        Raises:
-            DataError: too many images cannot be read.
-        """
-        try:
-            if index in self._uncommon:
-                raise UnreadableError("it cannot be decoded")
-            decode(self.source.read(index))
-            self._uncommon.add(index)
-        except (UnreadableError, OSError) as error:
-            self._reject(index, str(error))
-
-    def _reject(self, index: int, reason: str) -> None:
-        with self._lock:
-            if index not in self.unreadable:
-                self.unreadable[index] = reason
-                self.news.append(f"left out {self.source.name(index)}: {reason}")
-            if self.limit < len(self.unreadable) < len(self.source):
-                raise DataError(
-                    f"{len(self.unreadable):,} of the {len(self.source):,} images of {self.source} cannot be read, "
-                    f"which is more than the {self.limit:,} that are tolerated: {self._example()}"
-                )
-
-    def _example(self) -> str:
-        index, reason = next(iter(self.unreadable.items()))
-        return f"{self.source.name(index)}: {reason}"
-
-
-def _without_compression(data: bytes) -> bytes:
-    """An image decoded by Pillow, as a PPM file."""
-    buffer = io.BytesIO()
-    decode(data).save(buffer, "PPM")
-    return buffer.getvalue()

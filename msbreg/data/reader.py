@@ -1,0 +1,114 @@
+"""Between a source and the loader: images with their sizes, and another in the place of one that cannot be read."""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from msbreg.data.images import UnreadableError, as_ppm, decode, probe
+from msbreg.data.sources import Source
+from msbreg.errors import DataError
+
+__all__ = ["Reader", "Sample"]
+
+
+class Sample(NamedTuple):
+    """One encoded image."""
+
+    image: int
+    """Which one of the source it is."""
+    data: NDArray[np.uint8]
+    """(bytes,) the file, or the image as a PPM file where not every backend decodes it."""
+    height: int
+    """Pixels, upright."""
+    width: int
+    """Pixels, upright."""
+
+
+class Reader:
+    """Reads images with their sizes, and puts another in the place of one that cannot be read. Thread-safe.
+
+    The substitute is the next readable image of the source, a function of the source alone, so that the training
+    stream stays one too.
+
+    Args:
+        source: the images.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.unreadable: dict[int, str] = {}
+        """Why images cannot be read, by index."""
+        self.news: list[str] = []
+        """Sentences about images found unreadable since somebody last emptied this list."""
+        self._sizes = np.zeros((len(source), 2), dtype=np.int32)  # height, width; zero: not yet known
+        self._uncommon: set[int] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def limit(self) -> int:
+        """Images that may be unreadable before it is an error."""
+        return max(16, len(self.source) // 100)
+
+    def sample(self, index: int) -> Sample:
+        """The image, or its substitute.
+
+        Raises:
+            DataError: too many images cannot be read, or all of them.
+        """
+        for shift in range(len(self.source)):
+            candidate = (index + shift) % len(self.source)
+            if candidate in self.unreadable:
+                continue
+            try:
+                return self._read(candidate)
+            except UnreadableError as error:
+                self._reject(candidate, str(error))
+        raise DataError(f"none of the {len(self.source):,} images of {self.source} can be read: {self._example()}")
+
+    def _read(self, index: int) -> Sample:
+        try:
+            data = self.source.read(index)
+        except OSError as error:
+            raise UnreadableError(f"it cannot be read: {error.strerror or error}") from error
+        if not self._sizes[index].any():
+            header = probe(data)
+            if not header.common:
+                self._uncommon.add(index)
+            self._sizes[index] = header.height, header.width
+        if index in self._uncommon:
+            data = as_ppm(data)
+        height, width = self._sizes[index].tolist()
+        return Sample(index, np.frombuffer(data, np.uint8), height, width)
+
+    def distrust(self, index: int) -> None:
+        """Takes notice that a backend could not decode an image: it is left to Pillow from now on, else given up.
+
+        Raises:
+            DataError: too many images cannot be read.
+        """
+        try:
+            if index in self._uncommon:
+                raise UnreadableError("it cannot be decoded")
+            decode(self.source.read(index))
+            self._uncommon.add(index)
+        except (UnreadableError, OSError) as error:
+            self._reject(index, str(error))
+
+    def _reject(self, index: int, reason: str) -> None:
+        with self._lock:
+            if index not in self.unreadable:
+                self.unreadable[index] = reason
+                self.news.append(f"left out {self.source.name(index)}: {reason}")
+            if self.limit < len(self.unreadable) < len(self.source):
+                raise DataError(
+                    f"{len(self.unreadable):,} of the {len(self.source):,} images of {self.source} cannot be read, "
+                    f"which is more than the {self.limit:,} that are tolerated: {self._example()}"
+                )
+
+    def _example(self) -> str:
+        index, reason = next(iter(self.unreadable.items()))
+        return f"{self.source.name(index)}: {reason}"
