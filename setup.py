@@ -67,5 +67,5 @@ setup(
         "bench": ["matplotlib>=3.7", "pytest>=8", "pytest-benchmark>=5"],
         "dev": [RUFF, "mypy>=1.11", "pre-commit>=3.5"],
     },
-    entry_points={"console_scripts": ["msbreg = msbreg.cli:main"]},
+    entry_points={"console_scripts": ["msbreg = msbreg.__main__:run"]},
 )

@@ -102,9 +102,9 @@ def page(result: dict) -> str:
     seeds = len(next(iter(result["rows"].values())))
     return f"""# The choices that the paper leaves open, measured
 
-Short runs of `msbreg pretrain` on CIFAR-10, alike but for one option, {seeds} seeds each (mean ± standard deviation). Two
-views of 128 images, the small network for CPUs, torch {result["versions"]["torch"]}, {result["date"]}. Differences within
-the spread mean nothing, and a short run of a small network is a hint, not a proof. What follows from it is in
+Short runs of `msbreg pretrain` on CIFAR-10, alike but for one option, {seeds} seeds each (mean ± standard deviation):
+two views of 128 images, the small network for CPUs, torch {result["versions"]["torch"]}, {result["date"]}. Differences
+within the spread mean nothing, and a short run of a small network is a hint, not a proof. What follows from it is in
 [decisions.md](decisions.md).
 
 ```bash

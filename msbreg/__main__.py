@@ -1,7 +1,24 @@
-"""`python -m msbreg`, which torchrun can start: `torchrun --nproc-per-node 8 -m msbreg pretrain ...`."""
+"""`msbreg` and `python -m msbreg`; torchrun starts the latter: `torchrun --nproc-per-node 8 -m msbreg pretrain ...`."""
 
 import sys
 
-from msbreg.cli import main
+__all__ = ["run"]
 
-sys.exit(main())
+
+def run() -> int:
+    """Runs the command line. Where the packages of the `train` extra are missing, only `msbreg doctor` works."""
+    try:
+        from msbreg.cli import main
+    except ModuleNotFoundError as error:
+        if sys.argv[1:] != ["doctor"]:
+            print(f"error: the command line needs {error.name}: pip install 'msbreg[train]'.", file=sys.stderr)
+            return 2
+        from msbreg.doctor import report
+
+        print(report())
+        return 0
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

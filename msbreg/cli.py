@@ -22,7 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the command line without the program's name; None takes this process's.
 
     Returns:
-        The exit status: 0, 2 for what the user can mend, 130 after Ctrl-C.
+        The exit status: 0 (also after a signal that let the run save itself), 2 for what the user can mend, 130 after a
+        second Ctrl-C.
     """
     options = build_parser().parse_args(name_configs(sys.argv[1:] if arguments is None else arguments))
     show_each_warning_once()
@@ -73,9 +74,11 @@ def build_parser() -> ArgumentParser:
     evaluate.add_argument(
         "--data.eval_path", type=str | None, default=None, help="held-out images; unset: as in pretrain"
     )
-    evaluate.add_argument("--k", type=int, default=20, help="neighbours in the kNN vote")
-    evaluate.add_argument("--bank", type=int, default=50_000, help="labelled images the neighbours come from, at most")
-    evaluate.add_argument("--queries", type=int, default=50_000, help="held-out images to classify, at most")
+    evaluate.add_argument("--k", type=int, default=0, help="neighbours in the kNN vote; 0: as in the run")
+    evaluate.add_argument(
+        "--bank", type=int, default=0, help="most labelled images the neighbours come from; 0: as in the run"
+    )
+    evaluate.add_argument("--queries", type=int, default=0, help="most held-out images to classify; 0: as in the run")
     evaluate.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:N or auto")
     evaluate.add_argument("--threads", type=int, default=0, help="decoding threads; 0: one a core")
     commands.add_subcommand("eval", evaluate, help="kNN and linear probe of a trained backbone")
@@ -136,9 +139,9 @@ def run_pretrain(options: Namespace) -> int:
 
 def run_eval(options: Namespace) -> int:
     from msbreg.data import load_recipe
-    from msbreg.doctor import usable_cores
     from msbreg.evaluator import Evaluator
     from msbreg.export import backbone_of, config_of
+    from msbreg.machine import usable_cores
     from msbreg.monitor import markdown_table
     from msbreg.processes import Processes
     from msbreg.trainer import open_images
@@ -147,7 +150,10 @@ def run_eval(options: Namespace) -> int:
     config = config_of(state)
     config.data.path = options.data.path or config.data.path
     config.data.eval_path = options.data.eval_path or (None if options.data.path else config.data.eval_path)
-    config.eval.k, config.eval.bank, config.eval.queries = options.k, options.bank, options.queries
+    for name in ("k", "bank", "queries"):
+        setattr(config.eval, name, getattr(options, name) or getattr(config.eval, name))
+    config.eval.linear = True
+    config.validate()
     with Processes(options.device) as processes:
         train, held_out = open_images(config, processes)
         recipe = load_recipe(config.data.recipe, config.data.views, config.data.size)

@@ -4,6 +4,7 @@ The defaults are the embedded default run: images that the package renders, a sm
 cores. `msbreg/configs/*.yaml` hold the other recipes; `--config NAME` loads one and dotted options override it.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +44,7 @@ class DataConfig:
     path: str | None = None
     """Image folder, folder or pattern of tar shards, or index file; unset: images that msbreg renders itself."""
     eval_path: str | None = None
-    """Held-out images for evaluation; unset: val/ or test/ beside train/ under data.path, else a tenth is set aside."""
+    """Held-out images for evaluation; unset: val/ or test/ beside train/, else a tenth of labelled images."""
     recipe: str = "auto"
     """byol, cifar, multi_crop, or a YAML file with a block a view; auto: cifar below 96 pixels, else byol."""
     size: int = 32
@@ -101,8 +102,8 @@ class MethodConfig:
     spectrum: functional.Spectrum = functional.SPECTRUM
     """Form of the singular value loss."""
     tau: float = 0.9
-    """Momentum of the EMA network at the start; rises to 1 by a cosine. BYOL: 0.996 for 1000 epochs of ImageNet, 0.99 for
-    100; 0.9 suits a few hundred steps."""
+    """Momentum of the EMA network at the start, rising to 1 by a cosine. 0.9 suits a few hundred steps; BYOL has 0.99
+    for 100 epochs of ImageNet and 0.996 for 1000."""
 
 
 @dataclass
@@ -178,8 +179,14 @@ class Config:
             "data.threads", "run.threads", "model.view_chunk", "optim.epochs", "optim.steps", "optim.warmup_epochs",
             "optim.lr", "optim.weight_decay", "eval.every", "method.lambda_s", "method.lambda_b",
         ):  # fmt: skip
-            if not (value := flatten(self)[name]) >= 0:
-                raise MSBRegError(f"--{name} is {value}, but must be 0 or more.")
+            if not 0 <= (value := flatten(self)[name]) < math.inf:
+                raise MSBRegError(f"--{name} is {value}, but must be 0 or more, and finite.")
+        if not (self.optim.steps or self.optim.epochs):
+            raise MSBRegError("--optim.epochs and --optim.steps are both 0, which leaves nothing to do.")
+        if not 0 < self.eval.temperature < math.inf:
+            raise MSBRegError(f"--eval.temperature is {self.eval.temperature}, but must be above 0, and finite.")
+        if self.model.compile and self.model.view_chunk:
+            raise MSBRegError("--model.compile and --model.view_chunk do not work together yet; leave out one of them.")
         if not 0 <= self.method.tau <= 1:
             raise MSBRegError(f"--method.tau is {self.method.tau}, but must lie between 0 and 1.")
         if not 0 <= self.run.seed < 2**63:

@@ -157,7 +157,7 @@ def convert_sync_batchnorm(module: nn.Module, group: dist.ProcessGroup | None = 
         if isinstance(layer, _BatchNorm) and type(layer) not in (*CONVERTIBLE, CrossRankBatchNorm, nn.SyncBatchNorm):
             raise MSBRegError(
                 f"cannot synchronise layer {name!r}: expected torch's own BatchNorm1d, 2d or 3d, got "
-                f"{type(layer).__name__}; choose another backbone, or train without synchronised batch normalisation"
+                f"{type(layer).__name__}; choose another backbone, or train in one process"
             )
     if any(tensor.is_cuda for tensor in (*module.parameters(), *module.buffers())):
         return nn.SyncBatchNorm.convert_sync_batchnorm(module, group)

@@ -9,12 +9,17 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import msbreg
+from msbreg.machine import usable_cores
 
 __all__ = ["report"]
 
 OPTIONAL = {
     "torchvision": ("torchvision", "its networks and the torchvision backend", "pip install 'msbreg[train]'"),
     "nvidia.dali": ("nvidia-dali-cuda130", "the DALI backend", "pip install 'msbreg[train]'"),
+    "jsonargparse": ("jsonargparse", "the other commands", "pip install 'msbreg[train]'"),
+    "tqdm": ("tqdm", "training", "pip install 'msbreg[train]'"),
+    "matplotlib": ("matplotlib", "curves.png", "pip install 'msbreg[train]'"),
+    "safetensors": ("safetensors", "exported backbones", "pip install 'msbreg[train]'"),
     "triton": ("triton", "the fused kernels", "it comes with torch's CUDA builds"),
     "timm": ("timm", "--model.backbone timm/NAME", "pip install timm"),
     "tensorboard": ("tensorboard", "--run.tensorboard", "pip install tensorboard"),
@@ -36,11 +41,6 @@ def report() -> str:
     if "WORLD_SIZE" in os.environ:
         lines.append(f"torchrun: rank {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']}")
     return "\n".join(lines)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on, which a container or scheduler may have cut down."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _package(module: str, distribution: str, serves: str, remedy: str) -> str:

@@ -12,6 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from msbreg.config import Config
 from msbreg.data import Batch, Source, ViewLoader, evaluation
 from msbreg.evaluation import extract_features, instance_accuracy, knn_accuracy, linear_probe
+from msbreg.linalg import singular_values
 
 __all__ = ["Evaluator", "has_labels", "set_aside"]
 
@@ -105,24 +106,24 @@ class Evaluator:
     def _score(self, backbone: nn.Module, *, linear: bool) -> Accuracy:
         bank, bank_labels = extract_features(backbone, self.bank)
         queries, query_labels = extract_features(backbone, self.queries)
+        self._queries = queries
         if self.task == "instances":
             return Accuracy(instance_accuracy(bank, queries))
         knn = knn_accuracy(bank, bank_labels, queries, query_labels, k=self.k, temperature=self.temperature)
         return Accuracy(knn, linear_probe(bank, bank_labels, queries, query_labels) if linear else None)
 
     @torch.no_grad()
-    def spectrum(self, encoder: nn.Module) -> list[float]:
+    def spectrum(self, projector: nn.Module) -> list[float]:
         """Singular values of the unit-norm embeddings of held-out images, over those of a flat spectrum (all 1).
 
         Args:
-            encoder: images (N, 3, H, W) to embeddings (N, D); left in the mode it came in.
+            projector: features (N, F) of the backbone that was measured last to embeddings (N, D); it is left in the
+                mode it came in.
         """
-        from msbreg.linalg import singular_values
-
-        images = next(iter(self.queries)).views[0][:SPECTRUM_IMAGES]
-        mode = encoder.training
-        rows = torch.nn.functional.normalize(encoder.eval()(images).float(), dim=-1)
-        encoder.train(mode)
+        features = self._queries[:: max(1, len(self._queries) // SPECTRUM_IMAGES)]
+        mode = projector.training
+        rows = torch.nn.functional.normalize(projector.eval()(features).float(), dim=-1)
+        projector.train(mode)
         count, dim = rows.shape
         return (singular_values(rows) * math.sqrt(min(count, dim) / count)).tolist()
 

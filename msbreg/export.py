@@ -17,8 +17,10 @@ __all__ = ["backbone_of", "config_of", "export_backbone"]
 def config_of(state: dict[str, Any]) -> Config:
     """The config of the run that wrote a checkpoint."""
     defaults = Config()
-    groups = {name: type(getattr(defaults, name))(**options) for name, options in state["config"].items()}
-    return Config(**groups)
+    try:
+        return Config(**{name: type(getattr(defaults, name))(**options) for name, options in state["config"].items()})
+    except (AttributeError, TypeError) as error:
+        raise MSBRegError(f"the checkpoint has options of another version of msbreg ({error}).") from error
 
 
 def backbone_of(state: dict[str, Any]) -> nn.Module:

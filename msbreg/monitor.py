@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from msbreg.errors import MSBRegError
 from msbreg.linalg import effective_rank, singular_values
 
 __all__ = ["MetricsFile", "Progress", "Stopwatch", "embedding_statistics", "markdown_table", "memory_megabytes"]
@@ -24,26 +25,39 @@ class MetricsFile:
 
     Args:
         path: the file.
-        resume_step: lines of later steps are dropped: a killed run may have written past its last checkpoint.
+        last: the last step of each kind of event that counts. Later lines are dropped: a killed run may have written
+            past its checkpoint. None for a new run.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0) -> None:
-        kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if resume_step else []
+    def __init__(self, path: Path, last: dict[str, int] | None = None) -> None:
+        self.path = path
+        kept = [row for row in read_metrics(path) if row["step"] <= last[row["event"]]] if last else []
         temporary = path.with_suffix(".partial")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, path)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
 
     def write(self, **row: Any) -> None:
-        """Appends one line; numbers that are not finite become null, since JSON has none."""
-        self._file.write(json.dumps({name: finite(value) for name, value in row.items()}) + "\n")
+        """Appends one line; numbers that are not finite become null, since JSON has none.
 
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        Raises:
+            MSBRegError: where the file cannot grow.
+        """
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(finite(row)) + "\n")
+        except OSError as error:
+            raise MSBRegError(
+                f"cannot write to {self.path}: {error.strerror}. Make room and run the same command again to go on "
+                "from the last checkpoint."
+            ) from error
 
 
 def finite(value: Any) -> Any:
+    """A value for JSON: numbers that are not finite become None, in containers too."""
+    if isinstance(value, dict):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -69,7 +83,7 @@ def embedding_statistics(embeddings: Tensor) -> dict[str, float]:
 
     Returns:
         embedding_std: mean standard deviation of a dimension times sqrt(D): 1 spread out, 0 collapsed to a point.
-        effective_rank: of the first view's (B, D) matrix, 1 to min(B, D).
+        effective_rank: of the first view's (B, D) matrix, 1 to min(B, D); B is this process's share of the batch.
         singular_max, singular_min: its extreme singular values over those of a flat spectrum, which has 1 and 1.
         centroid_norm: length of the mean embedding: 0 spread out, 1 collapsed to a point.
     """
@@ -95,12 +109,17 @@ def memory_megabytes(device: torch.device) -> float:
 
 
 class Stopwatch:
-    """Seconds of training (evaluation and saving left out), and the share of them spent waiting for data."""
+    """Seconds of training (evaluation and saving left out), and how many of them were spent waiting for data.
 
-    def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds = seconds
+    Args:
+        seconds: of training before a resume.
+        waited: of waiting before a resume.
+    """
+
+    def __init__(self, seconds: float = 0.0, waited: float = 0.0) -> None:
+        self.seconds, self.waited = seconds, waited
+        self._lap = (seconds, waited)
         self._running_since: float | None = None
-        self._window = self._wait = 0.0
 
     def start(self) -> None:
         """Goes on counting."""
@@ -109,22 +128,15 @@ class Stopwatch:
     def stop(self) -> None:
         """Adds what has passed since `start`."""
         if self._running_since is not None:
-            passed = time.perf_counter() - self._running_since
-            self.seconds += passed
-            self._window += passed
+            self.seconds += time.perf_counter() - self._running_since
             self._running_since = None
-
-    def waited(self, seconds: float) -> None:
-        """Counts time that the step waited for its batch."""
-        self._wait += seconds
 
     def lap(self) -> tuple[float, float]:
         """Seconds of training and of waiting since the last lap; goes on counting."""
         self.stop()
-        passed, wait = self._window, self._wait
-        self._window = self._wait = 0.0
+        (seconds, waited), self._lap = self._lap, (self.seconds, self.waited)
         self.start()
-        return passed, wait
+        return self.seconds - seconds, self.waited - waited
 
 
 class Progress:

@@ -37,7 +37,8 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
         beside = losses.twinx()
         beside.plot(steps, [row["singular_value"] for row in train], color="tab:red", linewidth=1.0)
         beside.set_ylabel("singular value $L_S$ (right)", color="tab:red")
-        beside.set_ylim(bottom=0)
+        if min(row["singular_value"] for row in train) >= 0:  # the coding rate's are negative
+            beside.set_ylim(bottom=0)
     losses.legend(loc="upper right", fontsize=8)
 
     where = [row["step"] for row in evaluations]

@@ -44,15 +44,17 @@ class Processes:
         try:
             device = torch.device(wanted)
         except RuntimeError as error:
-            raise MSBRegError(f"--run.device is {wanted!r}; expected auto, cpu, cuda or cuda:N.") from error
+            raise MSBRegError(f"the device is {wanted!r}; expected auto, cpu, cuda or cuda:N.") from error
         if device.type == "cpu":
             return device
         if device.type != "cuda":
-            raise MSBRegError(f"--run.device is {wanted!r}; expected auto, cpu, cuda or cuda:N.")
+            raise MSBRegError(f"the device is {wanted!r}; expected auto, cpu, cuda or cuda:N.")
         if not torch.cuda.is_available():
             raise MSBRegError(
-                f"--run.device is {wanted!r}, but torch finds no usable GPU here; `msbreg doctor` says why."
+                f"the device is {wanted!r}, but torch finds no usable GPU here; `msbreg doctor` says why."
             )
+        if device.index is not None and self.local_world > 1:
+            raise MSBRegError(f"the device is {wanted!r} for all {self.local_world} processes; say cuda for one each.")
         index = self.local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise MSBRegError(
@@ -73,7 +75,8 @@ class Processes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.world > 1 and dist.is_initialized():
+        # After an error the others may be waiting in a collective, where leaving the group would wait for them in turn.
+        if kind is None and dist.is_initialized():
             dist.destroy_process_group()
 
     @property
@@ -91,6 +94,13 @@ class Processes:
         )
         dist.all_gather(everyone, mine, group=self._control)
         return [int(one) for one in everyone]
+
+    def agree(self, number: int, what: str) -> None:
+        """Raises MSBRegError where ranks see different numbers: on several machines, folders may differ."""
+        if len(set(numbers := self.gather(number))) > 1:
+            raise MSBRegError(
+                f"processes do not see the same of {what}: {numbers} by rank; use a folder they all share."
+            )
 
     def mean(self, numbers: torch.Tensor) -> torch.Tensor:
         """The mean over ranks of a tensor on each rank's device."""

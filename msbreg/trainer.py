@@ -26,17 +26,18 @@ from msbreg import checkpoint
 from msbreg.config import Config, flatten
 from msbreg.data import Batch, Source, ViewLoader, load_recipe, open_source, open_split, with_classes_of
 from msbreg.distributed import convert_sync_batchnorm
-from msbreg.doctor import usable_cores
 from msbreg.errors import MSBRegError
 from msbreg.evaluation import OnlineProbe
 from msbreg.evaluator import Evaluator, has_labels, set_aside
 from msbreg.export import export_backbone
+from msbreg.machine import usable_cores
 from msbreg.methods import StepOutput, build_method
 from msbreg.monitor import (
     MetricsFile,
     Progress,
     Stopwatch,
     embedding_statistics,
+    finite,
     markdown_table,
     memory_megabytes,
     read_metrics,
@@ -88,6 +89,7 @@ class Trainer:
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         state = checkpoint.load_run(folder) if config.run.resume else None
+        processes.agree(-1 if state is None else state["step"], f"the run folder {folder}")
         if state is None and checkpoint.holds_one(folder):
             raise MSBRegError(f"{folder} holds a run already and --run.resume is false; choose another --run.dir.")
         if state is not None:
@@ -95,6 +97,7 @@ class Trainer:
 
         self.threads = config.data.threads or max(1, usable_cores() // processes.local_world)
         self.source, self.held_out = open_images(config, processes)
+        processes.agree(len(self.source), "the training images")
         if state is not None and state["images"] != len(self.source):
             raise MSBRegError(
                 f"the run in {folder} was trained on {state['images']:,} images, but there are {len(self.source):,} "
@@ -106,6 +109,12 @@ class Trainer:
                 "processes cannot share evenly."
             )
         self.recipe = load_recipe(config.data.recipe, config.data.views, config.data.size)
+        sizes = {view.size for view in self.recipe}
+        if len(sizes) > 1 and (config.method.leave_one_out or config.method.name != "msbreg"):
+            raise MSBRegError(
+                f"--data.recipe {config.data.recipe} has views of several sizes, and targets of the first size alone: "
+                "leave out --method.leave_one_out, and use --method.name msbreg."
+            )
         self.batch = config.data.batch_size // processes.world
         self.loader = ViewLoader(
             self.source,
@@ -130,6 +139,7 @@ class Trainer:
         self.done, self.results, self.stopwatch = 0, {}, Stopwatch()
         if state is not None:
             self._restore(state)
+        self.logged = self.done
 
     def _build_networks(self) -> None:
         config, processes = self.config, self.processes
@@ -154,35 +164,32 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Trains from where the run stands to its end."""
-        first = self.processes.first
-        self.evaluator = (
-            Evaluator(
-                self.config, self.source, self.held_out, recipe=self.recipe, device=self.device, threads=self.threads
-            )
-            if first
-            else None
-        )
-        self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.done) if first else None
-        self.board = tensorboard(self.folder) if first and self.config.run.tensorboard else None
-        self.progress = Progress(self.steps, self.done, shown=first)
-        try:
+        config, first = self.config, self.processes.first
+        with contextlib.ExitStack() as opened, stop_signals() as stop:
+            opened.callback(self.loader.close)
+            self.progress = Progress(self.steps, self.done, shown=first)
+            opened.callback(self.progress.close)
+            self.evaluator = None
+            if first:
+                self.evaluator = Evaluator(
+                    config, self.source, self.held_out, recipe=self.recipe, device=self.device, threads=self.threads
+                )
+                opened.callback(self.evaluator.close)
+                last = {"train": self.done, "eval": self.results["evaluated"]} if self.done else None
+                self.metrics = MetricsFile(self.folder / "metrics.jsonl", last)
+                self.board = tensorboard(self.folder, self.done) if config.run.tensorboard else None
+                opened.callback(lambda: self.board is None or self.board.close())
             if self.done == 0:
                 self._evaluate()
             elif self.done < self.steps:
                 self.progress.say(f"going on from step {self.done} of {self.steps} in {self.folder}")
-            with stop_signals() as stop:
-                self._train(stop)
-            finished = self.done == self.steps
-            summary = self._finish() if finished else {"finished": False, "step": self.done}
-        finally:
-            self.progress.close()
-            for open_thing in (self.metrics, self.board, self.loader, self.evaluator):
-                if open_thing is not None:
-                    open_thing.close()
-        return summary
+            self._train(stop)
+            return self._finish() if self.done == self.steps else {"finished": False, "step": self.done}
 
     def step(self, batch: Batch, step: int) -> StepOutput:
         """One optimizer step on one batch; `step` counts from 0."""
+        # Dropout and the like draw from torch's generator: a function of seed, step and rank, as all else is.
+        torch.manual_seed((self.config.run.seed * 2**40 + step * self.processes.world + self.processes.rank) % 2**63)
         lr = warmup_cosine(step, self.steps, self.warmup_steps, self.peak_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -209,11 +216,13 @@ class Trainer:
 
             if self.done % config.run.log_every == 0 or self.done == self.steps:
                 self._log(out)
-                if self._stopped(stop):
-                    break
-            if self.done % self.eval_every == 0 and self.done < self.steps:
+            if self.done == self.steps:
+                break
+            if self.done % self.eval_every == 0:
                 self._evaluate()
-            if self.done % config.run.checkpoint_every == 0 and self.done < self.steps:
+            if self._stopped(stop):
+                break
+            if self.done % config.run.checkpoint_every == 0:
                 self._save()
         self.stopwatch.stop()
         if self.done < self.steps:
@@ -229,7 +238,7 @@ class Trainer:
             batch = next(batches, None)
             if batch is None:
                 return
-            self.stopwatch.waited(time.perf_counter() - began)
+            self.stopwatch.waited += time.perf_counter() - began
             yield step, batch
             step += 1
 
@@ -239,19 +248,29 @@ class Trainer:
         self.bad_losses = torch.stack((row, torch.maximum(row, self.bad_losses[1])))
 
     def _check_losses(self) -> None:
+        """Raises MSBRegError after three bad losses in a row on any rank."""
         rows = self.processes.gather(int(self.bad_losses[1]))
         if ranks := [rank for rank, row in enumerate(rows) if row >= BAD_LOSSES_IN_A_ROW]:
             where = f" on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if self.processes.world > 1 else ""
-            kept = (
-                "The last good checkpoint is kept" if checkpoint.holds_one(self.folder) else "No checkpoint was due yet"
-            )
-            raise MSBRegError(
-                f"the loss was not finite in {BAD_LOSSES_IN_A_ROW} steps in a row{where}, at step {self.done} or "
-                f"shortly before. {kept}. Try a lower --optim.lr or a longer --optim.warmup_epochs."
-            )
+            raise self._diverged(f"was not finite in {BAD_LOSSES_IN_A_ROW} steps in a row{where}")
+
+    def _diverged(self, what: str) -> MSBRegError:
+        kept = "The last good checkpoint is kept" if checkpoint.holds_one(self.folder) else "No checkpoint was due yet"
+        return MSBRegError(
+            f"the loss {what}, at step {self.done} or shortly before. {kept}. "
+            "Try a lower --optim.lr or a longer --optim.warmup_epochs in a new --run.dir."
+        )
+
+    def _healthy(self) -> bool:
+        """Whether the last loss and all weights are finite, on every rank."""
+        finite = torch.stack([weight.isfinite().all() for weight in self.method.parameters()]).all()
+        return all(self.processes.gather(int(finite & (self.bad_losses[0] == 0))))
 
     def _stopped(self, stop: list[int]) -> bool:
-        return self.done < self.steps and any(self.processes.gather(len(stop)))
+        """Whether a signal came to any rank; several ranks ask each other now and then only."""
+        if self.processes.world > 1 and self.done % self.config.run.log_every:
+            return False
+        return any(self.processes.gather(len(stop)))
 
     def _log(self, out: StepOutput) -> None:
         self._check_losses()
@@ -259,8 +278,7 @@ class Trainer:
         losses = self.processes.mean(torch.stack([out.loss.detach(), *out.terms.values()]))
         if not self.processes.first:
             return
-        steps = self.done - self.results.get("logged", 0)
-        self.results["logged"] = self.done
+        steps, self.logged = self.done - self.logged, self.done
         images = steps * self.config.data.batch_size
         row = {
             "event": "train",
@@ -276,7 +294,6 @@ class Trainer:
             "memory_mb": memory_megabytes(self.device),
             "unreadable_images": len(self.loader.unreadable),
         }
-        self.results["wait_seconds"] = self.results.get("wait_seconds", 0.0) + wait
         self._record(row)
         self.progress.show(
             loss=row["loss"],
@@ -295,6 +312,7 @@ class Trainer:
     def _evaluate(self, *, linear: bool = False) -> None:
         """Measures the frozen backbone on the first rank while the others wait."""
         self.stopwatch.stop()
+        self.results["evaluated"] = self.done
         if self.evaluator is not None:
             if self.done == 0:
                 self.results["knn_top1_pixels"] = self.evaluator.pixels()
@@ -309,27 +327,27 @@ class Trainer:
                 self.results["online_linear_top1"] = row["online_linear_top1"]
             if accuracy.linear is not None:
                 self.results["linear_top1"] = row["linear_top1"] = accuracy.linear
-            row["spectrum"] = self.evaluator.spectrum(
-                torch.nn.Sequential(self.method.online.backbone, self.method.online.projector)
-            )
+            row["spectrum"] = self.evaluator.spectrum(self.method.online.projector)
             self._record(row)
         self.processes.wait()
         self.stopwatch.start()
 
     def _save(self) -> None:
+        """Writes a checkpoint, unless the run has just gone astray: then the last good one is worth more."""
         self.stopwatch.stop()
         self._check_losses()
-        problem: MSBRegError | None = None
-        if self.processes.first:
-            try:
-                checkpoint.save_checkpoint(self.folder, self._state())
-            except MSBRegError as error:
-                problem = error
-        failed = any(self.processes.gather(problem is not None))
-        if problem is not None:
-            raise problem
-        if failed:
-            raise MSBRegError("rank 0 could not save the checkpoint; it says why.")
+        if self._healthy():
+            problem: MSBRegError | None = None
+            if self.processes.first:
+                try:
+                    checkpoint.save_checkpoint(self.folder, self._state())
+                except MSBRegError as error:
+                    problem = error
+            failed = any(self.processes.gather(int(problem is not None)))
+            if problem is not None:
+                raise problem
+            if failed:
+                raise MSBRegError("rank 0 could not save the checkpoint; it says why.")
         self.stopwatch.start()
 
     def _state(self) -> dict[str, Any]:
@@ -340,9 +358,9 @@ class Trainer:
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "probe": self.probe.state_dict() if self.probe is not None else None,
-            "random": torch.get_rng_state(),
             "unreadable": dict(self.loader.unreadable),
             "seconds": self.stopwatch.seconds,
+            "waited": self.stopwatch.waited,
             "results": dict(self.results),
         }
 
@@ -352,19 +370,21 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.probe is not None:
                 self.probe.load_state_dict(state["probe"])
-        except (RuntimeError, ValueError, AttributeError) as error:
+        except (RuntimeError, ValueError, AttributeError, TypeError, KeyError) as error:
             raise MSBRegError(
                 f"the checkpoint in {self.folder} does not fit the networks of this config; choose another --run.dir."
             ) from error
-        torch.set_rng_state(state["random"])
         self.loader.unreadable.update(state["unreadable"])
         self.done, self.results = state["step"], state["results"]
-        self.stopwatch = Stopwatch(state["seconds"])
+        self.stopwatch = Stopwatch(state["seconds"], state["waited"])
 
     def _finish(self) -> dict[str, Any]:
         """Last evaluation, checkpoint, curves, exported backbone and table; does nothing twice on a finished run."""
         before = "finished" in self.results
         if not before:
+            if not self._healthy():
+                raise self._diverged("or a weight is not finite")
+            self._save()  # evaluation may take long, and a scheduler may not wait for it
             self._evaluate(linear=True)
             self.results["finished"] = True
             self._save()
@@ -381,7 +401,7 @@ class Trainer:
             export_backbone(self.method.online.backbone, self.folder, description=description)
             title = f"msbreg pretrain: {config.method.name}, {config.model.backbone}, K = {config.data.views}"
             draw_curves(read_metrics(self.folder / "metrics.jsonl"), self.folder / "curves.png", title=title)
-            write_json(summary_file, summary)
+            write_json(summary_file, finite(summary))
         self.progress.close()
         self._print_table(summary, again)
         return summary
@@ -401,7 +421,7 @@ class Trainer:
             "seconds": seconds,
             "images_per_second": images / seconds,
             "views_per_second": images * self.config.data.views / seconds,
-            "data_wait_ms": 1e3 * self.results["wait_seconds"] / self.done,
+            "data_wait_ms": 1e3 * self.stopwatch.waited / self.done,
             "memory_mb": memory_megabytes(self.device),
             "unreadable_images": len(self.loader.unreadable),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
@@ -483,8 +503,10 @@ def run_folder(config: Config, processes: Processes) -> Iterator[Path]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise MSBRegError(f"another process is training in {folder}; choose another --run.dir.") from error
+        except OSError:  # a file system without locks: nothing keeps two runs apart then but their users
+            pass
         processes.wait()
         yield folder
 
@@ -523,13 +545,13 @@ def refuse_other_config(state: dict[str, Any], config: Config, folder: Path) -> 
         )
 
 
-def tensorboard(folder: Path) -> Any:
-    """A TensorBoard writer in the run folder."""
+def tensorboard(folder: Path, step: int) -> Any:
+    """A TensorBoard writer in the run folder, which drops what an earlier process wrote after `step`."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise MSBRegError("--run.tensorboard needs the tensorboard package: pip install tensorboard.") from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

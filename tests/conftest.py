@@ -1,11 +1,15 @@
 """What several test files share."""
 
 import contextlib
+import os
 import resource
 import socket
 from pathlib import Path
 
 import pytest
+
+# Tests compute little each: threads would only wait for each other. Subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -107,9 +106,7 @@ def test_a_finished_run_says_so_and_changes_nothing(undisturbed, small, capsys):
 
 def start(folder: Path, *options: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "msbreg", "pretrain", "--run.dir", str(folder), *options]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
@@ -121,7 +118,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
     pytest.fail(f"the run never reached step {step}: {process.communicate()}")
 
 
-LONG = ["--optim.steps", "40"]
+LONG = ["--optim.steps", "40", "--eval.every", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -204,11 +201,11 @@ def test_processes_of_torchrun_train_as_one_does(tmp_path, small, undisturbed, f
     for mine, theirs in zip(two, one, strict=True):
         assert mine["step"] == theirs["step"]
         for name in ("loss", "centroid", "singular_value", "brownian"):
-            assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=2e-4), (mine["step"], name)
+            assert mine[name] == pytest.approx(theirs[name], rel=5e-3, abs=2e-3), (mine["step"], name)
 
 
 def test_eval_and_export(undisturbed, tmp_path, capsys):
-    assert main(["eval", str(undisturbed), "--bank", "100", "--queries", "60", "--k", "5", "--device", "cpu"]) == 0
+    assert main(["eval", str(undisturbed), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert f"{summary['knn_top1']:.1%}" in printed and f"{summary['linear_top1']:.1%}" in printed
@@ -256,6 +253,11 @@ def test_a_batch_larger_than_the_data_set(tmp_path, small, capsys):
 
 def test_one_view_where_two_are_needed(tmp_path, small, capsys):
     assert "at least 2" in refusal(capsys, "--run.dir", tmp_path, *small, "--data.views", "1")
+
+
+def test_views_of_two_sizes_without_the_own_one(tmp_path, small, capsys):
+    options = ["--data.recipe", "multi_crop", "--data.views", "4", "--method.leave_one_out", "true"]
+    assert "several sizes" in refusal(capsys, "--run.dir", tmp_path, *small, *options)
 
 
 def test_three_views_for_byol(tmp_path, small, capsys):
@@ -321,12 +323,27 @@ def test_a_disk_that_fills_while_saving(tmp_path, small, undisturbed, capsys, fi
     assert_same_outcome(run, undisturbed)
 
 
+def test_a_disk_that_fills_while_metrics_are_written(tmp_path, small, capsys, file_size_limit):
+    with file_size_limit(800):
+        text = refusal(capsys, "--run.dir", tmp_path, *small)
+    assert "metrics.jsonl" in text and "run the same command again" in text
+
+
+RUINED = ["--optim.name", "sgd", "--optim.lr", "1e38", "--optim.warmup_epochs", "1"]
+"""The first step of a warm-up changes nothing, the second ruins the weights."""
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, small, capsys):
-    options = ["--optim.name", "sgd", "--optim.lr", "1e30", "--optim.warmup_epochs", "0", "--run.checkpoint_every", "1"]
-    text = refusal(capsys, "--run.dir", tmp_path, *small, *options)
-    assert "not finite in 3 steps in a row" in text
+    text = refusal(capsys, "--run.dir", tmp_path, *small, *RUINED, "--run.checkpoint_every", "1")
+    assert "not finite in 3 steps in a row" in text and "last good checkpoint is kept" in text
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert saved["step"] >= 1
+    assert saved["step"] in (1, 2)
+    assert all(value.isfinite().all() for value in saved["method"].values())
+
+
+def test_a_run_that_ends_with_ruined_weights_exports_nothing(tmp_path, small, capsys):
+    assert "not finite" in refusal(capsys, "--run.dir", tmp_path, *small, *RUINED, "--optim.steps", "3")
+    assert not (tmp_path / "backbone.pt").exists()
 
 
 def test_bad_images_among_good_ones_are_named_left_out_and_counted(tmp_path, small, swatches, capsys):

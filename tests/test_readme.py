@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-SET_UP = ("make ", "python3 -m venv", ".venv/bin/")  # what .ci/run does on a fresh clone
+SET_UP = ("make ", "python3 -m venv", ".venv/bin/", "TRITON_INTERPRET=1 ")  # what .ci/run does on a fresh clone
 SHORT = [
     "--optim.steps", "2", "--eval.bank", "50", "--eval.queries", "30", "--data.batch_size", "16", "--eval.every", "0",
     "--model.hidden", "16", "--run.device", "cpu",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -28,6 +27,7 @@ from msbreg.data.reader import Reader, Sample
 from msbreg.data.recipes import Recipe
 from msbreg.data.sources import Source
 from msbreg.errors import DataError, MSBRegError
+from msbreg.machine import usable_cores
 
 __all__ = ["Batch", "ViewLoader"]
 
@@ -139,7 +139,7 @@ class ViewLoader:
         """Steps in which each image comes at most once."""
         self._reader = Reader(source)
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(images, seed=seed, epoch=epoch))
-        threads = threads or len(os.sched_getaffinity(0))
+        threads = threads or usable_cores()
         self._backend = _open_backend(backend, recipe, min(batch_size, images), self.device, threads)
         self._reading = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="read")
         self._drawing = ThreadPoolExecutor(1, thread_name_prefix="draw")

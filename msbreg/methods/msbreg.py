@@ -51,7 +51,11 @@ class MSBReg(nn.Module):
         with torch.no_grad():
             _, t = self.target(views[:1], batch)  # (K', B, D)
         out = self.criterion(p, t, embedding=z if self.disperse == "projector" else p)
-        terms = {"centroid": out.centroid, "singular_value": out.singular_value, "brownian": out.brownian}
+        terms = {"centroid": out.centroid}
+        if self.criterion.lambda_s:
+            terms["singular_value"] = out.singular_value
+        if self.criterion.lambda_b:
+            terms["brownian"] = out.brownian
         return StepOutput(out.loss, terms, features[0].detach(), z.detach())
 
     def after_step(self, tau: float) -> None:
