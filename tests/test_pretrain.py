@@ -204,6 +204,19 @@ def test_processes_of_torchrun_train_as_one_does(tmp_path, small, undisturbed, f
             assert mine[name] == pytest.approx(theirs[name], rel=5e-3, abs=2e-3), (mine["step"], name)
 
 
+def test_a_signal_to_torchrun_lets_all_ranks_save(tmp_path, small, free_port):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port),
+        "-m", "msbreg", "pretrain", "--run.dir", str(tmp_path), *small, "--optim.steps", "4000",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step(tmp_path, 4, process)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert "stopped by a signal at step" in errors
+    assert 4 <= torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] < 4000
+
+
 def test_eval_and_export(undisturbed, tmp_path, capsys):
     assert main(["eval", str(undisturbed), "--device", "cpu"]) == 0
     printed = capsys.readouterr().out

@@ -17,7 +17,7 @@ SHORT = [
     "--optim.steps", "2", "--eval.bank", "50", "--eval.queries", "30", "--data.batch_size", "16", "--eval.every", "0",
     "--model.hidden", "16", "--run.device", "cpu",
 ]  # fmt: skip
-SMALL = ["--data.size", "32", "--model.backbone", "convnet", "--data.recipe", "cifar"]
+SMALL = ["--data.size", "32", "--data.recipe", "cifar"]
 
 
 def blocks(language: str) -> list[str]:
@@ -46,6 +46,7 @@ def runnable(command: str, port: int) -> list[str]:
         words = [sys.executable, "-m", *words]
     if "pretrain" in words or "bench" in words:
         words += SHORT + (SMALL if "--config" in words else [])
+        words += ["--model.backbone", "convnet"] if "resnet50" in command else []
     return words
 
 
