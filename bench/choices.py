@@ -22,7 +22,9 @@ import torch
 import msbreg
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMON = [
+COMMON = [  # with the choices themselves, so that rows mean the same when a default changes
+    "--method.leave_one_out", "false", "--method.disperse", "projector", "--method.spectrum", "nuclear",
+    "--method.lambda_s", "0.004", "--method.lambda_b", "0.5",
     "--data.views", "2", "--data.batch_size", "128", "--eval.every", "0", "--eval.bank", "5000",
     "--eval.queries", "2000",
     "--run.threads", "1", "--data.threads", "1", "--run.checkpoint_every", "1000000", "--run.log_every", "50",
@@ -51,6 +53,12 @@ def run(name: str, seed: int, options: list[str], folder: Path) -> dict:
     return json.loads((place / "summary.json").read_text())
 
 
+def processor() -> str:
+    """The CPU's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
 def percent(values: list[float]) -> str:
     spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{100 * statistics.mean(values):.1f}{spread}"
@@ -75,7 +83,9 @@ def main() -> None:
         "command": f"python bench/choices.py --data CIFAR10_FOLDER --steps {options.steps} --seeds {options.seeds}",
         "date": date.today().isoformat(),
         "versions": {"msbreg": msbreg.__version__, "torch": torch.__version__, "python": platform.python_version()},
-        "common": [option for option in common if option != options.data],
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "jobs": options.jobs},
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        "common": ["--data.path", "CIFAR10_FOLDER", *common[2:]],
         "rows": {name: [summaries[name, seed] for seed in range(options.seeds)] for name in ROWS},
     }
     results = ROOT / "bench" / "results" / "cpu" / result["date"]
