@@ -110,9 +110,10 @@ def table(rows: dict[str, list[dict]]) -> str:
 def page(result: dict) -> str:
     """docs/choices.md, drawn from the results file."""
     seeds = len(next(iter(result["rows"].values())))
+    seeds_of_each = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed each"
     return f"""# The choices that the paper leaves open, measured
 
-Short runs of `msbreg pretrain` on CIFAR-10, alike but for one option, {seeds} seeds each (mean ± standard deviation):
+Short runs of `msbreg pretrain` on CIFAR-10, alike but for one option; {seeds_of_each}:
 two views of 128 images, the small network for CPUs, torch {result["versions"]["torch"]}, {result["date"]}. Differences
 within the spread mean nothing, and a short run of a small network is a hint, not a proof. What follows from it is in
 [decisions.md](decisions.md).

@@ -14,7 +14,7 @@ from msbreg.machine import usable_cores
 __all__ = ["report"]
 
 OPTIONAL = {
-    "torchvision": ("torchvision", "its networks and the torchvision backend", "pip install 'msbreg[train]'"),
+    "torchvision": ("torchvision", "most backbones and the torchvision backend", "pip install 'msbreg[train]'"),
     "nvidia.dali": ("nvidia-dali-cuda130", "the DALI backend", "pip install 'msbreg[train]'"),
     "jsonargparse": ("jsonargparse", "the other commands", "pip install 'msbreg[train]'"),
     "tqdm": ("tqdm", "training", "pip install 'msbreg[train]'"),
@@ -47,9 +47,9 @@ def _package(module: str, distribution: str, serves: str, remedy: str) -> str:
     try:
         importlib.import_module(module)
     except ImportError as error:
-        return f"{module}: not usable ({error}); no {serves}; {remedy}"
+        return f"{module}: not usable ({error}); needed for {serves}: {remedy}"
     except Exception as error:  # a broken installation may raise anything, and saying so is this command's job
-        return f"{module}: installed, but fails to import ({type(error).__name__}: {error}); no {serves}"
+        return f"{module}: installed, but fails to import ({type(error).__name__}: {error}); needed for {serves}"
     for name in (distribution, distribution.replace("cuda130", "cuda120")):
         try:
             return f"{module} {version(name)}: {serves}"

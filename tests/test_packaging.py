@@ -58,7 +58,7 @@ def test_the_wheel_has_the_version_the_command_and_torch_alone_as_requirement(wh
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert required == ["Requires-Dist: torch>=2.9"]
     commands = wheel.read(next(name for name in wheel.namelist() if name.endswith("/entry_points.txt"))).decode()
-    assert "msbreg = msbreg.cli:main" in commands
+    assert "msbreg = msbreg.__main__:run" in commands
 
 
 def test_an_editable_install_finds_the_kernels(checkout, tmp_path):
