@@ -226,9 +226,10 @@ class Trainer:
                 self._save()
         self.stopwatch.stop()
         if self.done < self.steps:
-            self._save()
+            saved = self._save()
+            where = "there" if saved else "the last good checkpoint, since the loss or a weight is not finite"
             self.progress.say(
-                f"stopped by a signal at step {self.done} of {self.steps}; the same command goes on from there"
+                f"stopped by a signal at step {self.done} of {self.steps}; the same command goes on from {where}"
             )
 
     def _timed(self, batches: Iterator) -> Iterator[tuple[int, Any]]:
@@ -332,11 +333,12 @@ class Trainer:
         self.processes.wait()
         self.stopwatch.start()
 
-    def _save(self) -> None:
+    def _save(self) -> bool:
         """Writes a checkpoint, unless the run has just gone astray: then the last good one is worth more."""
         self.stopwatch.stop()
         self._check_losses()
-        if self._healthy():
+        healthy = self._healthy()
+        if healthy:
             problem: MSBRegError | None = None
             if self.processes.first:
                 try:
@@ -349,6 +351,7 @@ class Trainer:
             if failed:
                 raise MSBRegError("rank 0 could not save the checkpoint; it says why.")
         self.stopwatch.start()
+        return healthy
 
     def _state(self) -> dict[str, Any]:
         return {
