@@ -5,8 +5,9 @@ depend on neither block size nor grid.
 
 Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
-The key is the seed's low and high 32 bits; the counter of dimension d of an image is (d // 4, image, step, 0), and its
-four words give dimensions 4 (d // 4) to 4 (d // 4) + 3.
+The key is the seed's low and high 32 bits; the counter of dimension d of an image is (d // 4, image, step, stream), and
+its four words give dimensions 4 (d // 4) to 4 (d // 4) + 3. Stream 0 is shared by the views of an image, 1 + k is view
+k's own.
 """
 
 import torch
@@ -14,13 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["brownian_directions", "brownian_directions_kernel", "brownian_normals", "brownian_words", "normals"]
+__all__ = [
+    "brownian_directions",
+    "brownian_directions_kernel",
+    "brownian_normals",
+    "brownian_rows",
+    "brownian_words",
+    "normals",
+]
 
 TWO_PI = tl.constexpr(6.283185307179586)
-
-IMAGES_PER_PROGRAM = 4
-MAX_QUADS = 32  # groups of four dimensions in a tile: one for each thread of NUM_WARPS warps
-NUM_WARPS = 4
 
 
 @triton.jit
@@ -43,74 +47,80 @@ def normals(w0, w1, w2, w3):
 
 
 @triton.jit
-def brownian_words(seed, step, images, quads):
-    """The random words of some images and dimensions.
+def brownian_words(seed, step, images, streams, quads):
+    """The random words of some rows and dimensions.
 
     seed, step: int64 scalars; of the step the low 32 bits count.
-    images: int64 [I], global image numbers; the low 32 bits count.
+    images: int64 [R], global image numbers; the low 32 bits count.
+    streams: int32 [R], 0, or 1 + view.
     quads: int32 [Q], dimensions divided by four.
-    Returns four uint32 [I, Q].
+    Returns four uint32 [R, Q].
     """
     zero = tl.zeros([images.shape[0], quads.shape[0]], tl.uint32)
     c0 = zero + quads.to(tl.uint32)[None, :]
     c1 = zero + images.to(tl.uint32)[:, None]
     c2 = zero + step.to(tl.uint32)
-    return tl.philox(seed, c0, c1, c2, zero)
+    c3 = zero + streams.to(tl.uint32)[:, None]
+    return tl.philox(seed, c0, c1, c2, c3)
 
 
 @triton.jit
-def brownian_normals(seed, step, images, quads):
-    """The normals of some images and dimensions, not yet scaled to unit rows.
+def brownian_normals(seed, step, images, streams, quads):
+    """The normals of some rows and dimensions, not yet scaled to unit rows.
 
-    Arguments as for `brownian_words`. Returns float32 [I, 4 Q]; column 4 q + j is dimension 4 quads[q] + j.
+    Arguments as for `brownian_words`. Returns float32 [R, 4 Q]; column 4 q + j is dimension 4 quads[q] + j.
     """
-    w0, w1, w2, w3 = brownian_words(seed, step, images, quads)
+    w0, w1, w2, w3 = brownian_words(seed, step, images, streams, quads)
     n0, n1, n2, n3 = normals(w0, w1, w2, w3)
     return tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))
 
 
-@triton.jit(do_not_specialize=["batch", "first_image"])
+@triton.jit
+def brownian_rows(seed, step, images, streams, dim, BLOCK_D: tl.constexpr):
+    """Random unit rows, float32 [R, BLOCK_D], zero from `dim` on; BLOCK_D is at least 4. Arguments as above."""
+    n = brownian_normals(seed, step, images, streams, tl.arange(0, BLOCK_D // 4))
+    n = tl.where((tl.arange(0, BLOCK_D) < dim)[None, :], n, 0.0)
+    return n / row_lengths(n)[:, None]
+
+
+@triton.jit
+def row_lengths(n):
+    """Lengths [R] of rows [R, D], float32. In float64 the squares sum to the same float32 in any order."""
+    n = n.to(tl.float64)
+    return tl.sqrt(tl.sum(n * n, axis=1)).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["views", "batch", "first_image"])
 def brownian_directions_kernel(
     output_pointer,
     seed_pointer,
     step_pointer,
+    views,
     batch,
     dim,
     first_image: tl.int64,
-    BLOCK_IMAGES: tl.constexpr,
-    BLOCK_QUADS: tl.constexpr,
+    first_stream,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """Writes one random unit row an image.
+    """Writes one random unit row an image, or one a view of each image.
 
-    output_pointer: [batch, dim], contiguous, any floating dtype.
+    output_pointer: [views, batch, dim], contiguous, any floating dtype.
     seed_pointer, step_pointer: int64, one element each.
     first_image: global number of the first row's image.
-    BLOCK_QUADS: groups of four dimensions that are drawn at once.
+    first_stream: that of the first view: 0 for directions that views share, else 1.
 
-    One program writes BLOCK_IMAGES rows. It draws them twice, once for their lengths and once to write them, so that
-    rows of any width need no memory but the output.
+    One program writes BLOCK_ROWS rows.
     """
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_IMAGES + tl.arange(0, BLOCK_IMAGES)  # [I]
-    quads, columns = tl.arange(0, BLOCK_QUADS), tl.arange(0, 4 * BLOCK_QUADS)  # [Q], [4 Q]
-    seed, step = tl.load(seed_pointer), tl.load(step_pointer)
-
-    squares = tl.zeros([BLOCK_IMAGES], tl.float64)  # rounds to the same float32 length in any order of summing
-    for start in range(0, tl.cdiv(dim, 4), BLOCK_QUADS):
-        n = brownian_normals(seed, step, first_image + rows, start + quads)
-        n = tl.where((4 * start + columns < dim)[None, :], n, 0.0)
-        squares += tl.sum(n.to(tl.float64) * n.to(tl.float64), axis=1)
-    length = tl.sqrt(squares).to(tl.float32)
-
-    for start in range(0, tl.cdiv(dim, 4), BLOCK_QUADS):
-        n = brownian_normals(seed, step, first_image + rows, start + quads) / length[:, None]
-        offsets = rows[:, None] * dim + (4 * start + columns)[None, :]
-        mask = (rows < batch)[:, None] & (4 * start + columns < dim)[None, :]
-        tl.store(output_pointer + offsets, n.to(output_pointer.dtype.element_ty), mask=mask)
-
-
-def block_quads(dim: int) -> int:
-    """Groups of four dimensions in a tile: the whole row where it is at most 128 wide."""
-    return min(triton.next_power_of_2(triton.cdiv(dim, 4)), MAX_QUADS)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [R]
+    columns = tl.arange(0, BLOCK_D)
+    view, image = rows // batch, rows % batch
+    n = brownian_rows(
+        tl.load(seed_pointer), tl.load(step_pointer), first_image + image, first_stream + view, dim, BLOCK_D
+    )
+    mask = (rows < views * batch)[:, None] & (columns < dim)[None, :]
+    place = rows[:, None] * dim + columns[None, :]
+    tl.store(output_pointer + place, n.to(output_pointer.dtype.element_ty), mask=mask)
 
 
 def brownian_directions(
@@ -120,9 +130,10 @@ def brownian_directions(
     seed: Tensor,
     step: Tensor,
     first_image: int = 0,
+    views: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Random unit rows, one an image, drawn in one launch that nothing on the host waits for.
+    """Random unit rows, drawn in one launch that nothing on the host waits for.
 
     Args:
         batch: images, 0 or more.
@@ -130,25 +141,30 @@ def brownian_directions(
         seed: one int64 on the device where the rows are wanted, so that a CUDA graph replays with new values.
         step: one int64 on the same device.
         first_image: global number of the first row's image: rank times batch, where ranks share one.
+        views: None for one direction an image, or K for independent directions for each of K views.
         dtype: of the result, rounded from float32.
 
     Returns:
-        (batch, dim), contiguous; each row has length 1 and depends on seed, step and its image's number alone.
+        (batch, dim) or (views, batch, dim), contiguous; each row has length 1 and depends on seed, step, its image's
+        number and its view alone.
     """
-    output = torch.empty(batch, dim, device=seed.device, dtype=dtype)
-    if batch == 0:
-        return output
-    with torch.cuda.device_of(output):
-        brownian_directions_kernel[(triton.cdiv(batch, IMAGES_PER_PROGRAM),)](
-            output,
-            seed,
-            step,
-            batch,
-            dim,
-            first_image,
-            BLOCK_IMAGES=IMAGES_PER_PROGRAM,
-            BLOCK_QUADS=block_quads(dim),
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=True,
-        )
-    return output
+    output = torch.empty(views or 1, batch, dim, device=seed.device, dtype=dtype)
+    if batch:
+        config = tile(dim)
+        with torch.cuda.device_of(output):
+            brownian_directions_kernel[(triton.cdiv((views or 1) * batch, config["BLOCK_ROWS"]),)](
+                output, seed, step, views or 1, batch, dim, first_image, int(views is not None), **config
+            )
+    return output if views else output[0]
+
+
+def tile(dim: int) -> dict[str, int | bool]:
+    """Whole rows, as many as make 1024 numbers; 8 numbers for each of a program's threads."""
+    block = max(4, triton.next_power_of_2(dim))
+    rows = max(1, 1024 // block)
+    return {
+        "BLOCK_ROWS": rows,
+        "BLOCK_D": block,
+        "num_warps": min(16, max(4, rows * block // 256)),
+        "enable_fp_fusion": True,
+    }

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from msbreg import linalg, reference
+from msbreg import kernels, linalg, reference
 from msbreg.distributed import all_reduce_sum, world_size
 from msbreg.linalg import Solver
 from msbreg.noise import brownian_directions
@@ -24,6 +24,7 @@ __all__ = [
     "brownian_directions",
     "brownian_loss",
     "centroid_loss",
+    "coding_rate",
     "msbreg_loss",
     "nuclear_norm",
     "singular_value_loss",
@@ -66,7 +67,7 @@ def msbreg_loss(
     lambda_b: float = LAMBDA_B,
     seed: int | Tensor,
     step: int | Tensor,
-    first_image: int | Tensor = 0,
+    first_image: int = 0,
     leave_one_out: bool = LEAVE_ONE_OUT,
     spectrum: Spectrum = SPECTRUM,
     smoothing: float = SMOOTHING,
@@ -112,18 +113,19 @@ def msbreg_loss(
     _check_spectral(spectrum, smoothing)
     _check_choice("per", per, Per)
 
-    w = z if y is None else y
-    n_hat = _directions(w, seed, step, first_image, per) if lambda_b != 0 else None
-    spectral = _Spectral(spectrum, smoothing, _solver(solver, w, group), group) if lambda_s != 0 else None
-    c_hat = _centroids(z, t, leave_one_out)
+    dispersion = spectrum if lambda_s != 0 else None
+    noise = (seed, step, first_image) if lambda_b != 0 else None
+    attract = {"targets": t, "leave_one_out": leave_one_out}
+    disperse = {"spectrum": dispersion, "smoothing": smoothing, "solver": solver, "group": group, "noise": noise}
+    disperse["per"] = per
     if y is None:
-        attraction, dispersion, push = _RowLosses.apply(z, c_hat, n_hat, spectral)
+        total, _, parts = _losses(z, weights=(1.0, lambda_s, lambda_b), **attract, **disperse)
     else:
-        attraction, _, _ = _RowLosses.apply(z, c_hat, None, None)
-        _, dispersion, push = _RowLosses.apply(y, None, n_hat, spectral)
-    attraction = attraction.mean()
-    loss = attraction + lambda_s * dispersion + lambda_b * push
-    return MSBRegOutput(loss, attraction.detach(), dispersion.detach(), push.detach())
+        total, _, parts = _losses(z, weights=(1.0, 0.0, 0.0), **attract)
+        if dispersion is not None or noise is not None:
+            other_total, _, other_parts = _losses(y, weights=(0.0, lambda_s, lambda_b), **disperse)
+            total, parts = total + other_total, parts + other_parts
+    return MSBRegOutput(total, parts[0], parts[1], parts[2])
 
 
 def centroid_loss(
@@ -148,8 +150,9 @@ def centroid_loss(
     z, t = _views(online, "online"), _views(target, "target")
     _check_targets(z, t, leave_one_out)
     _check_choice("reduction", reduction, Reduction)
-    losses, _, _ = _RowLosses.apply(z, _centroids(z, t, leave_one_out), None, None)
-    return losses.mean() if reduction == "mean" else losses
+    each = reduction == "none"
+    mean, losses, _ = _losses(z, weights=(1.0, 0.0, 0.0), targets=t, leave_one_out=leave_one_out, each=each)
+    return losses if each else mean
 
 
 def singular_value_loss(
@@ -186,8 +189,8 @@ def singular_value_loss(
     """
     z = _views(embeddings, "embeddings", one=True)
     _check_spectral(spectrum, smoothing)
-    spectral = _Spectral(spectrum, smoothing, _solver(solver, z, group), group)
-    return _RowLosses.apply(z, None, None, spectral)[1]
+    options = {"spectrum": spectrum, "smoothing": smoothing, "solver": solver, "group": group}
+    return _losses(z, weights=(0.0, 1.0, 0.0), **options)[0]
 
 
 def brownian_loss(
@@ -195,7 +198,7 @@ def brownian_loss(
     *,
     seed: int | Tensor,
     step: int | Tensor,
-    first_image: int | Tensor = 0,
+    first_image: int = 0,
     per: Per = PER,
 ) -> Tensor:
     """L_B = mean_k mean_i <ẑ[k, i], n̂[i]>: its gradient moves each embedding in a random direction.
@@ -218,7 +221,7 @@ def brownian_loss(
     """
     z = _views(embeddings, "embeddings", one=True)
     _check_choice("per", per, Per)
-    return _RowLosses.apply(z, None, _directions(z, seed, step, first_image, per), None)[2]
+    return _losses(z, weights=(0.0, 0.0, 1.0), noise=(seed, step, first_image), per=per)[0]
 
 
 def nuclear_norm(
@@ -247,6 +250,102 @@ def nuclear_norm(
     _check_smoothing(smoothing)
     norms = _NuclearNorm.apply(z, smoothing, _solver(solver, z, group), group)
     return norms[0] if isinstance(embeddings, Tensor) and embeddings.dim() == 2 else norms
+
+
+def coding_rate(
+    embeddings: Views, *, precision: float = reference.CODING_PRECISION, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """½ log det(I + D / (N ε) MᵀM) of each matrix M, (N, D): large where its rows spread out.
+
+    Yu, Chan, You, Song, Ma, https://arxiv.org/abs/2006.08558, with ε not squared, as EMP-SSL
+    (https://arxiv.org/abs/2304.03977) has it. Rows are taken as they are, not normalised.
+
+    Args:
+        embeddings: (K, N, D), K tensors (N, D), or one tensor (N, D), any floating-point dtype.
+        precision: ε, above 0.
+        group: as in `singular_value_loss`.
+
+    Returns:
+        (K,), or a scalar for one tensor (N, D); float32, or float64 for float64 embeddings. NaN where rows are so long
+        that D / (N ε) MᵀM leaves nothing of I in that precision.
+
+    Raises:
+        ValueError: a wrong shape, an empty tensor, a precision that is not positive.
+        TypeError: not tensors, or not floating point.
+    """
+    z = _views(embeddings, "embeddings", one=True)
+    if not precision > 0:
+        raise ValueError(f"expected precision above 0, got {precision}")
+    rates = _CodingRate.apply(z, precision, group)
+    return rates[0] if isinstance(embeddings, Tensor) and embeddings.dim() == 2 else rates
+
+
+def _losses(
+    z: Tensor,
+    *,
+    weights: tuple[float, float, float],
+    targets: Tensor | None = None,
+    leave_one_out: bool = False,
+    each: bool = False,
+    spectrum: Spectrum | None = None,
+    smoothing: float = 0.0,
+    solver: Solver = "auto",
+    group: dist.ProcessGroup | None = None,
+    noise: tuple[int | Tensor, int | Tensor, int] | None = None,
+    per: Per = PER,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses of one tensor of embeddings z, (K, N, D), that are wanted; their gradient is made in one pass.
+
+    Args:
+        z: the embeddings.
+        weights: of the centroid, the singular value and the Brownian loss.
+        targets: (K', N, D); None for no centroid loss.
+        leave_one_out: see `centroid_loss`.
+        each: whether the second result is wanted.
+        spectrum: None for no singular value loss.
+        smoothing: see `singular_value_loss`.
+        solver: see there.
+        group: see there.
+        noise: seed, step and first image; None for no Brownian loss.
+        per: see `brownian_loss`.
+
+    Returns:
+        The weighted sum and, where wanted, |ẑ - ĉ|², (K, N), both differentiable; and the three losses, (3,), detached.
+    """
+    solver = _solver(solver, z, group)
+    if z.device.type == kernels.DEVICE_TYPE and (spectrum != "nuclear" or solver == "newton_schulz"):
+        from msbreg import ops  # needs triton
+
+        if z.shape[-1] <= ops.MAX_DIM:
+            seed, step, first_image = noise or (None, None, 0)
+            return ops.losses(
+                z,
+                None if targets is None else targets.detach(),
+                _scalar(seed, z),
+                _scalar(step, z),
+                first_image=first_image,
+                leave_one_out=leave_one_out,
+                per_view=per == "view",
+                each=each,
+                weights=weights,
+                spectrum=spectrum,
+                smoothing=smoothing,
+                group=group,
+            )
+    c_hat = None if targets is None else _centroids(z, targets, leave_one_out)
+    n_hat = None if noise is None else _directions(z, *noise, per)
+    spectral = None if spectrum is None else _Spectral(spectrum, smoothing, solver, group)
+    attraction, dispersion, push = _RowLosses.apply(z, c_hat, n_hat, spectral)
+    parts = (attraction.mean(), dispersion, push)
+    total = sum((weight * part for weight, part in zip(weights, parts, strict=True) if weight), torch.zeros_like(push))
+    return total, attraction, torch.stack(parts).detach()
+
+
+def _scalar(value: int | Tensor | None, z: Tensor) -> Tensor | None:
+    """One int64 on z's device."""
+    if value is None or isinstance(value, Tensor):
+        return None if value is None else value.to(z.device)
+    return torch.full((), value, dtype=torch.int64, device=z.device)
 
 
 class _Spectral(NamedTuple):
@@ -329,6 +428,28 @@ class _NuclearNorm(torch.autograd.Function):
             return gradient.to(z.dtype), None, None, None
 
 
+class _CodingRate(torch.autograd.Function):
+    """Coding rates (K,) of the matrices (K, N, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, precision: float, group: dist.ProcessGroup | None) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            x = _raised(z)
+            world, (_, rows, dim) = world_size(group), x.shape
+            gram = all_reduce_sum(linalg.gram(x, smaller=group is None), group)
+            values, weight = reference.coding_rate(gram, rows=rows * world, dim=dim, precision=precision)
+            ctx.save_for_backward(z, weight * world)
+            return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_values: Tensor) -> tuple[Tensor | None, ...]:
+        z, weight = ctx.saved_tensors
+        with torch.autocast(z.device.type, enabled=False):
+            gradient = d_values[:, None, None] * linalg.multiply(_raised(z), weight)
+            return gradient.to(z.dtype), None, None
+
+
 def _raised_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
@@ -361,7 +482,7 @@ def _centroids(z: Tensor, t: Tensor, leave_one_out: bool) -> Tensor:
         return reference.centroids(_raised(t), leave_one_out=leave_one_out).to(_raised_dtype(z))
 
 
-def _directions(z: Tensor, seed: int | Tensor, step: int | Tensor, first_image: int | Tensor, per: Per) -> Tensor:
+def _directions(z: Tensor, seed: int | Tensor, step: int | Tensor, first_image: int, per: Per) -> Tensor:
     views, batch, dim = z.shape
     return brownian_directions(
         batch,

@@ -33,6 +33,7 @@ __all__ = [
     "centroid_gradient",
     "centroid_loss",
     "centroids",
+    "coding_rate",
     "nuclear_norm",
     "singular_value_loss",
     "tangent",
@@ -123,17 +124,12 @@ def singular_value_loss(
     Returns:
         (K,) and W, (K, p, p); NaN where G is not finite.
     """
-    r, p = min(rows, dim), gram.shape[-1]
-    c, a = r / rows, dim / (rows * CODING_PRECISION)
-    identity = torch.eye(p, dtype=gram.dtype, device=gram.device)
     if spectrum == "coding_rate":
-        finite = finite_gram(gram)
-        factor, _ = torch.linalg.cholesky_ex(identity + a * torch.where(finite, gram, 0.0))
-        value = -factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        # torch.cholesky_inverse would make the host wait for the device.
-        inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-        weight = -a * (inverse.mT @ inverse)
-        return torch.where(finite[..., 0, 0], value, torch.nan), torch.where(finite, weight, torch.nan)
+        value, weight = coding_rate(gram, rows=rows, dim=dim, precision=CODING_PRECISION)
+        return -value, -weight
+    r, p = min(rows, dim), gram.shape[-1]
+    c = r / rows
+    identity = torch.eye(p, dtype=gram.dtype, device=gram.device)
     if spectrum == "whitening":
         excess = c * gram - identity
         return excess.square().sum((-2, -1)) - (p - r), 4 * c * excess
@@ -155,6 +151,23 @@ def nuclear_norm(
     inverse = inverse_root(gram, smoothing**2)
     roots = trace_of_root(gram, smoothing**2, inverse)
     return (roots - (gram.shape[-1] - min(rows, dim)) * smoothing).to(gram.dtype), inverse
+
+
+def coding_rate(gram: Tensor, *, rows: int, dim: int, precision: float) -> tuple[Tensor, Tensor]:
+    """½ log det(I + a G) of each matrix, (K,), for a = D / (N ε), and the weight W = a (I + a G)^(-1) of its gradient.
+
+    The arguments are those of `singular_value_loss`. NaN too where I is lost in the rounding of a G.
+    """
+    a = dim / (rows * precision)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    finite = finite_gram(gram)
+    factor, failed = torch.linalg.cholesky_ex(identity + a * torch.where(finite, gram, 0.0))
+    value = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    # torch.cholesky_inverse would make the host wait for the device.
+    inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+    weight = a * (inverse.mT @ inverse)
+    right = finite & (failed == 0)[..., None, None]
+    return torch.where(right[..., 0, 0], value, torch.nan), torch.where(right, weight, torch.nan)
 
 
 def trace_of_root(gram: Tensor, shift: float, inverse: Tensor) -> Tensor:

@@ -1,0 +1,208 @@
+"""What is computed row by row on the way forward: lengths, centroids, the centroid loss and the Brownian loss.
+
+One program has all views of one image in a tile [views, D], with whole rows in registers: the sums over views that make
+the centroid and the sums over dimensions that make lengths and products are sums over the tile, and each number is read
+once. Where there are more views than fit, the program goes through them a tile at a time.
+
+The mathematics, with the same symbols, is in `msbreg/reference.py`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from msbreg.kernels.philox import brownian_rows
+from msbreg.kernels.tiles import accumulator, load_tile, unit
+
+__all__ = ["MAX_DIM", "RowLosses", "centroid_of_others", "row_losses", "rows_forward_kernel", "tile"]
+
+MAX_DIM = 16384
+"""Widest row that a program holds in its registers."""
+
+
+@triton.jit
+def centroid_of_others(total, t, k, views):
+    """ĉ of the target views other than each, [K, D].
+
+    total: [D], the sum of all views' t̂. t: [K, D], rows of the target. k: [K], their views.
+    """
+    t_hat, _ = unit(t)
+    mean = tl.where((k < views)[:, None], (total[None, :] - t_hat) / (views - 1), 0.0)
+    c_hat, _ = unit(mean)
+    return c_hat
+
+
+@triton.jit(do_not_specialize=["views", "target_views", "batch", "first_image"])
+def rows_forward_kernel(
+    z_pointer,
+    t_pointer,
+    seed_pointer,
+    step_pointer,
+    norm_pointer,
+    centroid_pointer,
+    attraction_pointer,
+    image_pointer,
+    key_pointer,
+    views,
+    target_views,
+    batch,
+    dim,
+    first_image: tl.int64,
+    z_stride_k,
+    z_stride_i,
+    z_stride_d,
+    t_stride_k,
+    t_stride_i,
+    t_stride_d,
+    LEAVE_ONE_OUT: tl.constexpr,
+    PER_VIEW: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Lengths of rows, centroids of targets, and the two losses that need nothing but an image's own rows.
+
+    z_pointer: [views, batch, dim], any strides, any floating dtype.
+    t_pointer: [target_views, batch, dim], as z; None for no attraction.
+    seed_pointer, step_pointer: int64, one element each; None for no push.
+    norm_pointer: [views, batch], |z|, in the accumulator's dtype, as are all below; contiguous.
+    centroid_pointer: [batch, dim], ĉ; with LEAVE_ONE_OUT the sum of the views' t̂.
+    attraction_pointer: [views, batch], |ẑ - ĉ|²; None where only its sum is wanted.
+    image_pointer: [2, batch], sums over the views of |ẑ - ĉ|² and of <ẑ, n̂>; None for neither.
+    key_pointer: [2], int64, a copy of seed and step for the way back, when their owner may have changed them.
+
+    One program does one image.
+    """
+    ACC: tl.constexpr = norm_pointer.dtype.element_ty
+    i = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    z_image = z_pointer + i * z_stride_i
+
+    if t_pointer is not None:
+        t_image = t_pointer + i * t_stride_i
+        total = tl.zeros([BLOCK_D], ACC)
+        for first in range(0, target_views, BLOCK_K):
+            k = first + tl.arange(0, BLOCK_K)
+            t_hat, _ = unit(load_tile(t_image, k, target_views, t_stride_k, d, dim, t_stride_d, ACC))
+            total += tl.sum(t_hat, axis=0)
+        if not LEAVE_ONE_OUT:
+            total, _ = unit((total / target_views)[None, :])
+            total = tl.reshape(total, [BLOCK_D])
+        tl.store(centroid_pointer + (i * dim + d), total, mask=d < dim)
+    if seed_pointer is not None:
+        seed, step = tl.load(seed_pointer), tl.load(step_pointer)
+        if i == 0:
+            tl.store(key_pointer, seed)
+            tl.store(key_pointer + 1, step)
+        if not PER_VIEW:
+            image = first_image + i + tl.zeros([1], tl.int64)
+            n_hat = brownian_rows(seed, step, image, tl.zeros([1], tl.int32), dim, BLOCK_D).to(ACC)
+
+    attraction = tl.zeros([BLOCK_K], ACC)
+    push = tl.zeros([BLOCK_K], ACC)
+    for first in range(0, views, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        z_hat, norm = unit(load_tile(z_image, k, views, z_stride_k, d, dim, z_stride_d, ACC))
+        tl.store(norm_pointer + k.to(tl.int64) * batch + i, norm, mask=k < views)
+        if t_pointer is not None:
+            if LEAVE_ONE_OUT:
+                t = load_tile(t_image, k, views, t_stride_k, d, dim, t_stride_d, ACC)
+                c_hat = centroid_of_others(total, t, k, views)
+            else:
+                c_hat = total[None, :]
+            difference = tl.where((k < views)[:, None], z_hat - c_hat, 0.0)
+            squares = tl.sum(difference * difference, axis=1)
+            attraction += squares
+            if attraction_pointer is not None:
+                tl.store(attraction_pointer + k.to(tl.int64) * batch + i, squares, mask=k < views)
+        if seed_pointer is not None:
+            if PER_VIEW:
+                image = first_image + i + tl.zeros([BLOCK_K], tl.int64)
+                n_hat = brownian_rows(seed, step, image, 1 + k, dim, BLOCK_D).to(ACC)
+            push += tl.sum(z_hat * n_hat, axis=1)
+    if image_pointer is not None:
+        tl.store(image_pointer + i, tl.sum(attraction, axis=0))
+        tl.store(image_pointer + (batch + i), tl.sum(push, axis=0))
+
+
+class RowLosses(NamedTuple):
+    """What `row_losses` returns, in float32, or float64 for float64 rows; None for what was not asked for."""
+
+    norms: Tensor
+    """(K, B): |z|."""
+    centroid: Tensor | None
+    """(B, D): ĉ, or with leave_one_out the sum of the views' t̂."""
+    attraction: Tensor | None
+    """(K, B): |ẑ - ĉ|²."""
+    images: Tensor | None
+    """(2, B): sums over the views of |ẑ - ĉ|² and of <ẑ, n̂>."""
+    key: Tensor | None
+    """(2,), int64: the noise's seed and step as they were."""
+
+
+def row_losses(
+    z: Tensor,
+    t: Tensor | None = None,
+    noise: tuple[Tensor, Tensor] | None = None,
+    *,
+    first_image: int = 0,
+    leave_one_out: bool = False,
+    per_view: bool = False,
+    each: bool = False,
+) -> RowLosses:
+    """The centroid and Brownian losses of embeddings, in one launch.
+
+    Args:
+        z: (K, B, D), any floating dtype and strides, D at most `MAX_DIM`.
+        t: (K', B, D), the targets; None for no centroid loss. With `leave_one_out` K' is K.
+        noise: seed and step, one int64 each on z's device; None for no Brownian loss.
+        first_image: number of the first image among those of all processes.
+        leave_one_out: a view's centroid is of the targets of the other views.
+        per_view: a direction for each view of an image rather than one for all of them.
+        each: whether the loss of each row is wanted beside their sums.
+    """
+    views, batch, dim = z.shape
+    new = {"device": z.device, "dtype": accumulator(z.dtype)}
+    norms = torch.empty(views, batch, **new)
+    centroid = None if t is None else torch.empty(batch, dim, **new)
+    attraction = torch.empty(views, batch, **new) if each else None
+    images = None if t is None and noise is None else torch.empty(2, batch, **new)
+    seed, step = noise or (None, None)
+    key = None if noise is None else torch.empty(2, device=z.device, dtype=torch.int64)
+    with torch.cuda.device_of(z):
+        rows_forward_kernel[(batch,)](
+            z,
+            t,
+            seed,
+            step,
+            norms,
+            centroid,
+            attraction,
+            images,
+            key,
+            views,
+            0 if t is None else t.shape[0],
+            batch,
+            dim,
+            first_image,
+            *z.stride(),
+            *((0, 0, 0) if t is None else t.stride()),
+            LEAVE_ONE_OUT=leave_one_out,
+            PER_VIEW=per_view,
+            **tile(views, dim),
+        )
+    return RowLosses(norms, centroid, attraction, images, key)
+
+
+def tile(views: int, dim: int) -> dict[str, int | bool]:
+    """The block sizes and warps for rows of D numbers: up to 8192 numbers, 16 a thread."""
+    block_d = max(16, triton.next_power_of_2(dim))
+    block_k = min(triton.next_power_of_2(views), max(1, 8192 // block_d))
+    return {
+        "BLOCK_K": block_k,
+        "BLOCK_D": block_d,
+        "num_warps": min(16, max(1, block_k * block_d // 512)),
+        "enable_fp_fusion": True,
+    }

@@ -1,0 +1,49 @@
+"""What the kernels share: tiles of matrices in memory, and rows of unit length."""
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["EPS", "accumulator", "load_tile", "offsets", "precision", "unit"]
+
+EPS = tl.constexpr(1e-12)
+"""Rows no longer than this have no direction."""
+
+
+@triton.jit
+def offsets(rows, row_stride, columns, column_stride):
+    """Places of the elements of a tile [R, C], int64: products of two ints overflow 32 bits in large tensors."""
+    return rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+
+
+@triton.jit
+def load_tile(pointer, rows, row_count, row_stride, columns, column_count, column_stride, ACC: tl.constexpr):
+    """A tile [R, C] in the accumulator's dtype, zero beyond the matrix: nothing is computed in half precision."""
+    mask = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+    return tl.load(pointer + offsets(rows, row_stride, columns, column_stride), mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def unit(x):
+    """Rows x / |x|, [R, D], and |x|, [R], which is at least EPS; NaN where a row is not finite.
+
+    A row is divided by its largest entry first, because that entry's square may overflow.
+    """
+    largest = tl.maximum(tl.max(tl.abs(x), axis=1), EPS)
+    y = x / largest[:, None]
+    norm = largest * tl.sqrt(tl.sum(y * y, axis=1))
+    norm = tl.where(norm < EPS, EPS, norm)  # false for NaN, which stays
+    return y * (largest / norm)[:, None], norm
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a kernel computes in: float64 for itself, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies: on tensor cores with three TF32 products for a float32 one, which keep all its digits.
+
+    One TF32 product keeps ten bits, and near collapse the inverse root needs twenty.
+    """
+    return "ieee" if dtype == torch.float64 or torch.version.hip else "tf32x3"

@@ -1,0 +1,324 @@
+"""The fused kernels as operators of torch, `msbreg::losses` and `msbreg::losses_backward`, with the order of launches.
+
+`msbreg.functional` calls `losses`: in eager mode it runs the launches inside an autograd function, and while
+`torch.compile` traces it is the registered operator, which has the same two functions behind it. (Through the operator
+every call would cost the host some 50 µs more.)
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from msbreg import linalg, reference
+from msbreg.distributed import world_size
+from msbreg.kernels.gradient import row_losses_backward
+from msbreg.kernels.gram import gram
+from msbreg.kernels.inverse_root import inverse_root
+from msbreg.kernels.rows import MAX_DIM, row_losses
+from msbreg.kernels.tiles import accumulator
+from msbreg.kernels.totals import spectral_sums, totals
+
+__all__ = ["MAX_DIM", "losses"]
+
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""The weighted sum; the three losses, (3,); |ẑ - ĉ|², (K, B); and, for the way back, |z|, (K, B), the centroids,
+(B, D), the matrix that the singular value loss multiplies ẑ by, and the noise's seed and step, (2,), which their owner
+may change in between. Those not asked for are empty."""
+
+
+class Dispersion(NamedTuple):
+    """The singular value loss from Gram matrices: of a view it is Σ sums + constant, and dL_S/dẑ is weight ẑ W.
+
+    W leaves out what is along the rows themselves, which the projection onto the sphere takes away.
+    """
+
+    spectrum: str
+    smoothing: float
+    views: int
+    rows: int
+    """Of all processes together."""
+    dim: int
+    side: int
+    """p of the Gram matrices, (K, p, p)."""
+    processes: int
+    dtype: torch.dtype
+
+    @property
+    def rank(self) -> int:
+        """r, the number of singular values."""
+        return min(self.rows, self.dim)
+
+    @property
+    def c(self) -> float:
+        """r / N: s̃² = c s²."""
+        return self.rank / self.rows
+
+    @property
+    def smallest(self) -> float:
+        """The smallest eigenvalue of G + shift I over the largest that G can have, its trace, N."""
+        return linalg.newton_schulz_smallest(self.smoothing**2 / self.rank, self.dtype)
+
+    @property
+    def scale(self) -> float:
+        """What brings the eigenvalues of G + shift I into (0, 1]."""
+        return 1 / (self.rows * (1 + self.smallest))
+
+    @property
+    def constant(self) -> float:
+        """What does not depend on the embeddings; the p - r zeros that a sum over processes adds are taken off."""
+        zeros = self.side - self.rank
+        if self.spectrum == "nuclear":
+            return self.side * (self.smoothing**2 + 1) - zeros * (self.smoothing - 1) ** 2
+        return -float(zeros) if self.spectrum == "whitening" else 0.0
+
+    @property
+    def weight(self) -> float:
+        """Of ẑ W, in this process: an average over processes follows."""
+        by_view = {"nuclear": -2 * (self.c * self.scale) ** 0.5, "whitening": 4 * self.c**2, "coding_rate": -1.0}
+        return by_view[self.spectrum] * self.processes / self.views
+
+    def sums(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers that add up to the loss, float64, any shape; and W, (K, p, p)."""
+        if self.spectrum == "whitening":
+            # Σ (cλ - 1)² = |cG - I|²
+            sums = spectral_sums(
+                g, None, identity=-1.0, scale=self.c, trace_weight=0.0, square_weight=1.0, root_weight=0.0
+            )
+            return sums, g
+        if self.spectrum == "coding_rate":
+            rates, weight = reference.coding_rate(g, rows=self.rows, dim=self.dim, precision=reference.CODING_PRECISION)
+            return -rates.double(), weight
+        # Σ (sqrt(cλ + δ²) - 1)² = c trace(G) + pδ² - 2 sqrt(c) trace((G + shift I)^(1/2)) + p
+        steps = linalg.newton_schulz_steps(self.smallest / (1 + self.smallest), self.dtype)
+        root = inverse_root(g, self.smallest / (1 + self.smallest), self.scale, steps)
+        sums = spectral_sums(
+            g,
+            root,
+            identity=self.smoothing**2 / self.c,
+            scale=1.0,
+            trace_weight=self.c,
+            square_weight=0.0,
+            root_weight=-2 * (self.c * self.scale) ** 0.5,
+        )
+        return sums, root
+
+
+def _dispersion(z: Tensor, spectrum: str, smoothing: float, group: str | None) -> Dispersion:
+    views, batch, dim = z.shape
+    processes = world_size(_group(group))
+    side = min(batch, dim) if group is None else dim
+    return Dispersion(spectrum, smoothing, views, batch * processes, dim, side, processes, accumulator(z.dtype))
+
+
+def _group(name: str | None) -> dist.ProcessGroup | None:
+    return None if name is None else _resolve_process_group(name)
+
+
+def _forward(
+    z: Tensor,
+    t: Tensor | None,
+    seed: Tensor | None,
+    step: Tensor | None,
+    first_image: int,
+    leave_one_out: bool,
+    per_view: bool,
+    each: bool,
+    weights: Sequence[float],
+    spectrum: str | None,
+    smoothing: float,
+    group: str | None,
+) -> Outputs:
+    noise = None if seed is None or step is None else (seed, step)
+    row_options = {"first_image": first_image, "leave_one_out": leave_one_out, "per_view": per_view, "each": each}
+    dispersion = None if spectrum is None else _dispersion(z, spectrum, smoothing, group)
+    if dispersion is None or group is None:
+        rows = row_losses(z, t, noise, **row_options)
+        g = None if dispersion is None else gram(z, rows.norms, smaller=True)
+    else:
+        # The sum over the processes goes on while the rows are computed.
+        g = gram(z, row_losses(z).norms, smaller=False)
+        sent = dist.all_reduce(g, group=_group(group), async_op=True)
+        rows = row_losses(z, t, noise, **row_options)
+        sent.wait()
+    with torch.autocast(z.device.type, enabled=False):
+        sums, weight = (None, None) if dispersion is None or g is None else dispersion.sums(g)
+    total, parts = totals(
+        rows.images,
+        sums,
+        views=z.shape[0],
+        weights=tuple(weights),
+        spectral_scale=1 / z.shape[0],
+        spectral_constant=0.0 if dispersion is None else dispersion.constant,
+        dtype=rows.norms.dtype,
+        device=z.device,
+    )
+    key = z.new_empty(0, dtype=torch.int64) if rows.key is None else rows.key
+    outputs = (total, parts, rows.attraction, rows.norms, rows.centroid, weight)
+    return *(rows.norms.new_empty(0) if output is None else output for output in outputs), key
+
+
+def _forward_fake(
+    z: Tensor,
+    t: Tensor | None,
+    seed: Tensor | None,
+    step: Tensor | None,
+    first_image: int,
+    leave_one_out: bool,
+    per_view: bool,
+    each: bool,
+    weights: Sequence[float],
+    spectrum: str | None,
+    smoothing: float,
+    group: str | None,
+) -> Outputs:
+    views, batch, dim = z.shape
+    new = functools.partial(z.new_empty, dtype=accumulator(z.dtype))
+    side = 0 if spectrum is None else _dispersion(z, spectrum, smoothing, group).side
+    return (
+        new(()),
+        new(3),
+        new((views, batch) if each else 0),
+        new(views, batch),
+        new(0 if t is None else (batch, dim)),
+        new(0 if spectrum is None else (views, side, side)),
+        z.new_empty(0 if seed is None else 2, dtype=torch.int64),
+    )
+
+
+def _backward(
+    d_total: Tensor,
+    d_attraction: Tensor | None,
+    z: Tensor,
+    t: Tensor | None,
+    norms: Tensor,
+    centroid: Tensor,
+    weight: Tensor,
+    key: Tensor,
+    first_image: int,
+    leave_one_out: bool,
+    per_view: bool,
+    weights: Sequence[float],
+    spectrum: str | None,
+    smoothing: float,
+    group: str | None,
+) -> Tensor:
+    views, batch, _ = z.shape
+    attraction_weight, dispersion_weight, push_weight = weights
+    product_weight = 0.0
+    if spectrum is not None:
+        product_weight = dispersion_weight * _dispersion(z, spectrum, smoothing, group).weight
+    return row_losses_backward(
+        d_total,
+        d_attraction,
+        z,
+        t,
+        key if key.numel() else None,
+        norms,
+        centroid if centroid.numel() else None,
+        weight if weight.numel() else None,
+        attraction_weight=attraction_weight / (views * batch),
+        product_weight=product_weight,
+        push_weight=push_weight / (views * batch),
+        first_image=first_image,
+        leave_one_out=leave_one_out,
+        per_view=per_view,
+    )
+
+
+def _backward_fake(d_total: Tensor, d_attraction: Tensor | None, z: Tensor, *_: Any) -> Tensor:
+    return torch.empty(z.shape, dtype=z.dtype, device=z.device)
+
+
+_losses_operator = torch.library.custom_op("msbreg::losses", _forward, mutates_args=())
+_losses_operator.register_fake(_forward_fake)
+_backward_operator = torch.library.custom_op("msbreg::losses_backward", _backward, mutates_args=())
+_backward_operator.register_fake(_backward_fake)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    z, t, _, _, first_image, leave_one_out, per_view, each, weights, spectrum, smoothing, group = inputs
+    _, parts, attraction, norms, centroid, weight, key = output
+    ctx.save_for_backward(z, t if leave_one_out else None, norms, centroid, weight, key)
+    ctx.each = each
+    ctx.options = (first_image, leave_one_out, per_view, weights, spectrum, smoothing, group)
+    ctx.mark_non_differentiable(parts, norms, centroid, weight, key, *(() if each else (attraction,)))
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(backward: Any, ctx: Any, d_total: Tensor | None, d_attraction: Tensor | None) -> tuple[Any, ...]:
+    norms = ctx.saved_tensors[2]
+    d_total = norms.new_zeros(()) if d_total is None else d_total.contiguous()
+    d_attraction = d_attraction.contiguous() if ctx.each and d_attraction is not None else None
+    return backward(d_total, d_attraction, *ctx.saved_tensors, *ctx.options), *(None,) * 11
+
+
+def _operator_backward(
+    ctx: Any, d_total: Tensor | None, d_parts: Tensor | None, d_attraction: Tensor | None, *_: Any
+) -> tuple[Any, ...]:
+    return _gradients(_backward_operator, ctx, d_total, d_attraction)
+
+
+_losses_operator.register_autograd(_operator_backward, setup_context=_save)
+
+
+class _Losses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Outputs:
+        output = _forward(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, d_total: Tensor | None, d_parts: Tensor | None, d_attraction: Tensor | None, *_: Any
+    ) -> tuple[Any, ...]:
+        return _gradients(_backward, ctx, d_total, d_attraction)
+
+
+def losses(
+    z: Tensor,
+    t: Tensor | None,
+    seed: Tensor | None,
+    step: Tensor | None,
+    *,
+    first_image: int,
+    leave_one_out: bool,
+    per_view: bool,
+    each: bool,
+    weights: tuple[float, float, float],
+    spectrum: str | None,
+    smoothing: float,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses of one tensor of embeddings, in float32, or float64 for float64 embeddings; differentiable in z.
+
+    Args:
+        z: (K, B, D), any floating dtype and strides, on a device that runs kernels, D at most `kernels.rows.MAX_DIM`.
+        t: (K', B, D), the targets, on z's device; None for no centroid loss.
+        seed: one int64 on z's device; None for no Brownian loss.
+        step: as seed.
+        first_image: number of the first image among those of all processes.
+        leave_one_out: a view's centroid is of the targets of the other views; K' is then K.
+        per_view: directions for each view rather than for each image.
+        each: whether the second result is wanted.
+        weights: of the centroid, the singular value and the Brownian loss.
+        spectrum: of the singular value loss, of which `"nuclear"` has its inverse root by Newton-Schulz; None for none.
+        smoothing: of `"nuclear"`.
+        group: process group over which the rows are spread; None for this process alone.
+
+    Returns:
+        The weighted sum; |ẑ - ĉ|², (K, B), or empty; both differentiable; and the three losses, (3,), detached.
+    """
+    run = _losses_operator if torch.compiler.is_compiling() else _Losses.apply
+    name = None if group is None else group.group_name
+    total, parts, attraction, *_ = run(
+        z, t, seed, step, first_image, leave_one_out, per_view, each, weights, spectrum, smoothing, name
+    )
+    return total, attraction, parts

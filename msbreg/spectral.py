@@ -1,0 +1,267 @@
+"""Other people's losses on singular values, from the same Gram matrices: MMCR, SVMax, EMP-SSL, VICReg, Barlow Twins.
+
+    ẑ[k, b]   embedding of view k of image b, (K, B, D), a row of unit length
+    ‖M‖_*     nuclear norm, the sum of the singular values
+    R(M)      coding rate, ½ log det(I + D / (B ε) MᵀM)
+
+Half precisions are raised to float32, inside autocast too. A row of zeros has gradient zero. What is not finite comes
+out as NaN, and nothing waits for the device.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from msbreg import linalg, reference
+from msbreg.distributed import world_size
+from msbreg.functional import SOLVER, Views, _check_targets, _raised, _views, coding_rate, nuclear_norm
+from msbreg.linalg import Solver
+from msbreg.losses import _Loss
+
+__all__ = ["CodingRateLoss", "MMCRLoss", "SVMaxLoss", "covariance_energy", "cross_correlation_energy"]
+
+BATCH_NORM_EPS = 1e-5
+"""What Barlow Twins' batch normalisation adds to the variance: torch's default."""
+
+
+class MMCRLoss(_Loss):
+    """-‖C‖_* + λ mean_b ‖Ẑ[b]‖_* for the centroids C[b] = mean_k ẑ[k, b], which views that disagree make shorter.
+
+    Yerxa, Kuang, Simoncelli, Chung, "Learning Efficient Coding of Natural Images with Maximum Manifold Capacity
+    Representations", NeurIPS 2023, https://arxiv.org/abs/2303.03307. Ẑ[b] is the K x D matrix of an image's views.
+
+    Args:
+        local_weight: λ; at 0, the paper's, the second term is not computed.
+        solver: as in `msbreg.functional.nuclear_norm`.
+        group: process group over which a batch is spread, as many images in each process. ‖C‖_* is then of all
+            images, and the second term stays this process's part: DistributedDataParallel's average over processes is
+            the gradient of one process with the whole batch.
+
+    Example:
+        >>> criterion = MMCRLoss()
+        >>> loss = criterion(torch.randn(4, 32, 16, requires_grad=True))  # K = 4 views of B = 32 images, D = 16
+        >>> loss.backward()
+    """
+
+    options = ("local_weight", "solver")
+
+    def __init__(
+        self, local_weight: float = 0.0, *, solver: Solver = SOLVER, group: dist.ProcessGroup | None = None
+    ) -> None:
+        super().__init__()
+        self.local_weight = local_weight
+        self.solver = solver
+        self.group = group
+
+    def forward(self, online: Views, target: Views | None = None) -> Tensor:
+        """The loss of one batch, a scalar in float32, or float64 for float64 embeddings.
+
+        Args:
+            online: (K, B, D) or K tensors (B, D), any floating-point dtype.
+            target: (K', B, D) or K' tensors (B, D) by the EMA network, without gradient, for the momentum version: C is
+                then the mean of online's centroids and target's.
+
+        Raises:
+            ValueError: one view in all, shapes that do not fit, empty tensors, tensors on several devices, an unknown
+                solver, `"svd"` with a group.
+            TypeError: not tensors, or not floating point.
+        """
+        z = _views(online, "online")
+        z_hat = _UnitRows.apply(z)
+        centroids = z_hat.mean(0)
+        if target is not None:
+            t = _views(target, "target")
+            _check_targets(z, t, leave_one_out=False)
+            centroids = (centroids + _UnitRows.apply(t.detach()).mean(0).to(z_hat.dtype)) / 2
+        elif z.shape[0] < 2:
+            raise ValueError("expected at least two views of each image, or a target view, got one view")
+        loss = -nuclear_norm(centroids, solver=self.solver, group=self.group)
+        if self.local_weight != 0:
+            loss = loss + self.local_weight * nuclear_norm(z_hat.transpose(0, 1), solver=self.solver).mean()
+        return loss
+
+
+class SVMaxLoss(_Loss):
+    """weight exp((U - s_μ) / (U - L)): the mean singular value s_μ of a batch of unit rows is pushed up to its bound U.
+
+    Taha, Hanson, Shrivastava, Davis, "SVMax: A Feature Embedding Regularizer", 2021,
+    https://arxiv.org/abs/2103.02770. For N rows and r = min(N, D), L = sqrt(N) / r is the s_μ of rows that all point
+    one way, and U = sqrt(N / r) that of a flat spectrum: the penalty falls from e times the weight to the weight. The
+    paper has N > D, and so D for r, in L and U; with N < D a mean of the N singular values would not stay between
+    those. Here all three are by r, whatever N. At r = 1 nothing can spread, and the penalty is the weight.
+
+    Args:
+        weight: 1 is that of the authors' demonstration.
+        solver: as in `msbreg.functional.nuclear_norm`.
+        group: process group over which the rows are spread, as many in each process; None for this process alone.
+            Value and gradients as in `msbreg.functional.singular_value_loss`.
+
+    Example:
+        >>> criterion = SVMaxLoss()
+        >>> loss = criterion(torch.randn(32, 16, requires_grad=True))  # N = 32 rows, D = 16
+        >>> loss.backward()
+    """
+
+    options = ("weight", "solver")
+
+    def __init__(self, weight: float = 1.0, *, solver: Solver = SOLVER, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.solver = solver
+        self.group = group
+
+    def forward(self, embeddings: Views) -> Tensor:
+        """The penalty, averaged over the views, a scalar in float32, or float64 for float64 embeddings.
+
+        Args:
+            embeddings: (K, N, D), K tensors (N, D), or one tensor (N, D), any floating-point dtype.
+
+        Raises:
+            ValueError: a wrong shape, an empty tensor, an unknown solver, `"svd"` with a group.
+            TypeError: not tensors, or not floating point.
+        """
+        z_hat = _UnitRows.apply(_views(embeddings, "embeddings", one=True))
+        rows, dim = z_hat.shape[1] * world_size(self.group), z_hat.shape[2]
+        lower, upper = math.sqrt(rows), math.sqrt(rows * min(rows, dim))  # of r s_μ
+        norms = nuclear_norm(z_hat, solver=self.solver, group=self.group)
+        return self.weight * ((upper - norms) / ((upper - lower) or 1.0)).exp().mean()
+
+
+class CodingRateLoss(_Loss):
+    """-λ_c mean_b mean_k cos(ẑ[k, b], z̄[b]) - λ_r mean_k R(Ẑ[k]): EMP-SSL's similarity and total coding rate.
+
+    Tong, Chen, Ma, LeCun, "EMP-SSL: Towards Self-Supervised Learning in One Training Epoch", 2023,
+    https://arxiv.org/abs/2304.03977; λ_c, λ_r and ε are those of its code. z̄[b] = mean_k ẑ[k, b] has a gradient.
+
+    Args:
+        similarity_weight: λ_c.
+        rate_weight: λ_r.
+        precision: ε of the coding rate; see `msbreg.functional.coding_rate`.
+        group: process group over which a batch is spread, as many images in each process. The coding rate is then of
+            all images, and the similarity stays this process's part: DistributedDataParallel's average over processes
+            is the gradient of one process with the whole batch.
+
+    Example:
+        >>> criterion = CodingRateLoss()
+        >>> loss = criterion(torch.randn(20, 32, 16, requires_grad=True))  # K = 20 patches of B = 32 images, D = 16
+        >>> loss.backward()
+    """
+
+    options = ("similarity_weight", "rate_weight", "precision")
+
+    def __init__(
+        self,
+        similarity_weight: float = 200.0,
+        rate_weight: float = 1.0,
+        *,
+        precision: float = reference.CODING_PRECISION,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.similarity_weight = similarity_weight
+        self.rate_weight = rate_weight
+        self.precision = precision
+        self.group = group
+
+    def forward(self, embeddings: Views) -> Tensor:
+        """The loss of one batch, a scalar in float32, or float64 for float64 embeddings.
+
+        Args:
+            embeddings: (K, B, D) or K tensors (B, D), any floating-point dtype.
+
+        Raises:
+            ValueError: a wrong shape, an empty tensor, a precision that is not positive.
+            TypeError: not tensors, or not floating point.
+        """
+        z_hat = _UnitRows.apply(_views(embeddings, "embeddings"))
+        # For unit rows mean_k <ẑ[k], z̄> / |z̄| is |z̄|² / |z̄|.
+        similarity = torch.linalg.vector_norm(z_hat.mean(0), dim=-1).mean()
+        rate = coding_rate(z_hat, precision=self.precision, group=self.group).mean()
+        return -self.similarity_weight * similarity - self.rate_weight * rate
+
+
+def covariance_energy(embeddings: Views) -> Tensor:
+    """Σ_{i≠j} cov_ij² of each matrix, with cov = XᵀX / (N - 1) for X of centred columns: VICReg's decorrelation.
+
+    VICReg adds this over its two views, divided by D: Bardes, Ponce, LeCun, https://arxiv.org/abs/2105.04906. Where
+    N < D it is ‖X Xᵀ‖² / (N - 1)² - Σ_j var_j², O(N² D) in place of O(N D²).
+
+    Args:
+        embeddings: (K, N, D), K tensors (N, D), or one tensor (N, D), any floating-point dtype.
+
+    Returns:
+        (K,), or a scalar for one tensor (N, D); float32, or float64 for float64 embeddings. 0 for N = 1.
+
+    Raises:
+        ValueError: a wrong shape, an empty tensor.
+        TypeError: not tensors, or not floating point.
+    """
+    x = _views(embeddings, "embeddings", one=True)
+    rows, dim = x.shape[1:]
+    with torch.autocast(x.device.type, enabled=False):
+        x = _raised(x)
+        x = (x - x.mean(1, keepdim=True)) / math.sqrt(max(rows - 1, 1))
+        gram = linalg.gram(x)
+        if rows < dim:
+            energies = gram.square().sum((1, 2)) - x.square().sum(1).square().sum(1)
+        else:
+            energies = _off_diagonal(gram).square().sum((1, 2))
+    return energies[0] if isinstance(embeddings, Tensor) and embeddings.dim() == 2 else energies
+
+
+def cross_correlation_energy(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_j (1 - C_jj)² and Σ_{i≠j} C_ij², with C = XᵀY / N for standardised columns: the two terms of Barlow Twins.
+
+    Barlow Twins is the first plus 0.0051 times the second: Zbontar, Jing, Misra, LeCun, Deny,
+    https://arxiv.org/abs/2103.03230. Columns are divided by the root of their biased variance + 1e-5. Where 2 N < D the
+    second term is <X Xᵀ, Y Yᵀ> / N² - Σ_j C_jj², O(N² D) in place of O(N D²).
+
+    Args:
+        x: (N, D), one view, any floating-point dtype.
+        y: (N, D), the other.
+
+    Returns:
+        Two scalars, float32, or float64 for float64 inputs.
+
+    Raises:
+        ValueError: shapes that differ or are not (N, D), empty tensors, tensors on two devices.
+        TypeError: not tensors, or not floating point.
+    """
+    z = _views((x, y), "(x, y)")
+    rows, dim = z.shape[1:]
+    with torch.autocast(z.device.type, enabled=False):
+        z = _raised(z)
+        z = z - z.mean(1, keepdim=True)
+        z = z * torch.rsqrt(z.square().mean(1, keepdim=True) + BATCH_NORM_EPS) / math.sqrt(rows)
+        diagonal = (z[0] * z[1]).sum(0)
+        if 2 * rows < dim:
+            gram = linalg.gram(z)
+            off_diagonal = (gram[0] * gram[1]).sum() - diagonal.square().sum()
+        else:
+            off_diagonal = _off_diagonal(z[0].mT @ z[1]).square().sum()
+        return (1 - diagonal).square().sum(), off_diagonal
+
+
+def _off_diagonal(matrix: Tensor) -> Tensor:
+    return matrix - torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1))
+
+
+class _UnitRows(torch.autograd.Function):
+    """ẑ of z, (K, B, D). `torch.nn.functional.normalize` overflows on huge rows and blows up the gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        z_hat, norms = reference.unit_rows(_raised(z))
+        ctx.save_for_backward(z_hat, norms)
+        ctx.dtype = z.dtype
+        return z_hat
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        z_hat, norms = ctx.saved_tensors
+        return reference.tangent(g.clone(), z_hat, norms).to(ctx.dtype)

@@ -1,0 +1,508 @@
+"""The losses through the Triton kernels, on a GPU or in Triton's interpreter, against the float64 definitions."""
+
+import inspect
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_losses import oracle
+from test_spectral import families, gradient_error, oracle_value, value_and_gradient
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from msbreg import MSBRegLoss, kernels, ops  # noqa: E402
+from msbreg.functional import brownian_loss, centroid_loss, msbreg_loss, singular_value_loss  # noqa: E402
+from msbreg.kernels import gradient, gram, inverse_root, product, rows, tiles, totals  # noqa: E402
+
+DEVICE = kernels.DEVICE_TYPE
+RUNS = DEVICE == "cpu" or torch.cuda.is_available()
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(
+        not RUNS, reason="Triton kernels need a GPU, or TRITON_INTERPRET=1 to run in Triton's interpreter"
+    ),
+]
+if RUNS and DEVICE == "cuda":
+    pytestmark.append(pytest.mark.gpu)
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+NOISE = {"seed": 11, "step": 5}
+# The noise is made in float32, whose logarithms and cosines differ in the last digit; the interpreter cuts bfloat16 off
+# where a GPU rounds it.
+TOLERANCE = {F64: 2e-6, F32: 5e-5, F16: 2e-3, BF16: 8e-3}
+SMOOTH = {"smoothing": 0.5, "lambda_s": 0.5}  # takes few steps of the inverse root, each of which takes long here
+OPTIONS = [
+    SMOOTH,
+    {"leave_one_out": True, "per": "view", "spectrum": "whitening"},
+    {"spectrum": "whitening", "lambda_s": 0.1, "lambda_b": -1.0},
+    {"spectrum": "coding_rate", "lambda_s": 0.1, "per": "view"},
+    {**SMOOTH, "leave_one_out": True},
+    {"lambda_s": 0.0},
+    {"lambda_b": 0.0, "spectrum": "whitening"},
+]
+
+
+def gaussian(*shape, seed=0, dtype=F64):
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def relative_error(got, expected):
+    """RMS of the difference over RMS of what is expected."""
+    return ((got.to(F64) - expected).norm() / expected.norm()).item()
+
+
+def losses_and_gradients(inputs, target, options):
+    leaves = [z.detach().requires_grad_() for z in inputs]
+    out = msbreg_loss(leaves[0], target, embedding=leaves[1] if len(leaves) > 1 else None, **NOISE, **options)
+    return torch.stack(out).detach(), torch.autograd.grad(out.loss, leaves)
+
+
+def oracle_and_gradients(inputs, target, options):
+    leaves = [z.detach().to("cpu", F64).requires_grad_() for z in inputs]
+    out = oracle(leaves[0], target.to("cpu", F64), *leaves[1:], **options)
+    parts = torch.stack(out).detach()
+    computed = [1.0, 1.0, options.get("lambda_s", 1) != 0, options.get("lambda_b", 1) != 0]  # no weight, no value
+    return parts * torch.tensor(computed, dtype=F64), torch.autograd.grad(out[0], leaves)
+
+
+def check_against_oracle(inputs, target, options):
+    values, gradients = losses_and_gradients(inputs, target, options)
+    expected, expected_gradients = oracle_and_gradients(inputs, target, options)
+    tolerance = TOLERANCE[inputs[0].dtype]
+    assert values.dtype == (F64 if inputs[0].dtype == F64 else F32)
+    assert torch.allclose(values.to("cpu", F64), expected, rtol=min(tolerance, 2e-5), atol=2e-6)
+    for z, got, wanted in zip(inputs, gradients, expected_gradients, strict=True):
+        assert got.dtype == z.dtype and got.shape == z.shape
+        assert relative_error(got.cpu(), wanted) < tolerance
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_losses_and_gradients_equal_the_oracle(options, dtype):
+    check_against_oracle([gaussian(3, 9, 5, dtype=dtype)], gaussian(3, 9, 5, seed=2, dtype=dtype), options)
+
+
+@pytest.mark.parametrize("dtype", [F64, F16])
+def test_other_dtypes(dtype):
+    options = {"spectrum": "whitening", "lambda_s": 0.1, "leave_one_out": True}
+    check_against_oracle([gaussian(2, 5, 7, dtype=dtype)], gaussian(2, 5, 7, seed=2, dtype=dtype), options)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 6, 4), (2, 1, 9), (32, 3, 2), (1, 40, 33), (2, 20, 65), (1, 2, 600), (5, 3, 2100)]
+)
+def test_odd_shapes(shape):
+    views, batch, dim = shape
+    target = gaussian(views + 2, batch, dim, seed=2, dtype=F32)
+    check_against_oracle([gaussian(*shape, dtype=F32)], target, {"spectrum": "whitening"} if dim > 32 else SMOOTH)
+
+
+def test_a_separate_embedding_has_the_dispersion():
+    inputs = [gaussian(3, 9, 5, dtype=F32), gaussian(3, 9, 7, seed=1, dtype=F32)]
+    check_against_oracle(inputs, gaussian(4, 9, 5, seed=2, dtype=F32), SMOOTH)
+    alone = {"lambda_s": 0.0, "lambda_b": 0.0}
+    check_against_oracle(inputs[:1], gaussian(4, 9, 5, seed=2, dtype=F32), alone)
+
+
+LAYOUTS = {
+    "transposed": lambda z: z.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+    "batch first": lambda z: z.transpose(0, 1).contiguous().transpose(0, 1),
+    "every second number": lambda z: torch.stack((z, -z), dim=-1)[..., 0],
+    "a slice at an offset": lambda z: torch.nn.functional.pad(z, (1, 2, 3, 1, 1, 0))[1:, 3:-1, 1:-2],
+    "one row for all": lambda z: z[:, :1].expand(z.shape),
+    "a list of views": lambda z: list(z),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    z, t = gaussian(2, 9, 6, dtype=F32), gaussian(2, 9, 6, seed=2, dtype=F32)
+    laid, laid_target = LAYOUTS[layout](z), LAYOUTS[layout](t)
+    plain = torch.stack(laid) if isinstance(laid, list) else laid.contiguous()
+    plain_target = torch.stack(laid_target) if isinstance(laid, list) else laid_target.contiguous()
+    options = {"leave_one_out": True, "spectrum": "whitening", "lambda_s": 0.1}
+    values, (gradient,) = losses_and_gradients([plain], plain_target, options)
+    if isinstance(laid, list):
+        leaves = [view.clone().requires_grad_() for view in laid]
+        out = msbreg_loss(leaves, laid_target, **NOISE, **options)
+        got = torch.stack(torch.autograd.grad(out.loss, leaves))
+    else:
+        leaf = laid.detach().requires_grad_()
+        out = msbreg_loss(leaf, laid_target, **NOISE, **options)
+        (got,) = torch.autograd.grad(out.loss, leaf)
+    assert torch.equal(torch.stack(out).detach(), values) and torch.equal(got, gradient)
+
+
+FAMILIES = list(families(4, 4))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("shape", [(24, 8), (6, 12)])
+def test_spectrum_families(name, shape):
+    z = families(*shape)[name].to(F32)
+    for spectrum in ("nuclear", "whitening"):
+        loss = lambda z: singular_value_loss(z, spectrum=spectrum, solver="newton_schulz")  # noqa: B023, E731
+        value, got = value_and_gradient(loss, z.to(DEVICE))
+        expected, expected_gradient = value_and_gradient(lambda z: oracle_value(z, spectrum), z.to(F64))  # noqa: B023
+        assert value.item() == pytest.approx(expected.item(), rel=2e-5, abs=2e-5)
+        tolerance = {"near_collapse": 2e-2, "rank_deficient": 5e-3, "collapsed": 5e-3, "duplicates": 1e-3}
+        assert gradient_error(z, got.cpu(), expected_gradient) < tolerance.get(name, 5e-4)
+
+
+def test_kernels_lose_no_more_digits_than_torch_does():
+    """At a size where they matter: the same iteration in plain torch, in float32, against float64."""
+    z = families(96, 48)["power_law"].to(DEVICE, F32)
+    _, expected = value_and_gradient(lambda z: oracle_value(z, "nuclear"), z.to("cpu", F64))
+    _, got = value_and_gradient(lambda z: singular_value_loss(z, solver="newton_schulz"), z)
+    _, plain = value_and_gradient(lambda z: singular_value_loss(z, solver="eigh"), z)
+    errors = [gradient_error(z.cpu(), gradient.cpu(), expected) for gradient in (got, plain)]
+    assert errors[0] < 3 * errors[1] + 1e-5
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 3, 2), {"smoothing": 1.0}),
+        ((2, 2, 2), {"spectrum": "whitening", "per": "view", "leave_one_out": True}),
+    ],
+)
+def test_gradcheck(shape, options):
+    z, t = gaussian(*shape).requires_grad_(), gaussian(*shape, seed=1)
+    loss = lambda z: msbreg_loss(z, t, lambda_s=0.7, **NOISE, **options).loss  # noqa: E731
+    assert torch.autograd.gradcheck(loss, (z,))
+    each = lambda z: centroid_loss(z, t, leave_one_out=shape[0] > 1, reduction="none")  # noqa: E731
+    assert torch.autograd.gradcheck(each, (z,))
+
+
+def test_parts_are_what_their_functions_give():
+    z, t = gaussian(3, 7, 5, dtype=F32), gaussian(3, 7, 5, seed=1, dtype=F32)
+    whole = msbreg_loss(z, t, spectrum="whitening", **NOISE)
+    assert torch.equal(whole.centroid, centroid_loss(z, t))
+    assert torch.equal(whole.singular_value, singular_value_loss(z, spectrum="whitening"))
+    assert torch.equal(whole.brownian, brownian_loss(z, **NOISE))
+    assert whole.loss.item() == pytest.approx(
+        (whole.centroid + 0.004 * whole.singular_value + 0.5 * whole.brownian).item(), rel=1e-6
+    )
+    each = centroid_loss(z, t, reduction="none")
+    assert each.shape == (3, 7) and each.mean().item() == pytest.approx(whole.centroid.item(), rel=1e-6)
+    assert not whole.centroid.requires_grad
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_spoils_its_own_rows_alone(bad):
+    z, t = gaussian(2, 6, 4, dtype=F32), gaussian(2, 6, 4, seed=1, dtype=F32)
+    z[1, 2, 3] = bad
+    leaf = z.requires_grad_()
+    losses = centroid_loss(leaf, t, reduction="none")
+    (got,) = torch.autograd.grad(losses.sum(), leaf)
+    assert losses.isnan().nonzero().tolist() == [[1, 2]]
+    assert got.isnan().any(-1).nonzero().tolist() == [[1, 2]]
+    assert singular_value_loss(z, smoothing=1.0).isnan() and msbreg_loss(z, t, smoothing=1.0, **NOISE).loss.isnan()
+
+
+def test_zero_rows_have_no_gradient_and_huge_ones_no_overflow():
+    t = gaussian(2, 6, 4, seed=1, dtype=F32)
+    z = gaussian(2, 6, 4, dtype=F32)
+    z[0, 1] = 0
+    values, (got,) = losses_and_gradients([z], t, SMOOTH)
+    assert values.isfinite().all() and got.isfinite().all() and got[0, 1].count_nonzero() == 0
+    huge, (_,) = losses_and_gradients([1e30 * z], t * 1e30, SMOOTH)
+    assert torch.allclose(huge, values, rtol=1e-5)
+
+
+def test_noise_does_not_depend_on_how_images_are_split():
+    z = gaussian(2, 8, 6, dtype=F32)
+    for per in ("image", "view"):
+        whole = brownian_loss(z, per=per, **NOISE)
+        halves = [brownian_loss(z[:, i : i + 4], per=per, first_image=i, **NOISE) for i in (0, 4)]
+        assert whole.item() == pytest.approx(sum(halves).item() / 2, rel=1e-6)
+        assert whole.item() != brownian_loss(z, per=per, seed=11, step=6).item()
+
+
+def test_results_are_the_same_bit_for_bit_at_every_run():
+    z, t = gaussian(3, 9, 5, dtype=F32), gaussian(3, 9, 5, seed=1, dtype=F32)
+    first, second = (losses_and_gradients([z], t, {"per": "view", **SMOOTH}) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1][0], second[1][0])
+
+
+def test_blocks_change_nothing_but_rounding(monkeypatch):
+    z, t = gaussian(3, 20, 18, dtype=F32), gaussian(3, 20, 18, seed=1, dtype=F32)
+    values, (got,) = losses_and_gradients([z], t, SMOOTH)
+    small = {"BLOCK_K": 2, "BLOCK_D": 32, "num_warps": 1, "enable_fp_fusion": True}
+    square = {"BLOCK_P": 16, "BLOCK_Q": 16, "num_warps": 1, "enable_fp_fusion": True}
+    for module in (rows, gradient):
+        monkeypatch.setattr(module, "tile", lambda views, dim: small)
+    monkeypatch.setattr(gram, "tile", lambda side: square)
+    monkeypatch.setattr(inverse_root, "tile", lambda side, views: square)
+    monkeypatch.setattr(gradient, "FUSED_DIM", 0)
+    other, (other_gradient,) = losses_and_gradients([z], t, SMOOTH)
+    assert torch.allclose(values, other, rtol=1e-6) and torch.allclose(got, other_gradient, rtol=1e-4, atol=1e-7)
+
+
+def poisoned(make):
+    def made(*args, **options):
+        tensor = make(*args, **options)
+        return tensor.fill_(math.nan if tensor.is_floating_point() else -(2**62))
+
+    return made
+
+
+def test_every_output_is_written(monkeypatch):
+    """Memory that torch.empty hands out holds NaN here, and the losses come out as always."""
+    z, t = gaussian(3, 9, 5, dtype=F32), gaussian(3, 9, 5, seed=1, dtype=F32)
+    expected = [losses_and_gradients([z], t, options) for options in OPTIONS[:3]]
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    assert torch.empty(2).isnan().all()
+    for options, (values, (wanted,)) in zip(OPTIONS[:3], expected, strict=True):
+        got_values, (got,) = losses_and_gradients([z], t, options)
+        assert torch.equal(got_values, values) and torch.equal(got, wanted)
+
+
+def test_modules_keep_their_step_and_may_advance_it_before_the_backward_pass():
+    z, t = gaussian(2, 6, 4, dtype=F32).requires_grad_(), gaussian(2, 6, 4, seed=1, dtype=F32)
+    criterion = MSBRegLoss(seed=3, spectrum="whitening").to(DEVICE)
+    out = criterion(z, t)
+    assert criterion.step.item() == 1
+    (got,) = torch.autograd.grad(out.loss, z)
+    (expected,) = torch.autograd.grad(msbreg_loss(z, t, spectrum="whitening", seed=3, step=0).loss, z)
+    assert torch.equal(got, expected)
+
+
+def test_inputs_are_left_alone_and_no_grad_is_heeded():
+    z, t = gaussian(2, 6, 4, dtype=F32).requires_grad_(), gaussian(2, 6, 4, seed=1, dtype=F32).requires_grad_()
+    before = z.detach().clone(), t.detach().clone()
+    loss = msbreg_loss(z, t, spectrum="whitening", **NOISE).loss
+    loss.backward()
+    assert torch.equal(z, before[0]) and torch.equal(t, before[1]) and t.grad is None
+    once = z.grad.clone()
+    msbreg_loss(z, t, spectrum="whitening", **NOISE).loss.backward()
+    assert torch.equal(z.grad, 2 * once)  # accumulated
+    with torch.no_grad():
+        assert not msbreg_loss(z, t, spectrum="whitening", **NOISE).loss.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_autocast_changes_nothing(dtype):
+    z, t = gaussian(2, 9, 5, dtype=F32), gaussian(2, 9, 5, seed=1, dtype=F32)
+    for options in (SMOOTH, {"spectrum": "coding_rate"}):
+        expected = losses_and_gradients([z], t, options)
+        with torch.autocast(DEVICE, dtype):
+            got = losses_and_gradients([z], t, options)
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1][0], expected[1][0])
+
+
+def test_operators_keep_torchs_rules():
+    z, t = gaussian(2, 6, 4, dtype=F32).requires_grad_(), gaussian(3, 6, 4, seed=1, dtype=F32)
+    seed, step = torch.tensor(1, device=DEVICE), torch.tensor(2, device=DEVICE)
+    for args in (
+        (z, t, seed, step, 3, False, True, True, [1.0, 0.1, 0.5], "whitening", 0.03, None),
+        (z, None, None, None, 0, False, False, False, [0.0, 1.0, 0.0], "nuclear", 1.0, None),
+    ):
+        torch.library.opcheck(torch.ops.msbreg.losses.default, args)
+        total, _, _, *saved = torch.ops.msbreg.losses(*args)
+        torch.library.opcheck(
+            torch.ops.msbreg.losses_backward.default,
+            (torch.ones_like(total), None, z.detach(), None, *(x.detach() for x in saved), *args[4:7], *args[8:]),
+        )
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_in_one_graph(backend):
+    torch._dynamo.reset()
+    z, t = gaussian(2, 6, 4, dtype=F32).requires_grad_(), gaussian(2, 6, 4, seed=1, dtype=F32)
+    integers = torch.tensor(11, device=DEVICE), torch.tensor(5, device=DEVICE)
+
+    def loss(z, t, seed, step):
+        return msbreg_loss(2 * z, t, seed=seed, step=step, spectrum="whitening").loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)(z, t, *integers)
+    eager = loss(z, t, *integers)
+    assert torch.allclose(compiled, eager)
+    assert torch.allclose(*(torch.autograd.grad(value, z)[0] for value in (compiled, eager)))
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+def test_a_cuda_graph_draws_new_noise_at_every_replay():
+    z, t = gaussian(4, 64, 32, dtype=F32).requires_grad_(), gaussian(4, 64, 32, seed=1, dtype=F32)
+    criterion = MSBRegLoss(seed=3).to(DEVICE)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            criterion(z, t).loss.backward()
+    torch.cuda.synchronize()
+    z.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = criterion(z, t)
+        out.loss.backward()
+    for step in (7, 8):
+        criterion.step.fill_(step)
+        graph.replay()
+        leaf = z.detach().requires_grad_()
+        expected = msbreg_loss(leaf, t, seed=3, step=step)
+        assert torch.equal(torch.stack(out).detach(), torch.stack(expected).detach())
+        assert torch.equal(z.grad, torch.autograd.grad(expected.loss, leaf)[0])
+        assert criterion.step.item() == step + 1
+
+
+@triton.jit
+def store_offsets(output_pointer, stride, WIDE: tl.constexpr):
+    """Writes the offsets of four rows, `stride` apart, to output [4], int64."""
+    r = tl.arange(0, 4)
+    place = tiles.offsets(r, stride, tl.zeros([1], tl.int32), 1) if WIDE else r[:, None] * stride
+    tl.store(output_pointer + r[:, None], place.to(tl.int64))
+
+
+def test_offsets_do_not_overflow():
+    expected = [0, 2**30, 2**31, 3 * 2**30]
+    for wide in (True, False):
+        output = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+        store_offsets[(1,)](output, 2**30, WIDE=wide, num_warps=1, enable_fp_fusion=True)
+        assert (output.tolist() == expected) == wide  # the twin in int32 overflows
+
+
+def test_too_wide_rows_go_the_plain_way(monkeypatch):
+    z, t = gaussian(2, 4, 12, dtype=F32), gaussian(2, 4, 12, seed=1, dtype=F32)
+    expected = losses_and_gradients([z], t, {"spectrum": "whitening"})
+    monkeypatch.setattr(ops, "MAX_DIM", 8)
+    monkeypatch.setattr(ops, "losses", None)
+    got = losses_and_gradients([z], t, {"spectrum": "whitening"})
+    assert torch.allclose(got[0], expected[0], rtol=1e-5) and torch.allclose(got[1][0], expected[1][0], atol=1e-6)
+
+
+@triton.jit
+def careless_unit(x):
+    """Twin of `unit` without its guard against short rows."""
+    norm = tl.sqrt(tl.sum(x * x, axis=1))
+    return x / norm[:, None], norm
+
+
+@triton.jit
+def careless_load(pointer, rows, row_count, row_stride, columns, column_count, column_stride, ACC: tl.constexpr):
+    """Twin of `load_tile` that does not mask columns."""
+    mask = (rows < row_count)[:, None] & (columns >= 0)[None, :]
+    return tl.load(pointer + tiles.offsets(rows, row_stride, columns, column_stride), mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def careless_gradient(g, z_hat, norm, c_hat, n_hat, attraction, push):
+    """Twin of `row_gradient` that leaves the radial part."""
+    return (g + attraction[:, None] * (z_hat - c_hat) + push * n_hat) / norm[:, None]
+
+
+@triton.jit
+def careless_centroid(total, t, k, views):
+    """Twin of `centroid_of_others` that leaves the view itself in."""
+    c_hat, _ = tiles.unit(tl.zeros_like(t) + total[None, :])
+    return c_hat
+
+
+@triton.jit
+def careless_noise(seed, step, images, streams, dim, BLOCK_D: tl.constexpr):
+    """Twin of `brownian_rows` with the same row for each image."""
+    return rows_noise(seed, step, images * 0, streams, dim, BLOCK_D)
+
+
+rows_noise = rows.brownian_rows
+
+
+@triton.jit
+def careless_affine(x, rows, columns, side, identity, scale):
+    """Twin of `affine` without the identity."""
+    return scale * x
+
+
+TWINS = {
+    "zero rows": (careless_unit, "unit", [rows], test_zero_rows_have_no_gradient_and_huge_ones_no_overflow, ()),
+    "masks": (careless_load, "load_tile", [rows], test_losses_and_gradients_equal_the_oracle, (SMOOTH, F32)),
+    "projection": (
+        careless_gradient, "row_gradient", [gradient], test_losses_and_gradients_equal_the_oracle, (SMOOTH, F32),
+    ),
+    "leave one out": (
+        careless_centroid, "centroid_of_others", [rows, gradient], test_losses_and_gradients_equal_the_oracle,
+        ({"leave_one_out": True, "lambda_s": 0.0}, F32),
+    ),
+    "images' noise": (
+        careless_noise, "brownian_rows", [rows, gradient], test_losses_and_gradients_equal_the_oracle, (SMOOTH, F32),
+    ),
+    "inverse root": (
+        careless_affine, "affine", [inverse_root], test_losses_and_gradients_equal_the_oracle,
+        (SMOOTH, F32),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="compiled kernels do not see a twin put in a function's place")
+@pytest.mark.parametrize("name", TWINS)
+def test_checks_catch_broken_twins(name, monkeypatch):
+    twin, place, modules, check, arguments = TWINS[name]
+    check(*arguments)
+    for module in modules:
+        monkeypatch.setattr(module, place, twin)
+    with pytest.raises(AssertionError):
+        check(*arguments)
+
+
+PROCESSES = """
+import os, sys
+import torch, torch.distributed as dist, torch.multiprocessing as mp
+from msbreg import MSBRegLoss
+
+def inputs():
+    draw = lambda seed: torch.randn(2, 8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return draw(0), draw(1)
+
+def loss_and_gradient(z, t, group, spectrum):
+    criterion = MSBRegLoss(lambda_s=0.3, spectrum=spectrum, smoothing=1.0, group=group)
+    z = z.clone().requires_grad_()
+    out = criterion(z, t)
+    out.loss.backward()
+    return torch.stack(out).detach(), z.grad
+
+def work(rank, path):
+    dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=2)
+    for spectrum in ("nuclear", "whitening"):
+        z, t = (x.chunk(2, dim=1)[rank] for x in inputs())
+        values, gradient = loss_and_gradient(z, t, dist.group.WORLD, spectrum)
+        gathered = [torch.zeros_like(gradient) for _ in range(2)]
+        dist.all_gather(gathered, gradient)
+        dist.all_reduce(values)
+        if rank == 0:
+            torch.save((values / 2, torch.cat(gathered, dim=1) / 2), path + spectrum)
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    mp.spawn(work, (sys.argv[1],), nprocs=2)
+    for spectrum in ("nuclear", "whitening"):
+        got = torch.load(sys.argv[1] + spectrum)
+        expected = loss_and_gradient(*inputs(), None, spectrum)
+        for a, b in zip(got, expected):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    print("equal")
+"""
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="two processes need two GPUs; in the interpreter they share a CPU")
+def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path):
+    script = tmp_path / "processes.py"
+    script.write_text(PROCESSES)
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "store"], env=os.environ, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0 and "equal" in done.stdout, done.stderr
+
+
+def test_every_kernel_says_what_its_pointers_are():
+    for module in (rows, gradient, product, gram, inverse_root, totals):
+        kernels_here = [value for name, value in vars(module).items() if name.endswith("_kernel")]
+        assert kernels_here
+        for kernel in kernels_here:
+            pointers = [name for name in inspect.signature(kernel.fn).parameters if name.endswith("_pointer")]
+            if kernel.fn.__name__ != "view_gradient_kernel":  # which refers to the other
+                assert all(name in kernel.fn.__doc__ for name in pointers), kernel.fn.__name__
