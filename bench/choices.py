@@ -46,11 +46,15 @@ ROWS = {
 def run(name: str, seed: int, options: list[str], folder: Path) -> dict:
     """One run's summary."""
     place = folder / f"{list(ROWS).index(name):02}-{seed}"
+    asked, summary = place / "options.json", place / "summary.json"
+    if summary.exists() and asked.exists() and json.loads(asked.read_text()) == options:
+        return json.loads(summary.read_text())
     command = [sys.executable, "-m", "msbreg", "pretrain", "--run.dir", str(place), "--run.seed", str(seed), *options]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stderr}")
-    return json.loads((place / "summary.json").read_text())
+    asked.write_text(json.dumps(options))
+    return json.loads(summary.read_text())
 
 
 def processor() -> str:

@@ -1,8 +1,8 @@
 """The gradient of the three losses with respect to the embeddings, in one pass that writes one tensor.
 
 The noise is drawn again from its counters. The singular value loss adds ẑ W, a matrix product: for rows of up to
-`FUSED_DIM` numbers it is made where it is used, in registers, by a program that has some rows of one view; of wider rows
-a program holds too few for what it reads of W, and they have it from memory.
+`FUSED_DIM` numbers it is made where it is used, in registers, by a program that has some rows of one view; of wider
+rows a program holds too few for what it reads of W, and they have it from memory.
 """
 
 import torch
@@ -169,6 +169,10 @@ def view_gradient_kernel(
         w = load_tile(w_view, q, dim, dim, d, dim, 1, ACC)
         g = tl.dot(z_part, w, g, input_precision=PRECISION, out_dtype=ACC)
     g *= tl.full([], product_weight, ACC) * d_total
+    if key_pointer is not None:  # before anything else is held beside g: the noise takes the most registers
+        stream = tl.zeros([BLOCK_I], tl.int32) + ((1 + k).to(tl.int32) if PER_VIEW else 0)
+        n_hat = brownian_rows(tl.load(key_pointer), tl.load(key_pointer + 1), first_image + i, stream, dim, BLOCK_D)
+        g += tl.full([], push_weight, ACC) * d_total * n_hat.to(ACC)
 
     z_hat = load_tile(z_view, i, batch, z_stride_i, d, dim, z_stride_d, ACC) / norm[:, None]
     if centroid_pointer is None:
@@ -178,14 +182,8 @@ def view_gradient_kernel(
         c_hat, _ = unit((load_tile(centroid_pointer, i, batch, dim, d, dim, 1, ACC) - t_hat) / (views - 1))
     else:
         c_hat = load_tile(centroid_pointer, i, batch, dim, d, dim, 1, ACC)
-    if key_pointer is None:
-        n_hat = None
-    else:
-        stream = tl.zeros([BLOCK_I], tl.int32) + ((1 + k).to(tl.int32) if PER_VIEW else 0)
-        n_hat = brownian_rows(tl.load(key_pointer), tl.load(key_pointer + 1), first_image + i, stream, dim, BLOCK_D)
-        n_hat = n_hat.to(ACC)
     attraction = tl.zeros([BLOCK_I], ACC) + 2 * tl.full([], attraction_weight, ACC) * d_total
-    dz = row_gradient(g, z_hat, norm, c_hat, n_hat, attraction, tl.full([], push_weight, ACC) * d_total)
+    dz = row_gradient(g, z_hat, norm, c_hat, None, attraction, None)
     mask = (i < batch)[:, None] & (d < dim)[None, :]
     place = offsets(k * batch + i, dim, d, 1)
     tl.store(dz_pointer + place, dz.to(dz_pointer.dtype.element_ty), mask=mask)

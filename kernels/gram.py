@@ -1,4 +1,4 @@
-"""The Gram matrices of unit rows, all views at once."""
+"""Gram matrices of unit rows, or of rows as they are, all views at once."""
 
 import torch
 import triton
@@ -26,37 +26,44 @@ def gram_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """MᵀM of the rows ẑ of each view, or with ROWS M Mᵀ.
+    """MᵀM of the rows of each view, or with ROWS M Mᵀ.
 
     z_pointer: [views, batch, dim], any strides, any floating dtype.
-    norm_pointer: [views, batch], |z|, in the accumulator's dtype, contiguous.
-    gram_pointer: [views, side, side], in the same; side is dim, or batch with ROWS.
+    norm_pointer: [views, batch], what rows are divided by, in the accumulator's dtype, contiguous; None for nothing.
+    gram_pointer: [views, side, side], in the accumulator's dtype; side is dim, or batch with ROWS.
 
     One program makes a tile of one view's lower triangle and writes it on both sides of the diagonal.
     """
     if tl.program_id(1) > tl.program_id(0):
         return
-    ACC: tl.constexpr = norm_pointer.dtype.element_ty
+    ACC: tl.constexpr = gram_pointer.dtype.element_ty
     k = tl.program_id(2).to(tl.int64)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     r = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     z_view = z_pointer + k * z_stride_k
-    norm_view = norm_pointer + k * batch
+    if norm_pointer is not None:
+        norm_view = norm_pointer + k * batch
+        if ROWS:
+            norm_p = tl.load(norm_view + p.to(tl.int64), mask=p < batch, other=1.0)
+            norm_r = tl.load(norm_view + r.to(tl.int64), mask=r < batch, other=1.0)
 
-    if ROWS:
-        norm_p = tl.load(norm_view + p.to(tl.int64), mask=p < batch, other=1.0)
-        norm_r = tl.load(norm_view + r.to(tl.int64), mask=r < batch, other=1.0)
     sums = tl.zeros([BLOCK_P, BLOCK_P], ACC)
     for first in range(0, dim if ROWS else batch, BLOCK_Q):
         q = first + tl.arange(0, BLOCK_Q)
         if ROWS:
-            left = load_tile(z_view, p, batch, z_stride_i, q, dim, z_stride_d, ACC) / norm_p[:, None]
-            right = load_tile(z_view, r, batch, z_stride_i, q, dim, z_stride_d, ACC) / norm_r[:, None]
+            left = load_tile(z_view, p, batch, z_stride_i, q, dim, z_stride_d, ACC)
+            right = load_tile(z_view, r, batch, z_stride_i, q, dim, z_stride_d, ACC)
+            if norm_pointer is not None:
+                left /= norm_p[:, None]
+                right /= norm_r[:, None]
             sums = tl.dot(left, tl.trans(right), sums, input_precision=PRECISION, out_dtype=ACC)
         else:
-            norm = tl.load(norm_view + q.to(tl.int64), mask=q < batch, other=1.0)[:, None]
-            left = load_tile(z_view, q, batch, z_stride_i, p, dim, z_stride_d, ACC) / norm
-            right = load_tile(z_view, q, batch, z_stride_i, r, dim, z_stride_d, ACC) / norm
+            left = load_tile(z_view, q, batch, z_stride_i, p, dim, z_stride_d, ACC)
+            right = load_tile(z_view, q, batch, z_stride_i, r, dim, z_stride_d, ACC)
+            if norm_pointer is not None:
+                norm = tl.load(norm_view + q.to(tl.int64), mask=q < batch, other=1.0)
+                left /= norm[:, None]
+                right /= norm[:, None]
             sums = tl.dot(tl.trans(left), right, sums, input_precision=PRECISION, out_dtype=ACC)
     mask = (p < side)[:, None] & (r < side)[None, :]
     g_view = gram_pointer + k * side * side
@@ -65,12 +72,12 @@ def gram_kernel(
         tl.store(g_view + offsets(p, 1, r, side), sums, mask=mask)
 
 
-def gram(z: Tensor, norms: Tensor, *, smaller: bool) -> Tensor:
-    """MᵀM, (K, D, D), of the unit rows, or with `smaller` and B < D, M Mᵀ, (K, B, B), in the accumulator's dtype.
+def gram(z: Tensor, norms: Tensor | None, *, smaller: bool) -> Tensor:
+    """MᵀM of the rows of each view, (K, D, D), or with `smaller` and B < D, M Mᵀ, (K, B, B), as the accumulator is.
 
     Args:
         z: (K, B, D), any floating dtype and strides.
-        norms: (K, B), |z|.
+        norms: (K, B), what rows are divided by: |z| for unit rows; None for nothing.
         smaller: whether the smaller of the two may be taken; it does not add up over processes.
     """
     views, batch, dim = z.shape

@@ -31,44 +31,49 @@ def product_kernel(
     """ẑ W, or with WEIGHT_LEFT W ẑ, of each view.
 
     z_pointer: [views, batch, dim], any strides, any floating dtype.
-    norm_pointer: [views, batch], |z|, in the accumulator's dtype, contiguous, as are the next two.
+    norm_pointer: [views, batch], what rows are divided by, in the accumulator's dtype, contiguous, as are the next two;
+        None for nothing.
     weight_pointer: [views, side, side], W; side is dim, or batch with WEIGHT_LEFT.
     output_pointer: [views, batch, dim].
 
     One program makes a tile of BLOCK_I images and BLOCK_D dimensions of one view.
     """
-    ACC: tl.constexpr = norm_pointer.dtype.element_ty
+    ACC: tl.constexpr = output_pointer.dtype.element_ty
     k = tl.program_id(2).to(tl.int64)
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     z_view = z_pointer + k * z_stride_k
     w_view = weight_pointer + k * side * side
-    norm_view = norm_pointer + k * batch
+    if norm_pointer is not None:
+        norm_view = norm_pointer + k * batch
+        if not WEIGHT_LEFT:
+            norm_i = tl.load(norm_view + i.to(tl.int64), mask=i < batch, other=1.0)
 
-    if not WEIGHT_LEFT:
-        norm_i = tl.load(norm_view + i.to(tl.int64), mask=i < batch, other=1.0)
     sums = tl.zeros([BLOCK_I, BLOCK_D], ACC)
     for first in range(0, side, BLOCK_Q):
         q = first + tl.arange(0, BLOCK_Q)
         if WEIGHT_LEFT:
             w = load_tile(w_view, i, batch, side, q, side, 1, ACC)
-            norm = tl.load(norm_view + q.to(tl.int64), mask=q < batch, other=1.0)
-            z_hat = load_tile(z_view, q, batch, z_stride_i, d, dim, z_stride_d, ACC) / norm[:, None]
+            z_hat = load_tile(z_view, q, batch, z_stride_i, d, dim, z_stride_d, ACC)
+            if norm_pointer is not None:
+                z_hat /= tl.load(norm_view + q.to(tl.int64), mask=q < batch, other=1.0)[:, None]
             sums = tl.dot(w, z_hat, sums, input_precision=PRECISION, out_dtype=ACC)
         else:
-            z_hat = load_tile(z_view, i, batch, z_stride_i, q, dim, z_stride_d, ACC) / norm_i[:, None]
+            z_hat = load_tile(z_view, i, batch, z_stride_i, q, dim, z_stride_d, ACC)
+            if norm_pointer is not None:
+                z_hat /= norm_i[:, None]
             w = load_tile(w_view, q, side, side, d, dim, 1, ACC)
             sums = tl.dot(z_hat, w, sums, input_precision=PRECISION, out_dtype=ACC)
     mask = (i < batch)[:, None] & (d < dim)[None, :]
     tl.store(output_pointer + offsets(k * batch + i, dim, d, 1), sums, mask=mask)
 
 
-def product(z: Tensor, norms: Tensor, weight: Tensor) -> Tensor:
+def product(z: Tensor, norms: Tensor | None, weight: Tensor) -> Tensor:
     """ẑ W, (K, B, D), contiguous, in the accumulator's dtype.
 
     Args:
         z: (K, B, D), any floating dtype and strides.
-        norms: (K, B), |z|.
+        norms: (K, B), what rows are divided by: |z| for unit rows; None for nothing.
         weight: (K, D, D), contiguous; or (K, B, B) for W ẑ.
     """
     views, batch, dim = z.shape

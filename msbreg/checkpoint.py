@@ -17,7 +17,7 @@ from msbreg.errors import MSBRegError
 
 __all__ = ["FORMAT", "holds_one", "load_checkpoint", "load_run", "save_checkpoint"]
 
-FORMAT = 1
+FORMAT = 2
 NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 

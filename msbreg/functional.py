@@ -386,9 +386,9 @@ class _RowLosses(torch.autograd.Function):
     def backward(ctx: Any, d_attraction: Tensor, d_dispersion: Tensor, d_push: Tensor) -> tuple[Tensor | None, ...]:
         z_hat, norms, c_hat, n_hat, weight = ctx.saved_tensors
         with torch.autocast(z_hat.device.type, enabled=False):
-            g = torch.zeros_like(z_hat) if weight is None else linalg.multiply(z_hat, weight).mul_(d_dispersion)
+            g = torch.zeros_like(z_hat) if weight is None else linalg.multiply(z_hat, weight * d_dispersion)
             if c_hat is not None:
-                g += reference.centroid_gradient(z_hat, c_hat).mul_(d_attraction[..., None])
+                g.addcmul_(reference.centroid_gradient(z_hat, c_hat), d_attraction[..., None])
             if n_hat is not None:
                 g += reference.brownian_gradient(z_hat, n_hat).mul_(d_push)
             return reference.tangent(g, z_hat, norms).to(ctx.dtype), None, None, None
@@ -424,7 +424,7 @@ class _NuclearNorm(torch.autograd.Function):
     def backward(ctx: Any, d_values: Tensor) -> tuple[Tensor | None, ...]:
         z, weight = ctx.saved_tensors
         with torch.autocast(z.device.type, enabled=False):
-            gradient = d_values[:, None, None] * linalg.multiply(_raised(z), weight)
+            gradient = d_values[:, None, None] * _products(z).multiply(_raised(z), weight)
             return gradient.to(z.dtype), None, None, None
 
 
@@ -436,7 +436,7 @@ class _CodingRate(torch.autograd.Function):
         with torch.autocast(z.device.type, enabled=False):
             x = _raised(z)
             world, (_, rows, dim) = world_size(group), x.shape
-            gram = all_reduce_sum(linalg.gram(x, smaller=group is None), group)
+            gram = all_reduce_sum(_products(x).gram(x, smaller=group is None), group)
             values, weight = reference.coding_rate(gram, rows=rows * world, dim=dim, precision=precision)
             ctx.save_for_backward(z, weight * world)
             return values
@@ -446,8 +446,17 @@ class _CodingRate(torch.autograd.Function):
     def backward(ctx: Any, d_values: Tensor) -> tuple[Tensor | None, ...]:
         z, weight = ctx.saved_tensors
         with torch.autocast(z.device.type, enabled=False):
-            gradient = d_values[:, None, None] * linalg.multiply(_raised(z), weight)
+            gradient = d_values[:, None, None] * _products(z).multiply(_raised(z), weight)
             return gradient.to(z.dtype), None, None
+
+
+def _products(x: Tensor) -> Any:
+    """Whose `gram` and `multiply` to take, on matrices (K, N, D) and without autograd."""
+    if x.device.type != kernels.DEVICE_TYPE:
+        return linalg
+    from msbreg import ops  # needs triton
+
+    return ops
 
 
 def _raised_dtype(x: Tensor) -> torch.dtype:
@@ -467,7 +476,7 @@ def _gram(
     Eigenvalues near zero want float64 where no smoothing covers for what is wrong with them in float32.
     """
     x = m.double() if solver == "eigh" and smoothing == 0 else m
-    gram = all_reduce_sum(linalg.gram(x, smaller=group is None), group)
+    gram = all_reduce_sum(_products(x).gram(x, smaller=group is None), group)
     tolerance = linalg.rank_tolerance(m, solver)
 
     def inverse_root(gram: Tensor, shift: float) -> Tensor:

@@ -203,8 +203,13 @@ def newton_schulz(gram: Tensor, shift: float, bound: float | None = None) -> Ten
         scale = torch.full_like(gram[..., :1, :1], bound * (1 + smallest))
         size = bound
     a = gram / scale + (1 - size / scale) * identity
+    steps = newton_schulz_steps(smallest / (1 + smallest), gram.dtype)
+    if gram.device.type == kernels.DEVICE_TYPE:
+        from msbreg import ops  # needs triton
+
+        return ops.inverse_root(a.reshape(-1, *a.shape[-2:]), steps).view_as(a) * scale.rsqrt()
     y, z = a, identity.expand_as(a)
-    for identity_weight, product_weight in newton_schulz_steps(smallest / (1 + smallest), gram.dtype):
+    for identity_weight, product_weight in steps:
         t = identity_weight * identity + product_weight * (y @ z)
         y, z = t @ y, z @ t
     return z * scale.rsqrt()

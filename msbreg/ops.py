@@ -1,8 +1,9 @@
-"""The fused kernels as operators of torch, `msbreg::losses` and `msbreg::losses_backward`, with the order of launches.
+"""The fused kernels as operators of torch, with the order of launches.
 
 `msbreg.functional` calls `losses`: in eager mode it runs the launches inside an autograd function, and while
-`torch.compile` traces it is the registered operator, which has the same two functions behind it. (Through the operator
-every call would cost the host some 50 µs more.)
+`torch.compile` traces it is the registered operator `msbreg::losses`, with the same two functions behind it. (Through
+the operator every call would cost the host some 50 µs more.) `gram`, `multiply` and `inverse_root` are what the nuclear
+norm and the coding rate take, as those of `msbreg.linalg` in plain torch; they carry no gradient.
 """
 
 import functools
@@ -18,13 +19,14 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from msbreg import linalg, reference
 from msbreg.distributed import world_size
 from msbreg.kernels.gradient import row_losses_backward
-from msbreg.kernels.gram import gram
-from msbreg.kernels.inverse_root import inverse_root
+from msbreg.kernels.gram import gram as gram_of_rows
+from msbreg.kernels.inverse_root import inverse_root as run_inverse_root
+from msbreg.kernels.product import product
 from msbreg.kernels.rows import MAX_DIM, row_losses
 from msbreg.kernels.tiles import accumulator
 from msbreg.kernels.totals import spectral_sums, totals
 
-__all__ = ["MAX_DIM", "losses"]
+__all__ = ["MAX_DIM", "gram", "inverse_root", "losses", "multiply"]
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """The weighted sum; the three losses, (3,); |ẑ - ĉ|², (K, B); and, for the way back, |z|, (K, B), the centroids,
@@ -96,7 +98,7 @@ class Dispersion(NamedTuple):
             return -rates.double(), weight
         # Σ (sqrt(cλ + δ²) - 1)² = c trace(G) + pδ² - 2 sqrt(c) trace((G + shift I)^(1/2)) + p
         steps = linalg.newton_schulz_steps(self.smallest / (1 + self.smallest), self.dtype)
-        root = inverse_root(g, self.smallest / (1 + self.smallest), self.scale, steps)
+        root = run_inverse_root(g, self.smallest / (1 + self.smallest), self.scale, steps)
         sums = spectral_sums(
             g,
             root,
@@ -139,10 +141,10 @@ def _forward(
     dispersion = None if spectrum is None else _dispersion(z, spectrum, smoothing, group)
     if dispersion is None or group is None:
         rows = row_losses(z, t, noise, **row_options)
-        g = None if dispersion is None else gram(z, rows.norms, smaller=True)
+        g = None if dispersion is None else gram_of_rows(z, rows.norms, smaller=True)
     else:
         # The sum over the processes goes on while the rows are computed.
-        g = gram(z, row_losses(z).norms, smaller=False)
+        g = gram_of_rows(z, row_losses(z).norms, smaller=False)
         sent = dist.all_reduce(g, group=_group(group), async_op=True)
         rows = row_losses(z, t, noise, **row_options)
         sent.wait()
@@ -322,3 +324,54 @@ def losses(
         z, t, seed, step, first_image, leave_one_out, per_view, each, weights, spectrum, smoothing, name
     )
     return total, attraction, parts
+
+
+def _gram(matrix: Tensor, smaller: bool) -> Tensor:
+    return gram_of_rows(matrix, None, smaller=smaller)
+
+
+def _gram_fake(matrix: Tensor, smaller: bool) -> Tensor:
+    views, rows, dim = matrix.shape
+    side = min(rows, dim) if smaller else dim
+    return matrix.new_empty((views, side, side), dtype=accumulator(matrix.dtype))
+
+
+def _multiply(matrix: Tensor, weight: Tensor) -> Tensor:
+    return product(matrix, None, weight.contiguous())
+
+
+def _multiply_fake(matrix: Tensor, weight: Tensor) -> Tensor:
+    return torch.empty(matrix.shape, dtype=accumulator(matrix.dtype), device=matrix.device)
+
+
+def _inverse_root(matrix: Tensor, identity_weights: Sequence[float], product_weights: Sequence[float]) -> Tensor:
+    steps = list(zip(identity_weights, product_weights, strict=True))
+    return run_inverse_root(matrix.contiguous(), 0.0, 1.0, steps)
+
+
+def _inverse_root_fake(matrix: Tensor, identity_weights: Sequence[float], product_weights: Sequence[float]) -> Tensor:
+    return torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
+
+
+_gram_operator = torch.library.custom_op("msbreg::gram", _gram, mutates_args=())
+_gram_operator.register_fake(_gram_fake)
+_multiply_operator = torch.library.custom_op("msbreg::multiply", _multiply, mutates_args=())
+_multiply_operator.register_fake(_multiply_fake)
+_inverse_root_operator = torch.library.custom_op("msbreg::inverse_root", _inverse_root, mutates_args=())
+_inverse_root_operator.register_fake(_inverse_root_fake)
+
+
+def gram(matrix: Tensor, *, smaller: bool = True) -> Tensor:
+    """MᵀM, (K, D, D), or with `smaller` and N < D, M Mᵀ, (K, N, N); matrix is (K, N, D), any floating dtype."""
+    return (_gram_operator if torch.compiler.is_compiling() else _gram)(matrix, smaller)
+
+
+def multiply(matrix: Tensor, weight: Tensor) -> Tensor:
+    """M W, (K, N, D), for a weight (K, D, D), and W M for a weight (K, N, N)."""
+    return (_multiply_operator if torch.compiler.is_compiling() else _multiply)(matrix, weight)
+
+
+def inverse_root(matrix: Tensor, steps: Sequence[tuple[float, float]]) -> Tensor:
+    """A^(-1/2) of A, (K, p, p), with eigenvalues in (0, 1], by the steps of `linalg.newton_schulz_steps`."""
+    run = _inverse_root_operator if torch.compiler.is_compiling() else _inverse_root
+    return run(matrix, [a for a, _ in steps], [b for _, b in steps])

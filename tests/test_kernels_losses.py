@@ -15,7 +15,14 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from msbreg import MSBRegLoss, kernels, ops  # noqa: E402
-from msbreg.functional import brownian_loss, centroid_loss, msbreg_loss, singular_value_loss  # noqa: E402
+from msbreg.functional import (  # noqa: E402
+    brownian_loss,
+    centroid_loss,
+    coding_rate,
+    msbreg_loss,
+    nuclear_norm,
+    singular_value_loss,
+)
 from msbreg.kernels import gradient, gram, inverse_root, product, rows, tiles, totals  # noqa: E402
 
 DEVICE = kernels.DEVICE_TYPE
@@ -506,3 +513,29 @@ def test_every_kernel_says_what_its_pointers_are():
             pointers = [name for name in inspect.signature(kernel.fn).parameters if name.endswith("_pointer")]
             if kernel.fn.__name__ != "view_gradient_kernel":  # which refers to the other
                 assert all(name in kernel.fn.__doc__ for name in pointers), kernel.fn.__name__
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 5), (2, 5, 12)])
+def test_nuclear_norm_and_coding_rate(shape):
+    m = gaussian(*shape, dtype=F32).requires_grad_()
+    exact = m.detach().to("cpu", F64).requires_grad_()
+    s = torch.linalg.svdvals(exact)
+    for got, expected in (
+        (nuclear_norm(m, smoothing=0.3, solver="newton_schulz"), torch.sqrt(s**2 + 0.3**2).sum(-1)),
+        (coding_rate(m), 0.5 * torch.log(1 + shape[2] / (0.2 * shape[1]) * s**2).sum(-1)),
+    ):
+        assert torch.allclose(got.detach().to("cpu", F64), expected.detach(), rtol=1e-5)
+        (gradient,) = torch.autograd.grad(got.sum(), m)
+        (wanted,) = torch.autograd.grad(expected.sum(), exact, retain_graph=True)
+        assert relative_error(gradient.cpu(), wanted) < 1e-4
+
+
+def test_matrix_operators_keep_torchs_rules():
+    matrix = gaussian(2, 6, 4, dtype=F32)
+    for operator, args in (
+        (torch.ops.msbreg.gram, (matrix, True)),
+        (torch.ops.msbreg.gram, (matrix.mT, True)),
+        (torch.ops.msbreg.multiply, (matrix, gaussian(2, 4, 4, dtype=F32))),
+        (torch.ops.msbreg.inverse_root, (torch.eye(4, device=DEVICE).repeat(2, 1, 1) / 2, [1.5, 1.5], [-0.5, -0.5])),
+    ):
+        torch.library.opcheck(operator.default, args)
