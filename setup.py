@@ -58,13 +58,15 @@ setup(
         "test": [
             "numpy>=1.24",
             "pytest>=8",
+            "pytest-benchmark>=5",
             "pytest-timeout>=2.2",
             "scikit-learn>=1.3",
             "setuptools>=77",
             "timm>=1.0",
             "triton>=3.5; platform_system == 'Linux'",
         ],
-        "bench": ["matplotlib>=3.7", "pytest>=8", "pytest-benchmark>=5"],
+        # lightly is timed too where it is installed; it brings a dozen packages, so that it is left to its users.
+        "bench": ["matplotlib>=3.7", "pytest>=8", "pytest-benchmark>=5", "torchvision>=0.24"],
         "dev": [RUFF, "mypy>=1.11", "pre-commit>=3.5"],
     },
     entry_points={"console_scripts": ["msbreg = msbreg.__main__:run"]},

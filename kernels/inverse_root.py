@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from msbreg.kernels.tiles import load_tile, offsets, precision
+from msbreg.kernels.totals import spectral_sums, total_of
 
 __all__ = ["inverse_root", "step_kernel"]
 
@@ -26,14 +27,28 @@ def affine(x, rows, columns, side, identity, scale):
 
 
 @triton.jit
+def normalisation(squares_pointer, count, shift, floor, BLOCK: tl.constexpr):
+    """s and h of A = s (G + h I), whose eigenvalues are in (0, 1]: 1 / (|G| + h), and the shift or what floor makes it.
+
+    squares_pointer: [count], float64, the sum of which is |G|².
+    """
+    size = tl.sqrt(total_of(squares_pointer, count, BLOCK))
+    size = tl.where(size == 0, 1.0, size)
+    h = tl.where(shift > floor * size, shift, floor * size)
+    return 1.0 / (size + h), h
+
+
+@triton.jit
 def step_kernel(
     left_pointer,
     right_pointer,
     second_left_pointer,
     second_right_pointer,
+    squares_pointer,
     output_pointer,
     views,
     side,
+    count,
     left_identity: tl.float64,
     left_scale: tl.float64,
     right_identity: tl.float64,
@@ -42,6 +57,10 @@ def step_kernel(
     second_left_scale: tl.float64,
     second_right_identity: tl.float64,
     second_right_scale: tl.float64,
+    shift: tl.float64,
+    floor: tl.float64,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -50,7 +69,11 @@ def step_kernel(
 
     left_pointer, right_pointer: [views, side, side], L and R of the first batch, contiguous, all of one dtype.
     second_left_pointer, second_right_pointer: those of the second batch.
+    squares_pointer: [views, count], float64, which add up to |G|² of each view.
     output_pointer: [1 or 2, views, side, side].
+    shift, floor: see `normalisation`.
+    FIRST: L and R are G, and stand for A = s (G + h I).
+    LAST: the product is multiplied by sqrt(s), which makes A^(-1/2) (G + h I)^(-1/2).
 
     One program makes a tile of one product; those from `views` on in the third grid axis are the second batch.
     """
@@ -60,70 +83,80 @@ def step_kernel(
     k = tl.where(second, batch - views, batch).to(tl.int64)
     left = tl.where(second, second_left_pointer, left_pointer) + k * side * side
     right = tl.where(second, second_right_pointer, right_pointer) + k * side * side
-    i_left = tl.where(second, tl.full([], second_left_identity, ACC), tl.full([], left_identity, ACC))
-    s_left = tl.where(second, tl.full([], second_left_scale, ACC), tl.full([], left_scale, ACC))
-    i_right = tl.where(second, tl.full([], second_right_identity, ACC), tl.full([], right_identity, ACC))
-    s_right = tl.where(second, tl.full([], second_right_scale, ACC), tl.full([], right_scale, ACC))
+    i_left = tl.where(second, tl.full([], second_left_identity, tl.float64), tl.full([], left_identity, tl.float64))
+    s_left = tl.where(second, tl.full([], second_left_scale, tl.float64), tl.full([], left_scale, tl.float64))
+    i_right = tl.where(second, tl.full([], second_right_identity, tl.float64), tl.full([], right_identity, tl.float64))
+    s_right = tl.where(second, tl.full([], second_right_scale, tl.float64), tl.full([], right_scale, tl.float64))
+    if FIRST or LAST:
+        size, h = normalisation(squares_pointer + k * count, count, shift, floor, 64)
+    if FIRST:
+        i_left, s_left = i_left + s_left * size * h, s_left * size
+        i_right, s_right = i_right + s_right * size * h, s_right * size
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     r = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
 
     sums = tl.zeros([BLOCK_P, BLOCK_P], ACC)
     for first in range(0, side, BLOCK_Q):
         q = first + tl.arange(0, BLOCK_Q)
-        x = affine(load_tile(left, p, side, side, q, side, 1, ACC), p, q, side, i_left, s_left)
-        y = affine(load_tile(right, q, side, side, r, side, 1, ACC), q, r, side, i_right, s_right)
+        x = affine(load_tile(left, p, side, side, q, side, 1, ACC), p, q, side, i_left.to(ACC), s_left.to(ACC))
+        y = affine(load_tile(right, q, side, side, r, side, 1, ACC), q, r, side, i_right.to(ACC), s_right.to(ACC))
         sums = tl.dot(x, y, sums, input_precision=PRECISION, out_dtype=ACC)
+    if LAST:
+        sums *= tl.sqrt(size).to(ACC)
     mask = (p < side)[:, None] & (r < side)[None, :]
     output = output_pointer + batch.to(tl.int64) * side * side
     tl.store(output + offsets(p, side, r, 1), sums, mask=mask)
 
 
-def inverse_root(gram: Tensor, identity: float, scale: float, steps: Sequence[tuple[float, float]]) -> Tensor:
-    """A^(-1/2), (K, p, p), of A = identity I + scale G, whose eigenvalues are in (0, 1].
+def inverse_root(gram: Tensor, shift: float, floor: float, steps: Sequence[tuple[float, float]]) -> Tensor:
+    """(G + h I)^(-1/2), (K, p, p).
 
     Args:
         gram: G, (K, p, p), contiguous, float32 or float64.
-        identity: what is added to the diagonal.
-        scale: what multiplies G.
-        steps: (a, b) of T in each step, at least one.
+        shift: h, at least 0, of all views...
+        floor: ... but in each at least this times |G|, the Frobenius norm.
+        steps: (a, b) of T in each step, at least one, for eigenvalues from h / (|G| + h) to 1.
     """
     views, side, _ = gram.shape
+    squares = spectral_sums(gram, None, identity=0.0, scale=1.0, trace_weight=0.0, square_weight=1.0, root_weight=0.0)
     config = tile(side, views)
     tiles = triton.cdiv(side, config["BLOCK_P"])
     both = [gram.new_empty(2, views, side, side) for _ in range(min(2, len(steps) - 1))]
     residual, root = torch.empty_like(gram), torch.empty_like(gram)
 
-    def multiply(output: Tensor, *factors: tuple) -> None:
+    def multiply(output: Tensor, *factors: tuple, first: bool = False, last: bool = False) -> None:
         """Each of one or two products is L, i, s, R, i', s'."""
-        first, second = factors[0], factors[-1]
+        one, two = factors[0], factors[-1]
         step_kernel[(tiles, tiles, len(factors) * views)](
-            first[0], first[3], second[0], second[3], output, views, side, *first[1:3], *first[4:], *second[1:3],
-            *second[4:], PRECISION=precision(gram.dtype), **config,
+            one[0], one[3], two[0], two[3], squares, output, views, side, squares.shape[1], *one[1:3], *one[4:],
+            *two[1:3], *two[4:], shift, floor, FIRST=first, LAST=last, PRECISION=precision(gram.dtype), **config,
         )  # fmt: skip
 
     with torch.cuda.device_of(gram):
         for number, (a, b) in enumerate(steps):
-            if number == 0:
-                # Y is A and Z is I, so that R is A, and neither needs to be in memory.
-                y, z = (gram, identity, scale), (gram, 1.0, 0.0)
-                t = (gram, a + b * identity, b * scale)
+            first, last = number == 0, number == len(steps) - 1
+            if first:
+                # Y is A and Z is I, so that R is A, and none of them needs to be in memory.
+                y, z, t = (gram, 0.0, 1.0), (gram, 1.0, 0.0), (gram, a, b)
             else:
                 y, z = ((matrix, 0.0, 1.0) for matrix in both[(number - 1) % 2])
                 multiply(residual, (*y, *z))
                 t = (residual, a, b)
-            if number == len(steps) - 1:
-                multiply(root, (*z, *t))  # Y is not needed any more
+            if last:
+                multiply(root, (*z, *t), first=first, last=last)  # Y is not needed any more
             else:
-                multiply(both[number % 2], (*t, *y), (*z, *t))
+                multiply(both[number % 2], (*t, *y), (*z, *t), first=first)
     return root
 
 
 def tile(side: int, views: int) -> dict[str, int | bool]:
     """The block sizes and warps: small tiles while there are few, so that every multiprocessor has one."""
     block = 128 if side * side * views >= 2**24 else 64 if side > 64 else 32
+    # Half as deep where registers or shared memory would not do: large tiles, and numbers with an address each.
+    shallow = block == 128 or side % 16 != 0
     return {
         "BLOCK_P": min(block, max(16, triton.next_power_of_2(side))),
-        "BLOCK_Q": 32,
+        "BLOCK_Q": 16 if shallow else 32,
         "num_warps": 8 if block == 128 else 4,
         "enable_fp_fusion": True,
     }

@@ -159,12 +159,12 @@ def brownian_directions(
 
 
 def tile(dim: int) -> dict[str, int | bool]:
-    """Whole rows, as many as make 1024 numbers; 8 numbers for each of a program's threads."""
+    """Whole rows, as many as make 1024 numbers; 4 or 8 numbers for each of a program's threads, up to 8192."""
     block = max(4, triton.next_power_of_2(dim))
     rows = max(1, 1024 // block)
     return {
         "BLOCK_ROWS": rows,
         "BLOCK_D": block,
-        "num_warps": min(16, max(4, rows * block // 256)),
+        "num_warps": min(16, max(8, rows * block // 256)),
         "enable_fp_fusion": True,
     }

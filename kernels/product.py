@@ -105,7 +105,7 @@ def tile(rows: int, columns: int) -> dict[str, int | bool]:
     return {
         "BLOCK_I": min(block, max(16, triton.next_power_of_2(rows))),
         "BLOCK_D": min(block, max(16, triton.next_power_of_2(columns))),
-        "BLOCK_Q": 32,
+        "BLOCK_Q": 16 if rows % 16 or columns % 16 else 32,  # numbers with an address each take more registers
         "num_warps": 8 if large else 4,
         "enable_fp_fusion": True,
     }

@@ -179,7 +179,7 @@ def eigenpairs(gram: Tensor, matrix: Tensor | None = None) -> tuple[Tensor, Tens
     return torch.where(finite[..., 0], values, torch.nan), vectors
 
 
-def newton_schulz(gram: Tensor, shift: float, bound: float | None = None) -> Tensor:
+def newton_schulz(gram: Tensor, shift: float, trace: float | None = None) -> Tensor:
     """A^(-1/2) of A = G + shift I by the coupled Newton-Schulz iteration: a fixed number of matrix products.
 
     Higham, "Functions of Matrices", SIAM 2008, section 6.7. Y and Z start at A and I and tend to A^(1/2) and A^(-1/2).
@@ -189,25 +189,22 @@ def newton_schulz(gram: Tensor, shift: float, bound: float | None = None) -> Ten
     Args:
         gram: G, (..., p, p), float32 or float64.
         shift: at least 0; raised to what rounding leaves of the small eigenvalues of G, `NEWTON_SCHULZ_FLOOR`.
-        bound: at least the largest eigenvalue of G, the same for all of the batch, where it is known beforehand; the
-            Frobenius norm of each otherwise.
+        trace: at least the trace of G, where it is known beforehand: a large shift beside it saves steps.
     """
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    if bound is None:
-        size = torch.linalg.matrix_norm(gram, keepdim=True)
-        size = torch.where(size == 0, 1.0, size)
-        smallest = newton_schulz_smallest(0.0, gram.dtype)
-        scale = size + (shift / size).clamp_min(smallest) * size
-    else:
-        smallest = newton_schulz_smallest(shift / bound, gram.dtype)
-        scale = torch.full_like(gram[..., :1, :1], bound * (1 + smallest))
-        size = bound
-    a = gram / scale + (1 - size / scale) * identity
+    smallest = newton_schulz_smallest(0.0 if trace is None else shift / trace, gram.dtype)
     steps = newton_schulz_steps(smallest / (1 + smallest), gram.dtype)
+    floor = NEWTON_SCHULZ_FLOOR * torch.finfo(gram.dtype).eps
     if gram.device.type == kernels.DEVICE_TYPE:
         from msbreg import ops  # needs triton
 
-        return ops.inverse_root(a.reshape(-1, *a.shape[-2:]), steps).view_as(a) * scale.rsqrt()
+        return ops.inverse_root(gram.reshape(-1, *gram.shape[-2:]), shift, floor, steps).view_as(gram)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    # By the Frobenius norm rather than the trace: eigenvalues as large as can be keep their digits.
+    size = torch.linalg.matrix_norm(gram, keepdim=True)
+    size = torch.where(size == 0, 1.0, size)
+    shifts = (floor * size).clamp_min(shift)
+    scale = size + shifts
+    a = gram / scale + (shifts / scale) * identity
     y, z = a, identity.expand_as(a)
     for identity_weight, product_weight in steps:
         t = identity_weight * identity + product_weight * (y @ z)
@@ -216,7 +213,10 @@ def newton_schulz(gram: Tensor, shift: float, bound: float | None = None) -> Ten
 
 
 def newton_schulz_smallest(shift: float, dtype: torch.dtype) -> float:
-    """The smallest eigenvalue that the iteration is to be right for, as a share of the largest that G can have."""
+    """The smallest eigenvalue that the iteration is to be right for, as a share of the largest.
+
+    The Frobenius norm, which stands for the largest, is at most the trace.
+    """
     return max(shift, NEWTON_SCHULZ_FLOOR * torch.finfo(dtype).eps)
 
 

@@ -63,13 +63,8 @@ class Dispersion(NamedTuple):
 
     @property
     def smallest(self) -> float:
-        """The smallest eigenvalue of G + shift I over the largest that G can have, its trace, N."""
+        """The smallest eigenvalue of G + shift I, as a share of the trace of G, which is N."""
         return linalg.newton_schulz_smallest(self.smoothing**2 / self.rank, self.dtype)
-
-    @property
-    def scale(self) -> float:
-        """What brings the eigenvalues of G + shift I into (0, 1]."""
-        return 1 / (self.rows * (1 + self.smallest))
 
     @property
     def constant(self) -> float:
@@ -82,7 +77,7 @@ class Dispersion(NamedTuple):
     @property
     def weight(self) -> float:
         """Of ẑ W, in this process: an average over processes follows."""
-        by_view = {"nuclear": -2 * (self.c * self.scale) ** 0.5, "whitening": 4 * self.c**2, "coding_rate": -1.0}
+        by_view = {"nuclear": -2 * self.c**0.5, "whitening": 4 * self.c**2, "coding_rate": -1.0}
         return by_view[self.spectrum] * self.processes / self.views
 
     def sums(self, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,16 +92,12 @@ class Dispersion(NamedTuple):
             rates, weight = reference.coding_rate(g, rows=self.rows, dim=self.dim, precision=reference.CODING_PRECISION)
             return -rates.double(), weight
         # Σ (sqrt(cλ + δ²) - 1)² = c trace(G) + pδ² - 2 sqrt(c) trace((G + shift I)^(1/2)) + p
+        shift = self.smoothing**2 / self.c
+        floor = linalg.NEWTON_SCHULZ_FLOOR * torch.finfo(self.dtype).eps
         steps = linalg.newton_schulz_steps(self.smallest / (1 + self.smallest), self.dtype)
-        root = run_inverse_root(g, self.smallest / (1 + self.smallest), self.scale, steps)
+        root = run_inverse_root(g, shift, floor, steps)
         sums = spectral_sums(
-            g,
-            root,
-            identity=self.smoothing**2 / self.c,
-            scale=1.0,
-            trace_weight=self.c,
-            square_weight=0.0,
-            root_weight=-2 * (self.c * self.scale) ** 0.5,
+            g, root, identity=shift, scale=1.0, trace_weight=self.c, square_weight=0.0, root_weight=-2 * self.c**0.5
         )
         return sums, root
 
@@ -344,13 +335,17 @@ def _multiply_fake(matrix: Tensor, weight: Tensor) -> Tensor:
     return torch.empty(matrix.shape, dtype=accumulator(matrix.dtype), device=matrix.device)
 
 
-def _inverse_root(matrix: Tensor, identity_weights: Sequence[float], product_weights: Sequence[float]) -> Tensor:
+def _inverse_root(
+    gram: Tensor, shift: float, floor: float, identity_weights: Sequence[float], product_weights: Sequence[float]
+) -> Tensor:
     steps = list(zip(identity_weights, product_weights, strict=True))
-    return run_inverse_root(matrix.contiguous(), 0.0, 1.0, steps)
+    return run_inverse_root(gram.contiguous(), shift, floor, steps)
 
 
-def _inverse_root_fake(matrix: Tensor, identity_weights: Sequence[float], product_weights: Sequence[float]) -> Tensor:
-    return torch.empty(matrix.shape, dtype=matrix.dtype, device=matrix.device)
+def _inverse_root_fake(
+    gram: Tensor, shift: float, floor: float, identity_weights: Sequence[float], product_weights: Sequence[float]
+) -> Tensor:
+    return torch.empty(gram.shape, dtype=gram.dtype, device=gram.device)
 
 
 _gram_operator = torch.library.custom_op("msbreg::gram", _gram, mutates_args=())
@@ -371,7 +366,7 @@ def multiply(matrix: Tensor, weight: Tensor) -> Tensor:
     return (_multiply_operator if torch.compiler.is_compiling() else _multiply)(matrix, weight)
 
 
-def inverse_root(matrix: Tensor, steps: Sequence[tuple[float, float]]) -> Tensor:
-    """A^(-1/2) of A, (K, p, p), with eigenvalues in (0, 1], by the steps of `linalg.newton_schulz_steps`."""
+def inverse_root(gram: Tensor, shift: float, floor: float, steps: Sequence[tuple[float, float]]) -> Tensor:
+    """(G + h I)^(-1/2), (K, p, p), for h the shift, or floor |G|; by the steps of `linalg.newton_schulz_steps`."""
     run = _inverse_root_operator if torch.compiler.is_compiling() else _inverse_root
-    return run(matrix, [a for a, _ in steps], [b for _, b in steps])
+    return run(gram, shift, floor, [a for a, _ in steps], [b for _, b in steps])

@@ -1,0 +1,147 @@
+"""Options of `pytest bench/`, what is parametrised by them, and what the JSON says of the machine and the run."""
+
+import os
+import platform
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from itertools import product
+
+import pytest
+import shapes
+import torch
+from providers import Provider, providers
+from usage import gpu_state
+
+import msbreg
+from msbreg.machine import usable_cores
+
+MODES = ("forward", "backward", "both")
+SPECTRA = ("nuclear", "whitening", "coding_rate")
+DTYPES = ("bfloat16", "float32", "float16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line asks for."""
+
+    device: torch.device
+    shapes: tuple[shapes.Shape, ...]
+    dtypes: tuple[str, ...]
+    modes: tuple[str, ...]
+    spectrum: str
+    providers: dict[str, Provider]
+    seconds: float
+    deadline: float
+    """Of time.monotonic()."""
+    load: tuple[float, float, float]
+    """Processes that ran on average in the last 1, 5 and 15 minutes before this one."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("losses", "benchmarks of the losses")
+    group.addoption("--bench-device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    group.addoption(
+        "--bench-shapes", help="small (default on a CPU), targets (default on a GPU), all, or KxBxD,KxBxD,..."
+    )
+    group.addoption(
+        "--bench-dtypes", help=f"of {', '.join(DTYPES)}; default: float32 on a CPU, bfloat16,float32 on a GPU"
+    )
+    group.addoption("--bench-modes", default=",".join(MODES), help="default: %(default)s")
+    group.addoption("--bench-providers", help="names, with commas; default: all")
+    group.addoption("--bench-spectrum", choices=SPECTRA, default="nuclear", help="default: %(default)s")
+    group.addoption("--bench-seconds", type=float, default=0.3, help="timed for each figure; default: %(default)s")
+    group.addoption("--bench-minutes", type=float, default=float("inf"), help="after which the rest is skipped")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[SETTINGS] = settings(config)
+
+
+SETTINGS = pytest.StashKey[Settings]()
+
+
+def settings(config: pytest.Config) -> Settings:
+    device = torch.device(config.getoption("bench_device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--bench-device cuda: torch sees no GPU here")
+    gpu = device.type == "cuda"
+    spectrum = config.getoption("bench_spectrum")
+    known = providers(spectrum)
+    names = chosen(config, "bench_providers", tuple(known), tuple(known))
+    try:
+        wanted = shapes.parse(config.getoption("bench_shapes") or ("targets" if gpu else "small"))
+    except ValueError as error:
+        raise pytest.UsageError(f"--bench-shapes: {error}") from None
+    return Settings(
+        device=device,
+        shapes=wanted,
+        dtypes=chosen(config, "bench_dtypes", DTYPES, DTYPES[:2] if gpu else ("float32",)),
+        modes=chosen(config, "bench_modes", MODES, MODES),
+        spectrum=spectrum,
+        providers={name: known[name] for name in names},
+        seconds=config.getoption("bench_seconds"),
+        deadline=time.monotonic() + 60 * config.getoption("bench_minutes"),
+        load=os.getloadavg(),
+    )
+
+
+def chosen(config: pytest.Config, option: str, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
+    """The names that an option lists, in the order of those that are known."""
+    text = config.getoption(option)
+    names = tuple(text.split(",")) if text else default
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise pytest.UsageError(f"--{option.replace('_', '-')}: expected some of {', '.join(known)}, got {unknown[0]}")
+    return tuple(name for name in known if name in names)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "mode" not in metafunc.fixturenames:
+        return
+    wanted = metafunc.config.stash[SETTINGS]
+    cases = list(product(map(str, wanted.shapes), wanted.dtypes, wanted.providers, wanted.modes))
+    metafunc.parametrize(("shape", "dtype", "provider", "mode"), cases, ids=["-".join(case) for case in cases])
+
+
+@pytest.fixture(scope="session")
+def wanted(request: pytest.FixtureRequest) -> Settings:
+    """What the command line asks for."""
+    return request.config.stash[SETTINGS]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
+    """What the figures depend on, without the machine's name in its network."""
+    wanted = config.stash[SETTINGS]
+    cpu = machine_info.pop("cpu", {})
+    machine_info.pop("node", None)
+    machine_info |= {
+        "cpu": cpu.get("brand_raw", platform.machine()),
+        "cores": usable_cores(),
+        "threads": torch.get_num_threads(),
+        "load_before": wanted.load,
+        "device": wanted.device.type,
+        "gpu": gpu_state(wanted.device),
+        "versions": versions(),
+        "spectrum": wanted.spectrum,
+        "command": shlex.join(["python", "-m", "pytest", *config.invocation_params.args]),
+    }
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(output_json: dict) -> None:
+    """Without the time of every round: its quartiles stay."""
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)
+
+
+def versions() -> dict[str, str | None]:
+    """Of the packages that make the figures."""
+    found = {"msbreg": msbreg.__version__, "torch": torch.__version__, "cuda": torch.version.cuda}
+    for name in ("triton", "lightly"):
+        module = sys.modules.get(name)
+        found[name] = getattr(module, "__version__", None)
+    return found

@@ -1,0 +1,219 @@
+"""Draws tables and plots from the JSON of the loss benchmarks: nothing in them is typed.
+
+    python bench/report.py losses.json --out FOLDER
+
+writes FOLDER/losses.md, with a table for each shape, and FOLDER/losses-DTYPE.png for each dtype (and, where shapes are
+many, each K); without --out, beside the JSON. The name is that of the JSON file.
+"""
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+__all__ = ["Figure", "figures", "page", "plot", "tables"]
+
+MODES = ("forward", "backward", "both")
+FUSED = "fused"
+
+
+class Figure(NamedTuple):
+    """One benchmark of the JSON."""
+
+    shape: tuple[int, int, int]
+    dtype: str
+    mode: str
+    provider: str
+    seconds: float
+    """Median, of a call."""
+    info: dict[str, Any]
+    fused: float | None
+    """Seconds of the fused loss at the same shape, dtype and mode, in the same run."""
+
+    @property
+    def ratio(self) -> float | None:
+        """Time over the fused loss's."""
+        return self.seconds / self.fused if self.fused else None
+
+
+def figures(run: dict[str, Any]) -> list[Figure]:
+    """The benchmarks of a run, in its order."""
+    found = []
+    for benchmark in run["benchmarks"]:
+        info = benchmark["extra_info"]
+        key = (tuple(info["shape"]), info["dtype"], info["mode"])
+        found.append(Figure(*key, info["provider"], benchmark["stats"]["median"], info, None))
+    fused = {figure[:3]: figure.seconds for figure in found if figure.provider == FUSED}
+    return [figure._replace(fused=fused.get(figure[:3])) for figure in found]
+
+
+def time_of(seconds: float) -> str:
+    """Three digits, with their unit."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * scale >= 1 or unit == "µs":
+            return f"{digits(seconds * scale)} {unit}"
+    raise AssertionError
+
+
+def digits(x: float) -> str:
+    """Three digits that count, whole numbers from 100 on."""
+    return f"{x:.{max(0, 2 - math.floor(math.log10(x)))}f}" if 0 < x < 100 else f"{x:,.0f}"
+
+
+def share(part: float, whole: float) -> str:
+    return f"{digits(100 * part / whole)} %"
+
+
+COLUMNS: dict[str, Callable[[Figure], str | None]] = {
+    "provider": lambda f: f.provider,
+    "dtype": lambda f: f.dtype,
+    "mode": lambda f: f.mode,
+    "time": lambda f: time_of(f.seconds),
+    "time / fused": lambda f: f.ratio and digits(f.ratio),
+    "clock": lambda f: f.info["clock"],
+    "eager": lambda f: optional(f, "eager_seconds", time_of),
+    "GB/s": lambda f: optional(f, "copy_rate", lambda _: digits(f.info["bytes"] / f.seconds / 1e9)),
+    "of a copy": lambda f: optional(f, "copy_rate", lambda rate: share(f.info["bytes"] / f.seconds, rate)),
+    "TFLOP/s": lambda f: rate_of_products(f, lambda rate, _: digits(rate / 1e12)),
+    "of a TF32 product": lambda f: rate_of_products(f, share),
+    "memory": lambda f: optional(f, "memory", lambda size: f"{digits(size / 2**20)} MiB"),
+    "launches": lambda f: optional(f, "launches", str),
+    "of a ResNet-50 step": lambda f: optional(f, "resnet_seconds", lambda step: share(f.seconds, step)),
+}
+
+
+def optional(figure: Figure, name: str, text: Callable[[Any], str]) -> str | None:
+    """None where it was not measured."""
+    value = figure.info.get(name)
+    return None if value is None else text(value)
+
+
+def rate_of_products(figure: Figure, text: Callable[[float, float], str]) -> str | None:
+    """Of the singular value loss alone, on a GPU."""
+    if "flops" not in figure.info or "product_rate" not in figure.info:
+        return None
+    return text(figure.info["flops"] / figure.seconds, figure.info["product_rate"])
+
+
+def table(rows: list[Figure]) -> str:
+    """Markdown, without the columns that have nothing in them."""
+    cells = {name: [cell(row) for row in rows] for name, cell in COLUMNS.items()}
+    cells = {name: column for name, column in cells.items() if any(column)}
+    text = {"provider", "dtype", "mode", "clock"}
+    lines = [" | ".join(cells), " | ".join("---" if name in text else "---:" for name in cells)]
+    lines += [" | ".join(cell or "" for cell in row) for row in zip(*cells.values(), strict=True)]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def tables(found: list[Figure]) -> str:
+    """One for each shape: by dtype and mode, the fastest first."""
+    by_shape = defaultdict(list)
+    for figure in found:
+        by_shape[figure.shape].append(figure)
+    parts = []
+    for shape, rows in by_shape.items():
+        rows.sort(key=lambda row: (row.dtype, -MODES.index(row.mode), row.seconds))
+        parts.append("## K = {}, B = {}, D = {}\n\n".format(*shape) + table(rows))
+    return "\n\n".join(parts)
+
+
+def page(run: dict[str, Any], plots: Iterable[str] = ()) -> str:
+    """The whole Markdown page, with the plots of those file names."""
+    machine, commit, found = run["machine_info"], run["commit_info"], figures(run)
+    gpu = machine["gpu"]
+    name = gpu.get("name") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
+    state = ", ".join(f"{key} {value}" for key, value in gpu.items() if key != "name")
+    versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items() if version)
+    load = ", ".join(f"{load:.2f}" for load in machine["load_before"])
+    facts = {
+        "machine": f"{name}{'; at the end ' * bool(state)}{state}",
+        "load before (1, 5, 15 minutes)": load,
+        "versions": f"Python {machine['python_version']}, {versions}",
+        "commit": f"{commit.get('id')}{' with changes' * bool(commit.get('dirty'))}",
+        "date": run["datetime"][:10],
+        "command": f"`{machine['command']}`",
+        "spectrum": machine["spectrum"],
+    }
+    about = {figure.provider: figure.info["about"] for figure in found}
+    return "\n\n".join(
+        [
+            "# The losses, timed",
+            "Drawn by `bench/report.py` from the JSON beside it; `bench/README.md` says what the columns are. Ratios "
+            "within this run are what counts.",
+            "\n".join(f"* {fact}: {value}" for fact, value in facts.items()),
+            "\n".join(f"* `{provider}`: {text}" for provider, text in about.items()),
+            *(f"![{plot}]({plot})" for plot in plots),
+            tables(found) + "\n",
+        ]
+    )
+
+
+def charts(found: list[Figure]) -> dict[str, list[Figure]]:
+    """What goes on one picture, by its name: a dtype, or where shapes are many, a dtype and a K."""
+    many = len({figure.shape for figure in found}) > 20
+    parts = defaultdict(list)
+    for figure in found:
+        parts[figure.dtype + f"-K{figure.shape[0]}" * many].append(figure)
+    return parts
+
+
+def plot(found: list[Figure], path: Path) -> None:
+    """Times of one dtype by shape, one panel for each mode."""
+    from matplotlib.figure import Figure as Canvas
+
+    shapes = list(dict.fromkeys(figure.shape for figure in found))
+    modes = [mode for mode in MODES if any(figure.mode == mode for figure in found)]
+    names = list(dict.fromkeys(figure.provider for figure in found))
+    stacked = len(shapes) > 6
+    width, height = max(2.0, 0.45 * len(shapes)), 3.4
+    size = (2.5 + width, 1 + height * len(modes)) if stacked else (2.5 + width * len(modes), 1 + height)
+    canvas = Canvas(figsize=size, layout="constrained")
+    grid = (len(modes), 1) if stacked else (1, len(modes))
+    panels = canvas.subplots(*grid, sharex=True, sharey=True, squeeze=False).flat
+    for panel, mode in zip(panels, modes, strict=True):
+        for i, name in enumerate(names):
+            points = [(f.shape, 1e6 * f.seconds) for f in found if (f.mode, f.provider) == (mode, name)]
+            panel.plot(
+                [shapes.index(shape) for shape, _ in points],
+                [time for _, time in points],
+                marker="osD^v<>pP*X"[i % 11],
+                color="black" if name == FUSED else f"C{i % 10}",
+                linewidth=2.5 if name == FUSED else 1,
+                label=name,
+            )
+        panel.set_title(mode)
+        panel.set_yscale("log")
+        panel.set_xticks(range(len(shapes)), ["x".join(map(str, shape)) for shape in shapes], rotation=35, ha="right")
+        panel.set_xlim(-0.5, len(shapes) - 0.5)
+        panel.grid(axis="y", which="both", alpha=0.25)
+    handles, labels = panel.get_legend_handles_labels()
+    canvas.legend(handles, labels, loc="outside right upper", fontsize="small", frameon=False)
+    canvas.supxlabel("K x B x D", fontsize="medium")
+    canvas.supylabel(f"µs a call, {found[0].dtype}", fontsize="medium")
+    canvas.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("--out", type=Path, help="folder for the page and the plots; default: that of the JSON")
+    options = parser.parse_args()
+    run = json.loads(options.json.read_text())
+    folder, stem = options.out or options.json.parent, options.json.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = {f"{stem}-{name}.png": found for name, found in charts(figures(run)).items()}
+    try:
+        for name, found in plots.items():
+            plot(found, folder / name)
+    except ModuleNotFoundError as error:
+        print(f"No plots: {error}. pip install matplotlib")
+        plots = {}
+    (folder / f"{stem}.md").write_text(page(run, plots), encoding="utf-8")
+    print(tables(figures(run)))
+
+
+if __name__ == "__main__":
+    main()

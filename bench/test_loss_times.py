@@ -1,0 +1,119 @@
+"""Times every loss of `providers` that agrees with the oracle, at each shape, dtype and mode that is asked for.
+
+    python -m pytest bench/ --bench-shapes targets --benchmark-json losses.json
+    python bench/report.py losses.json
+
+Options are in `conftest`, and README.md says what is measured and how.
+"""
+
+import functools
+import time
+
+import pytest
+
+pytest.importorskip("pytest_benchmark", reason="the benchmarks need pytest-benchmark: pip install '.[bench]'")
+
+import ceilings
+import shapes
+import torch
+import usage
+from cost import bytes_moved, spectral_flops
+from gate import Reference, reference, refusal
+from providers import Loss, Provider, Terms
+from timing import CLOCK, calls, copies, device_round, plan, wall_round
+from torch import Tensor
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+def test_loss(benchmark, wanted, shape: str, dtype: str, provider: str, mode: str) -> None:
+    if time.monotonic() > wanted.deadline:
+        pytest.skip("the time of --bench-minutes is over")
+    device, spectrum, what = wanted.device, wanted.spectrum, wanted.providers[provider]
+    size, number_type = shapes.parse(shape)[0], getattr(torch, dtype)
+    if reason := shapes.left_out(size, what, device):
+        pytest.skip(reason)
+    loss, fault = checked(what, size, number_type, device, spectrum)
+    if fault:
+        pytest.fail(f"{provider} is not timed at {shape} in {dtype}: {fault}", pytrace=False)
+
+    batches = inputs(size, number_type, device)
+    if what.decomposition is not None:
+        batches = batches[:1]  # next to a decomposition, where the inputs come from is nothing
+    round_, clock = device_round(lambda: calls(loss, batches, mode), device, waits=what.waits)
+    rounds = plan(round_, len(batches), wanted.seconds)
+
+    benchmark.group = f"K={size.views} B={size.batch} D={size.dim} {dtype} {mode}"
+    benchmark.extra_info.update(
+        shape=list(size),
+        dtype=dtype,
+        mode=mode,
+        provider=provider,
+        about=what.about,
+        clock=clock,
+        copies=len(batches),
+        **counted(what, size, number_type, spectrum, mode),
+    )
+    benchmark.pedantic(CLOCK.tick, args=(round_,), rounds=rounds)
+    if device.type == "cuda":
+        benchmark.extra_info.update(on_gpu(loss, batches, mode, benchmark.extra_info, wanted.seconds))
+
+
+def on_gpu(loss: Loss, batches: list[tuple[Tensor, Tensor]], mode: str, counts: dict, seconds: float) -> dict:
+    """What is measured on a GPU beside its time, and the ceilings to compare with."""
+    device = batches[0][0].device
+    found = {"sm_clock": usage.gpu_state(device).get("clocks.sm")}  # straight after the timed rounds
+    eager = wall_round(calls(loss, batches, mode), device)
+    times = sorted(eager() for _ in range(plan(eager, len(batches), seconds / 4)))
+    return found | {
+        "eager_seconds": times[len(times) // 2],
+        "memory": usage.peak_memory(lambda: calls(loss, batches[:1], mode)[0]),
+        "launches": usage.launches(calls(loss, batches[:1], mode)[0]) or None,  # 0: profiling is barred
+        "copy_rate": ceilings.copy_rate(ceilings.size_class(counts["bytes"]), device),
+        "product_rate": ceilings.product_rate("tf32", device),
+        "resnet_seconds": resnet_seconds(counts["shape"], device),
+    }
+
+
+def resnet_seconds(shape: list[int], device: torch.device) -> float | None:
+    """To train ResNet-50 on the K B images of a shape, from the time of one; None where that cannot be measured."""
+    try:
+        return shape[0] * shape[1] * ceilings.resnet_seconds_per_image(device)
+    except (ImportError, torch.OutOfMemoryError):
+        return None
+
+
+def counted(provider: Provider, shape: shapes.Shape, dtype: torch.dtype, spectrum: str, mode: str) -> dict[str, float]:
+    """Bytes, and for the singular value loss alone floating-point operations."""
+    views = provider.views or shape.views
+    read = views * (2 if provider.targets else 1)
+    counts = {"bytes": bytes_moved(read, views, shape.batch, shape.dim, dtype.itemsize, mode)}
+    if provider.terms == "spectral":
+        counts["flops"] = spectral_flops(*shape, spectrum, mode)
+    return counts
+
+
+@functools.lru_cache(maxsize=1)
+def checked(
+    provider: Provider, shape: shapes.Shape, dtype: torch.dtype, device: torch.device, spectrum: str
+) -> tuple[Loss, str | None]:
+    """A loss, compiled where it is, and what the oracle has against it."""
+    if provider.compiled:
+        torch.compiler.reset()  # one shape each: after some, torch.compile would silently stop compiling
+    loss = provider.build(device)
+    if provider.terms is None:
+        return loss, None
+    return loss, refusal(loss, truth(shape, dtype, device, provider.terms, spectrum))
+
+
+@functools.lru_cache(maxsize=3)
+def truth(shape: shapes.Shape, dtype: torch.dtype, device: torch.device, terms: Terms, spectrum: str) -> Reference:
+    """What the oracle says at the first of the inputs."""
+    z, t = inputs(shape, dtype, device)[0]
+    return reference(z, t, terms, spectrum, shapes.oracle_decomposition(shape, device))
+
+
+@functools.lru_cache(maxsize=1)
+def inputs(shape: shapes.Shape, dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """As many z and t as caches cannot hold."""
+    number = copies(2 * shape.size * dtype.itemsize, device)
+    return [shapes.inputs(shape, dtype, device, seed) for seed in range(number)]

@@ -1,0 +1,148 @@
+"""How a call is timed: on a GPU as replays of a CUDA graph or between events, elsewhere by the wall clock.
+
+Whatever the clock, a round is one pass over all copies of the inputs, and its result is seconds a call. On a GPU the
+copies together are three times larger than the L2 cache, so that inputs come from memory, as in training.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from cost import Mode
+from providers import Loss
+from torch import Tensor
+
+__all__ = ["CLOCK", "Call", "Round", "calls", "copies", "device_round", "plan", "synchronize", "wall_round"]
+
+Call = Callable[[], object]
+Round = Callable[[], float]
+"""Seconds a call, of one pass over all calls."""
+
+L2_MULTIPLE = 3
+BACKLOG = 50e-3
+"""Seconds of idling that a GPU is given at most while the host queues a round."""
+
+
+class Clock:
+    """Virtual time, for pytest-benchmark: it moves on by what a round says it took."""
+
+    __name__ = "seconds_a_call"
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def tick(self, round: Round) -> None:
+        """Runs a round."""
+        self.now += round()
+
+
+CLOCK = Clock()
+
+
+def calls(loss: Loss, inputs: Sequence[tuple[Tensor, Tensor]], mode: Mode) -> list[Call]:
+    """One call for each copy of the inputs; those of `"backward"` have their forward pass behind them."""
+
+    def call(z: Tensor, t: Tensor) -> Call:
+        if mode == "forward":
+            return lambda: loss(z, t)
+        if mode == "both":
+            return lambda: torch.autograd.grad(loss(z, t), z)
+        value = loss(z, t)
+        return lambda: torch.autograd.grad(value, z, retain_graph=True)
+
+    return [call(z, t) for z, t in inputs]
+
+
+def copies(input_bytes: int, device: torch.device) -> int:
+    """How many copies of the inputs to rotate among."""
+    if device.type != "cuda":
+        return 1
+    return max(1, math.ceil(L2_MULTIPLE * torch.cuda.get_device_properties(device).L2_cache_size / input_bytes))
+
+
+def wall_round(calls: Sequence[Call], device: torch.device) -> Round:
+    """By the wall clock, from the first call to the end of the last one's work."""
+
+    def round_() -> float:
+        synchronize(device)
+        began = time.perf_counter()
+        for call in calls:
+            call()
+        synchronize(device)
+        return (time.perf_counter() - began) / len(calls)
+
+    return round_
+
+
+def device_round(make: Callable[[], Sequence[Call]], device: torch.device, *, waits: bool) -> tuple[Round, str]:
+    """The best clock for calls on this device, and its name.
+
+    Args:
+        make: makes the calls; run on the stream that they will run on, since a backward pass follows its forward pass.
+        device: of the inputs.
+        waits: whether a call waits for the device.
+    """
+    if device.type != "cuda":
+        return wall_round(make(), device), "wall"
+    return (event_round(make()), "events") if waits else (graph_round(make), "graph")
+
+
+def event_round(calls: Sequence[Call]) -> Round:
+    """Between two events on the GPU, which idles first, so that the host is ahead of it as far as the calls permit."""
+
+    def work() -> None:
+        for call in calls:
+            call()
+
+    work()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    backlog = time.perf_counter() - began
+    torch.cuda.synchronize()
+    return lambda: _between_events(work, backlog) / len(calls)
+
+
+def graph_round(make: Callable[[], Sequence[Call]]) -> Round:
+    """A replay of one CUDA graph with all calls. Each keeps its results, so that none writes into warm cache lines."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        calls = make()
+        for call in calls[:3]:
+            call()
+    stream.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        results = [call() for call in calls]
+    alive = (calls, results)  # what the graph reads and writes
+    return lambda: _between_events(graph.replay, 1e-4) / len(alive[0])
+
+
+def _between_events(work: Callable[[], None], backlog: float) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(min(backlog, BACKLOG) * 2e9))  # cycles
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3
+
+
+def plan(round: Round, calls: int, seconds: float) -> int:
+    """How many rounds fill that time: 3 to 1000. Finding out takes a quarter of it and warms up caches and clocks."""
+    spent = shortest = calls * round()
+    while spent < seconds / 4:
+        last = calls * round()
+        spent, shortest = spent + last, min(shortest, last)
+    return min(1000, max(3, math.ceil(seconds / shortest)))
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the GPU, where it is one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,56 @@
+"""What a call uses of a GPU beside time: memory and launches; and how fast the GPU's clocks ran."""
+
+import gc
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from timing import Call
+from torch.profiler import ProfilerActivity, profile
+
+__all__ = ["gpu_state", "launches", "launches_in", "peak_memory"]
+
+STATE = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "temperature.gpu")
+
+
+def peak_memory(make: Callable[[], Call]) -> int:
+    """Bytes allocated at the most above what was there before, while a call is made ready and runs."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    make()()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def launches(call: Call) -> int:
+    """Kernels, copies and fills that a call has the GPU do."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(path))
+        return launches_in(json.loads(path.read_text()))
+
+
+def launches_in(trace: dict) -> int:
+    """Those in a profiler's trace; annotations of its are on the GPU's track too, and are not counted."""
+    return sum(event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for event in trace["traceEvents"])
+
+
+def gpu_state(device: torch.device) -> dict[str, str]:
+    """What nvidia-smi says of the GPU now; empty where it says nothing."""
+    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
+        return {}
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    query = [f"--query-gpu={','.join(STATE)}", "--format=csv,noheader", f"--id={uuid}"]
+    done = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, timeout=30)
+    values = done.stdout.strip().split(", ")
+    return dict(zip(STATE, values, strict=True)) if len(values) == len(STATE) else {}

@@ -1,0 +1,311 @@
+"""The benchmarks of the losses: they time what agrees with the oracle, count right, and report what they measured."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+import ceilings
+import cost
+import gate
+import report
+import shapes
+import timing
+import usage
+from providers import by_svd, definition, newton_schulz, providers
+
+from msbreg import linalg
+from msbreg.functional import SMOOTHING
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
+SHAPE = shapes.Shape(2, 48, 32)
+SAME = [name for name, provider in providers("nuclear").items() if provider.terms and not provider.compiled]
+
+
+def truth(dtype=torch.float32, terms="all", spectrum="nuclear", shape=SHAPE):
+    return gate.reference(*shapes.inputs(shape, dtype, CPU), terms, spectrum, "svd")
+
+
+def judged(loss, **options):
+    return gate.refusal(loss, truth(**options))
+
+
+@pytest.mark.parametrize("spectrum", ["nuclear", "whitening", "coding_rate"])
+@pytest.mark.parametrize("name", SAME)
+def test_providers_of_the_same_mathematics_agree_with_the_oracle(name, spectrum):
+    provider = providers(spectrum)[name]
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert judged(provider.build(CPU), dtype=dtype, terms=provider.terms, spectrum=spectrum) is None
+
+
+@pytest.mark.parametrize("shape", [shapes.Shape(3, 20, 40), shapes.Shape(1, 16, 16)])
+def test_providers_agree_with_the_oracle_with_fewer_images_than_dimensions(shape):
+    for name in ("fused", "gram", "newton_schulz"):
+        assert judged(providers("nuclear")[name].build(CPU), shape=shape) is None
+
+
+RIGHT = definition(by_svd("nuclear"))
+WRONG = {
+    "noise of the other sign": lambda z, t, n: RIGHT(z, t, -n),
+    "spectral part 2 % too large": definition(lambda m: 1.02 * by_svd("nuclear")(m)),
+    "another spectrum": definition(by_svd("whitening")),
+    "targets of other images": lambda z, t, n: RIGHT(z, t.roll(1, dims=1), n),
+    "gradient not of this value": lambda z, t, n: 1.01 * RIGHT(z, t, n) - 0.01 * RIGHT(z, t, n).detach(),
+    "value not of this gradient": lambda z, t, n: RIGHT(z, t, n) + 1e-3,
+    "no gradient through the norms": lambda z, t, n: RIGHT(z / z.detach().norm(dim=-1, keepdim=True), t, n) + z.mean(),
+    "bfloat16 inside": lambda z, t, n: RIGHT(z.bfloat16().to(z.dtype), t, n),
+    "not finite": lambda z, t, n: RIGHT(z, t, n) * torch.nan,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_check_refuses(name):
+    assert judged(RIGHT) is None
+    assert "off by" in judged(WRONG[name])
+
+
+def test_a_wrong_plain_torch_excuses_nobody():
+    poor = truth()._replace(plain=gate.Errors(1.0, 1.0))
+    assert gate.refusal(lambda z, t, n: 1.05 * RIGHT(z, t, n), poor)
+
+
+def test_bytes_are_those_of_inputs_and_outputs():
+    z, t = shapes.inputs(SHAPE, torch.bfloat16, CPU)
+    gradient = torch.autograd.grad(RIGHT(z, t), z)[0]
+    counted = [cost.bytes_moved(4, 2, 48, 32, 2, mode) for mode in ("forward", "both")]
+    assert counted == [z.nbytes + t.nbytes, z.nbytes + t.nbytes + gradient.nbytes]
+
+
+def test_flops_are_those_of_the_products():
+    m = torch.nn.functional.normalize(torch.randn(3, 48, 32), dim=-1)
+    with FlopCounterMode(display=False) as counter:
+        g = linalg.gram(m)
+        gram = counter.get_total_flops()
+        weight = newton_schulz(g, SMOOTHING**2 * 48 / 32, 48)
+        root = counter.get_total_flops() - gram
+        linalg.multiply(m, weight)
+        product = counter.get_total_flops() - gram - root
+    # Counted: one triangle of the Gram matrix, and of the root all but the three products that may be left out.
+    forward = gram / 2 + root - 3 * 2 * 3 * 32**3
+    assert cost.spectral_flops(3, 48, 32, "nuclear", "forward") == forward
+    assert cost.spectral_flops(3, 48, 32, "nuclear", "backward") == product
+    assert cost.spectral_flops(3, 48, 32, "nuclear", "both") == forward + product
+    assert cost.spectral_flops(3, 48, 32, "whitening", "forward") == gram / 2
+
+
+def test_shapes_of_the_command_line():
+    assert shapes.parse("8x512x256,2x3x4") == ((8, 512, 256), (2, 3, 4))
+    assert len(shapes.parse("all")) == 80
+    assert (8, 512, 256) in shapes.parse("small")
+    for wrong in ("", "8x512", "8x512x0", "axbxc", "8x512x256,"):
+        with pytest.raises(ValueError, match="expected small, targets, all or shapes"):
+            shapes.parse(wrong)
+
+
+def test_what_would_take_minutes_or_too_much_memory_is_left_out():
+    known = providers("nuclear")
+    assert shapes.left_out(shapes.Shape(8, 512, 256), known["svd"], CPU) is None
+    assert "minutes" in shapes.left_out(shapes.Shape(8, 2048, 512), known["svd"], CPU)
+    assert shapes.left_out(shapes.Shape(8, 2048, 512), known["fused_rows"], CPU) is None
+    assert "oracle minutes" in shapes.left_out(shapes.Shape(4, 2048, 2048), known["fused"], CPU)
+    assert "GB" in shapes.left_out(shapes.Shape(1024, 8192, 8192), known["fused_rows"], CPU)
+
+
+def sleeper(seconds, log):
+    def loss(z, t, n=None):
+        time.sleep(seconds)
+        log.append(z)
+        return (z * t).sum()
+
+    return loss
+
+
+def test_a_round_is_the_time_of_one_call_and_runs_all_of_them():
+    log = []
+    batches = [shapes.inputs(SHAPE, torch.float32, CPU, seed) for seed in range(3)]
+    round_, clock = timing.device_round(lambda: timing.calls(sleeper(0.05, log), batches, "forward"), CPU, waits=False)
+    assert clock == "wall"
+    assert 0.05 <= round_() < 0.1
+    assert [id(z) for z in log] == [id(z) for z, _ in batches]
+    before = timing.CLOCK()
+    timing.CLOCK.tick(round_)
+    assert 0.05 <= timing.CLOCK() - before < 0.1
+
+
+def test_modes_time_their_part():
+    z, t = shapes.inputs(SHAPE, torch.float32, CPU)
+    log = []
+    modes = ("forward", "backward", "both")
+    forward, backward, both = (timing.calls(sleeper(0, log), [(z, t)], mode)[0] for mode in modes)
+    assert len(log) == 1  # the forward pass that is behind the backward pass
+    assert forward().requires_grad and len(log) == 2
+    for _ in range(2):
+        assert torch.equal(backward()[0], t) and len(log) == 2
+    assert torch.equal(both()[0], t) and len(log) == 3
+
+
+def test_rounds_fill_the_time():
+    assert timing.plan(lambda: 0.01, 2, 1.0) == 50
+    assert timing.plan(lambda: 5.0, 1, 1.0) == 3
+    assert timing.plan(lambda: 1e-6, 1, 1.0) == 1000
+
+
+def test_ceilings_are_positive_and_differ_with_the_work():
+    assert ceilings.copy_rate(20, CPU) > 1e8
+    assert ceilings.product_rate("float32", CPU, 128) > 1e8
+    assert ceilings.size_class(2**20) == ceilings.size_class(1.3 * 2**20) == 20
+    pytest.importorskip("torchvision")
+    assert 1e-3 < ceilings.resnet_seconds_per_image(CPU, 1, 64) < 60
+
+
+def test_launches_are_kernels_copies_and_fills():
+    categories = ["kernel", "kernel", "gpu_memcpy", "gpu_memset", "gpu_user_annotation", "cpu_op", None]
+    events = [{"cat": category} if category else {"ph": "M"} for category in categories]
+    assert usage.launches_in({"traceEvents": events}) == 4
+
+
+PLUGIN = """
+import providers
+from dataclasses import replace
+
+known = providers.providers
+
+def with_a_wrong_one(spectrum):
+    table = known(spectrum)
+    loss = table["svd"].build(None)
+    table["wrong"] = replace(table["svd"], name="wrong", build=lambda device: lambda z, t, n=None: 1.01 * loss(z, t, n))
+    return table
+
+providers.providers = with_a_wrong_one
+"""
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    """`pytest bench/` at one small shape, with a wrong provider among the right ones, and the JSON that it wrote."""
+    pytest.importorskip("pytest_benchmark", reason="the benchmarks need pytest-benchmark")
+    folder = tmp_path_factory.mktemp("bench")
+    (folder / "wrong_provider.py").write_text(PLUGIN)
+    path = folder / "losses.json"
+    options = ["--bench-device", "cpu", "--bench-shapes", "2x16x8", "--bench-seconds", "0.01"]
+    options += ["--bench-providers", "fused,svd,wrong,fused_spectral", "--benchmark-json", str(path)]
+    done = run_suite("-p", "wrong_provider", *options, path=[folder, ROOT / "bench"])
+    return done, path
+
+
+def run_suite(*options, path=()):
+    command = [sys.executable, "-m", "pytest", "bench/", "-p", "no:cacheprovider", *options]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def test_the_suite_times_what_is_right_and_refuses_what_is_wrong(suite):
+    done, path = suite
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "9 passed" in done.stdout and "3 failed" in done.stdout
+    assert "wrong is not timed at 2x16x8 in float32: its value is off by 1.0e-02 from the float64 oracle" in done.stdout
+    run = json.loads(path.read_text())
+    found = [(b["extra_info"]["provider"], b["extra_info"]["mode"]) for b in run["benchmarks"]]
+    modes = ("forward", "backward", "both")
+    assert sorted(found) == sorted((name, mode) for name in ("fused", "svd", "fused_spectral") for mode in modes)
+    assert all(1e-6 < b["stats"]["median"] < 1 for b in run["benchmarks"])
+
+
+def test_the_json_says_where_it_is_from(suite):
+    run = json.loads(suite[1].read_text())
+    machine = run["machine_info"]
+    assert machine["versions"]["torch"] == torch.__version__
+    assert "--bench-shapes 2x16x8" in machine["command"]
+    assert machine["cpu"] and machine["threads"] >= 1 and len(machine["load_before"]) == 3
+    assert "node" not in machine and "data" not in run["benchmarks"][0]["stats"]
+    assert {"id", "dirty"} <= run["commit_info"].keys()
+
+
+def test_without_time_everything_is_skipped():
+    pytest.importorskip("pytest_benchmark", reason="the benchmarks need pytest-benchmark")
+    done = run_suite("--bench-device", "cpu", "--bench-shapes", "2x16x8", "--bench-minutes", "0")
+    assert done.returncode == 0
+    assert f"{3 * len(providers('nuclear'))} skipped" in done.stdout
+    assert "the time of --bench-minutes is over" in done.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="plots need matplotlib")
+def test_the_report_draws_a_run(suite, tmp_path):
+    command = [sys.executable, ROOT / "bench" / "report.py", suite[1], "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "losses.md").read_text()
+    assert "## K = 2, B = 16, D = 8" in text and "![losses-float32.png](losses-float32.png)" in text
+    assert (tmp_path / "losses-float32.png").read_bytes().startswith(b"\x89PNG")
+    assert done.stdout.strip() in text
+
+
+def benchmark_of(provider, seconds, **info):
+    info = {"shape": [8, 512, 256], "dtype": "bfloat16", "mode": "both", "clock": "graph", "about": "", **info}
+    return {"extra_info": {"provider": provider, **info}, "stats": {"median": seconds}}
+
+
+def test_what_the_report_computes():
+    measured = {"bytes": 6_000_000, "copy_rate": 4e12, "product_rate": 4e14, "memory": 3 * 2**20, "launches": 9}
+    measured |= {"eager_seconds": 2.5e-4, "resnet_seconds": 0.5}
+    run = {
+        "benchmarks": [
+            benchmark_of("svd", 0.0125, **measured),
+            benchmark_of("fused_spectral", 4e-5, flops=2e9, **measured),
+            benchmark_of("fused", 5e-5, **measured),
+            benchmark_of("fused", 1e-3, **measured | {"mode": "forward", "copy_rate": None}),
+        ]
+    }
+    lines = [line.strip("| ").split(" | ") for line in report.tables(report.figures(run)).splitlines()]
+    rows = {(row[0], row[2]): dict(zip(lines[2], row, strict=True)) for row in lines[4:]}
+    assert [row[0] for row in lines[4:]] == ["fused_spectral", "fused", "svd", "fused"]
+    assert rows["svd", "both"]["time"] == "12.5 ms" and rows["svd", "both"]["time / fused"] == "250"
+    fused = rows["fused", "both"]
+    assert fused["time"] == "50.0 µs" and fused["time / fused"] == "1.00" and fused["eager"] == "250 µs"
+    assert fused["GB/s"] == "120" and fused["of a copy"] == "3.00 %"
+    assert fused["memory"] == "3.00 MiB" and fused["launches"] == "9" and fused["of a ResNet-50 step"] == "0.0100 %"
+    assert rows["fused_spectral", "both"]["TFLOP/s"] == "50.0"
+    assert rows["fused_spectral", "both"]["of a TF32 product"] == "12.5 %"
+    assert fused["TFLOP/s"] == ""
+    assert rows["fused", "forward"]["time / fused"] == "1.00" and rows["fused", "forward"]["GB/s"] == ""
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("mode", ["forward", "backward", "both"])
+@pytest.mark.parametrize("name", ["fused", "newton_schulz", "svd"])
+def test_clocks_of_a_gpu_agree(name, mode):
+    device = torch.device("cuda")
+    provider = providers("nuclear")[name]
+    loss = provider.build(device)
+    batches = [shapes.inputs(shapes.Shape(4, 512, 256), torch.float32, device, seed) for seed in range(2)]
+    loss(*batches[0], None).backward()
+    round_, clock = timing.device_round(lambda: timing.calls(loss, batches, mode), device, waits=provider.waits)
+    assert clock == ("events" if provider.waits else "graph")
+    eager = timing.wall_round(timing.calls(loss, batches, mode), device)
+    fastest, walls = min(round_() for _ in range(10)), min(eager() for _ in range(10))
+    assert 1e-6 < fastest < 1.2 * walls
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_usage_and_ceilings_of_a_gpu():
+    device = torch.device("cuda")
+    x = torch.randn(2**20, device=device)
+    assert usage.launches(lambda: x + x) == 1
+    assert usage.peak_memory(lambda: lambda: x + x) == x.nbytes
+    assert usage.gpu_state(device).get("name", torch.cuda.get_device_name()) == torch.cuda.get_device_name()
+    assert timing.copies(x.nbytes, device) * x.nbytes >= 3 * torch.cuda.get_device_properties(device).L2_cache_size
+    assert 1e11 < ceilings.copy_rate(30, device) < 2e13
+    assert 1e12 < ceilings.product_rate("tf32", device, 2048) < ceilings.product_rate("bfloat16", device) < 1e16
