@@ -98,9 +98,12 @@ def rate_of_products(figure: Figure, text: Callable[[float, float], str]) -> str
     return text(figure.info["flops"] / figure.seconds, figure.info["product_rate"])
 
 
-def table(rows: list[Figure]) -> str:
+SHORT = ("provider", "dtype", "time", "time / fused", "GB/s", "launches")
+
+
+def table(rows: list[Figure], columns: Iterable[str]) -> str:
     """Markdown, without the columns that have nothing in them."""
-    cells = {name: [cell(row) for row in rows] for name, cell in COLUMNS.items()}
+    cells = {name: [COLUMNS[name](row) for row in rows] for name in columns}
     cells = {name: column for name, column in cells.items() if any(column)}
     text = {"provider", "dtype", "mode", "clock"}
     lines = [" | ".join(cells), " | ".join("---" if name in text else "---:" for name in cells)]
@@ -108,7 +111,7 @@ def table(rows: list[Figure]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def tables(found: list[Figure]) -> str:
+def tables(found: list[Figure], columns: Iterable[str] = COLUMNS) -> str:
     """One for each shape: by dtype and mode, the fastest first."""
     by_shape = defaultdict(list)
     for figure in found:
@@ -116,7 +119,7 @@ def tables(found: list[Figure]) -> str:
     parts = []
     for shape, rows in by_shape.items():
         rows.sort(key=lambda row: (row.dtype, -MODES.index(row.mode), row.seconds))
-        parts.append("## K = {}, B = {}, D = {}\n\n".format(*shape) + table(rows))
+        parts.append("## K = {}, B = {}, D = {}\n\n".format(*shape) + table(rows, columns))
     return "\n\n".join(parts)
 
 
@@ -200,8 +203,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
     parser.add_argument("--out", type=Path, help="folder for the page and the plots; default: that of the JSON")
+    parser.add_argument("--short", action="store_true", help="print forward and backward together, write nothing")
     options = parser.parse_args()
     run = json.loads(options.json.read_text())
+    if options.short:
+        print(tables([figure for figure in figures(run) if figure.mode == "both"], SHORT))
+        return
     folder, stem = options.out or options.json.parent, options.json.stem
     folder.mkdir(parents=True, exist_ok=True)
     plots = {f"{stem}-{name}.png": found for name, found in charts(figures(run)).items()}

@@ -249,6 +249,15 @@ def test_the_report_draws_a_run(suite, tmp_path):
     assert "## K = 2, B = 16, D = 8" in text and "![losses-float32.png](losses-float32.png)" in text
     assert (tmp_path / "losses-float32.png").read_bytes().startswith(b"\x89PNG")
     assert done.stdout.strip() in text
+    short = subprocess.run([*command[:3], "--short"], capture_output=True, text=True, timeout=100).stdout
+    assert "time / fused" in short and "| fused |" in short and "forward" not in short
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_script_says_when_there_is_none():
+    environment = os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run([ROOT / "bench" / "run_gpu.sh"], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "torch finds none here" in done.stderr
 
 
 def benchmark_of(provider, seconds, **info):
