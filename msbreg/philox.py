@@ -35,12 +35,6 @@ def key_from_seed(seed: int | Tensor) -> tuple[int | Tensor, int | Tensor]:
     return seed & WORD, (seed >> 32) & WORD
 
 
-def _multiply(x: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of `x * multiplier`; int64 wraps around, which leaves all 64 bits as they should be."""
-    product = x * multiplier
-    return (product >> 32) & WORD, product & WORD
-
-
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor) -> tuple[Tensor, ...]:
     """Four random 32-bit words per counter.
 
@@ -54,11 +48,13 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tenso
     c0, c1, c2, c3 = counter
     k0, k1 = key_from_seed(seed)
     for _ in range(ROUNDS):
-        high_0, low_0 = _multiply(c0, MULTIPLIER_0)
-        high_1, low_1 = _multiply(c2, MULTIPLIER_1)
-        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
+        # All 64 bits are as they should be, since int64 wraps around. The low half goes on with the high one above it,
+        # which the mask takes off before it is multiplied again.
+        product_0, product_1 = c0 * MULTIPLIER_0, c2 * MULTIPLIER_1
+        c0, c2 = ((product_1 >> 32) ^ c1 ^ k0) & WORD, ((product_0 >> 32) ^ c3 ^ k1) & WORD
+        c1, c3 = product_1, product_0
         k0, k1 = (k0 + WEYL_0) & WORD, (k1 + WEYL_1) & WORD
-    return c0, c1, c2, c3
+    return c0, c1 & WORD, c2, c3 & WORD
 
 
 def uniforms(words: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
