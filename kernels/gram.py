@@ -84,7 +84,7 @@ def gram(z: Tensor, norms: Tensor | None, *, smaller: bool) -> Tensor:
     rows = smaller and batch < dim
     side = batch if rows else dim
     output = torch.empty(views, side, side, device=z.device, dtype=accumulator(z.dtype))
-    config = tile(side)
+    config = tile(side, output.element_size())
     tiles = triton.cdiv(side, config["BLOCK_P"])
     with torch.cuda.device_of(z):
         gram_kernel[(tiles, tiles, views)](
@@ -102,9 +102,9 @@ def gram(z: Tensor, norms: Tensor | None, *, smaller: bool) -> Tensor:
     return output
 
 
-def tile(side: int) -> dict[str, int | bool]:
-    """The block sizes and warps: small tiles while there are few, so that every multiprocessor has one."""
-    block = 32 if side <= 256 else 64 if side < 1024 else 128
+def tile(side: int, itemsize: int) -> dict[str, int | bool]:
+    """The block sizes and warps: small tiles for float64, and while there are few, so that each processor has one."""
+    block = 32 if side <= 256 or itemsize == 8 else 64 if side < 1024 else 128
     return {
         "BLOCK_P": min(block, max(16, triton.next_power_of_2(side))),
         "BLOCK_Q": 16 if block == 128 else 32,  # 128 x 32 numbers a factor spill on sm_80

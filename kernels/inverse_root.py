@@ -119,7 +119,7 @@ def inverse_root(gram: Tensor, shift: float, floor: float, steps: Sequence[tuple
     """
     views, side, _ = gram.shape
     squares = spectral_sums(gram, None, identity=0.0, scale=1.0, trace_weight=0.0, square_weight=1.0, root_weight=0.0)
-    config = tile(side, views)
+    config = tile(side, views, gram.element_size())
     tiles = triton.cdiv(side, config["BLOCK_P"])
     both = [gram.new_empty(2, views, side, side) for _ in range(min(2, len(steps) - 1))]
     residual, root = torch.empty_like(gram), torch.empty_like(gram)
@@ -149,11 +149,12 @@ def inverse_root(gram: Tensor, shift: float, floor: float, steps: Sequence[tuple
     return root
 
 
-def tile(side: int, views: int) -> dict[str, int | bool]:
-    """The block sizes and warps: small tiles while there are few, so that every multiprocessor has one."""
-    block = 128 if side * side * views >= 2**24 else 64 if side > 64 else 32
-    # Half as deep where registers or shared memory would not do: large tiles, and numbers with an address each.
-    shallow = block == 128 or side % 16 != 0
+def tile(side: int, views: int, itemsize: int) -> dict[str, int | bool]:
+    """The block sizes and warps: small tiles for float64, and while there are few, so that each processor has one."""
+    small = side <= 64 or itemsize == 8
+    block = 32 if small else 128 if side * side * views >= 2**24 else 64
+    # Half as deep where registers or shared memory would not do: large tiles, numbers with an address each, float64.
+    shallow = block == 128 or side % 16 != 0 or itemsize == 8
     return {
         "BLOCK_P": min(block, max(16, triton.next_power_of_2(side))),
         "BLOCK_Q": 16 if shallow else 32,

@@ -104,14 +104,14 @@ def rows_forward_kernel(
     push = tl.zeros([BLOCK_K], ACC)
     for first in range(0, views, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
+        if LEAVE_ONE_OUT:
+            t = load_tile(t_image, k, views, t_stride_k, d, dim, t_stride_d, ACC)
+            c_hat = centroid_of_others(total, t, k, views)
+        elif t_pointer is not None:
+            c_hat = total[None, :]
         z_hat, norm = unit(load_tile(z_image, k, views, z_stride_k, d, dim, z_stride_d, ACC))
         tl.store(norm_pointer + k.to(tl.int64) * batch + i, norm, mask=k < views)
         if t_pointer is not None:
-            if LEAVE_ONE_OUT:
-                t = load_tile(t_image, k, views, t_stride_k, d, dim, t_stride_d, ACC)
-                c_hat = centroid_of_others(total, t, k, views)
-            else:
-                c_hat = total[None, :]
             difference = tl.where((k < views)[:, None], z_hat - c_hat, 0.0)
             squares = tl.sum(difference * difference, axis=1)
             attraction += squares

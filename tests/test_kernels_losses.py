@@ -243,8 +243,8 @@ def test_blocks_change_nothing_but_rounding(monkeypatch):
     square = {"BLOCK_P": 16, "BLOCK_Q": 16, "num_warps": 1, "enable_fp_fusion": True}
     for module in (rows, gradient):
         monkeypatch.setattr(module, "tile", lambda views, dim: small)
-    monkeypatch.setattr(gram, "tile", lambda side: square)
-    monkeypatch.setattr(inverse_root, "tile", lambda side, views: square)
+    monkeypatch.setattr(gram, "tile", lambda *sizes: square)
+    monkeypatch.setattr(inverse_root, "tile", lambda *sizes: square)
     monkeypatch.setattr(gradient, "FUSED_DIM", 0)
     other, (other_gradient,) = losses_and_gradients([z], t, SMOOTH)
     assert torch.allclose(values, other, rtol=1e-6) and torch.allclose(got, other_gradient, rtol=1e-4, atol=1e-7)

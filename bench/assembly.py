@@ -1,0 +1,167 @@
+"""What a compiled kernel's texts say: how wide it loads, whether it uses tensor cores, where addresses may overflow.
+
+TTIR is Triton's first intermediate representation, PTX NVIDIA's assembly, AMDGCN AMD's.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple
+
+__all__ = ["Access", "accesses", "amd_resources", "dots", "matrix_units", "overflows", "ptxas_resources"]
+
+MAX_BLOCK = 1024
+"""The number of a program times a block size up to this counts rows, and those fit into the int32 that counts them."""
+
+MATRIX_UNITS = r"(wgmma)\.mma_async|(tcgen05)\.mma|(mma\.sync)|(v_mfma)_|(v_wmma)_"
+
+
+class Access(NamedTuple):
+    """A load or store in PTX."""
+
+    kind: Literal["load", "store"]
+    bits: int
+    """That one thread accesses at once."""
+    parameters: frozenset[int]
+    """Numbers of the kernel's parameters that the address is computed from."""
+
+
+def accesses(ptx: str) -> list[Access]:
+    """All loads from and stores to global memory whose address comes from a parameter; not those of constant tables."""
+    sources: dict[str, set[str]] = {}
+    found: list[tuple[Literal["load", "store"], int, list[str]]] = []
+    for statement in re.sub(r"//.*|\.loc\b.*", "", ptx).split(";"):
+        match = re.search(r"(?:^|\s)(?:@!?%p\d+\s+)?([a-z][\w.:]+)\s+([^;]*)$", statement.strip(), re.DOTALL)
+        if match is None:
+            continue
+        operation, operands = match.groups()
+        if operation.startswith("cp.async.c"):
+            _, address, size = re.findall(r"\[[^]]*\]|0x\w+", operands)[:3]
+            found.append(("load", 8 * int(size, 16), registers(address)))
+        elif operation.startswith(("ld.global", "st.global")):
+            vector, bits = re.search(r"(?:\.v(\d))?\.[bfsu](\d+)$", operation).groups()
+            address = registers(re.search(r"\[[^]]*\]", operands)[0])
+            found.append(("load" if operation[0] == "l" else "store", int(vector or 1) * int(bits), address))
+        elif operation.startswith("ld.param") or not operation.startswith(("ld.", "st.")):
+            results = re.match(r"\{[^}]*\}|[^,]*", operands)[0]
+            origin = operands[len(results) :]
+            for register in registers(results):
+                sources.setdefault(register, set()).update(registers(origin), re.findall(r"_param_(\d+)", origin))
+    reached = [(kind, bits, closure(address, sources)) for kind, bits, address in found]
+    parameters = [
+        (kind, bits, frozenset(int(name) for name in names if name.isdecimal())) for kind, bits, names in reached
+    ]
+    return [Access(kind, bits, numbers) for kind, bits, numbers in parameters if numbers]
+
+
+def registers(text: str) -> list[str]:
+    """The general registers in a piece of PTX; predicates are no part of an address."""
+    return re.findall(r"%r\w*\d+", text)
+
+
+def closure(names: Iterable[str], sources: Mapping[str, Iterable[str]]) -> set[str]:
+    """All that the names are computed from, themselves included."""
+    seen: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            waiting.extend(sources.get(name, ()))
+    return seen
+
+
+class Values:
+    """The values in a function's TTIR: the line that defines each, and the values that it is computed from.
+
+    Regions side by side use the same names, so that a value is called by its name and its line.
+    """
+
+    def __init__(self, ttir: str) -> None:
+        self.definitions: dict[str, str] = {}
+        self.sources: dict[str, set[str]] = {}
+        self.offsets: list[tuple[str, str]] = []
+        """The lines that add to an address, and what they add."""
+        scopes: list[dict[str, str]] = [{}]
+        carried: list[list[str]] = [[]]  # by each region, and out of it
+        for number, line in enumerate(re.sub(r" loc\(#\w+\)", "", ttir).splitlines()):
+            line = line.strip()
+            names = re.findall(r"%[\w.$-]+", line)
+            used = [scopes[-1].get(name, name) for name in names]
+            if line.startswith("}"):
+                scopes.pop()
+                carried.pop()
+            if line.startswith("scf.yield"):
+                for value in carried[-1]:
+                    self.sources[value].update(used)
+            if "tt.addptr" in line:
+                self.offsets.append((line, used[2]))
+            if line.endswith("{"):
+                scopes.append(dict(scopes[-1]))
+            counter = re.findall(r"scf\.for (%[\w.$-]+)", line)
+            values = {name: f"{name}:{number}" for name in re.findall(r"(%[\w.$-]+)(?::\d+)? =", line)}
+            for name, value in values.items():
+                header = line.split("iter_args")[0] if name in counter else line
+                self.definitions[value] = line
+                used = set(re.findall(r"%[\w.$-]+", header)) - set(values)
+                self.sources[value] = {scopes[-1].get(name, name) for name in used}
+            for scope in scopes[-2:] if line.endswith("{") else scopes[-1:]:
+                scope.update(values)
+            if line.endswith("{"):
+                carried.append([value for name, value in values.items() if name not in counter])
+
+    def definition(self, value: str) -> str:
+        """The line that defines a value; none does an argument's."""
+        return self.definitions.get(value, "")
+
+
+def overflows(ttir: str) -> list[str]:
+    """The lines of a kernel's TTIR in which an address is computed in less than 64 bits.
+
+    An offset has to be int64, and so has every product that goes into it, but for a program's number times a block
+    size. A product that is widened when it has already overflowed is as wrong as an offset that is not wide.
+    """
+    values = Values(ttir)
+    computed = {name: used for name, used in values.sources.items() if "tt.load" not in values.definition(name)}
+    wrong = set()
+    for line, offset in values.offsets:
+        if not line.endswith(("i64", "i64>")) and "arith.constant" not in values.definition(offset):
+            wrong.add(line)
+        for value in closure([offset], computed):
+            product = values.definition(value)
+            if "arith.muli" in product and product.endswith(("i32", "i32>")) and not counts_rows(value, values):
+                wrong.add(product)
+    return sorted(wrong)
+
+
+def counts_rows(product: str, values: Values) -> bool:
+    """Whether a product is of a program's number and a block size."""
+    factors = [values.definition(value) for value in values.sources[product]]
+    blocks = [int(size) for factor in factors for size in re.findall(r"arith\.constant (\d+) : i32", factor)]
+    return len(blocks) == 1 and blocks[0] <= MAX_BLOCK and any("tt.get_program_id" in factor for factor in factors)
+
+
+def dots(ttir: str) -> int:
+    """How many matrix products there are in a kernel's TTIR."""
+    return len(re.findall(r"\btt\.dot\b", ttir))
+
+
+def matrix_units(assembly: str) -> str | None:
+    """The instruction by which matrices are multiplied, or None."""
+    found = {next(filter(None, groups)) for groups in re.findall(MATRIX_UNITS, assembly)}
+    return ", ".join(sorted(found)) or None
+
+
+def ptxas_resources(log: str) -> tuple[int, int]:
+    """The registers of a thread and the bytes that it spills, as `ptxas -v` reports them."""
+    return (
+        int(re.search(r"Used (\d+) registers", log)[1]),
+        sum(int(number) for number in re.findall(r"(\d+) bytes spill", log)),
+    )
+
+
+def amd_resources(amdgcn: str) -> tuple[int, int, int]:
+    """The registers of a thread, the bytes that it spills and the bits of its widest load, by the assembly itself."""
+    number = {name: int(value) for name, value in re.findall(r"\.(\w+_count): +(\d+)", amdgcn)}
+    widths = [int(words or 1) for words in re.findall(r"(?:global|buffer)_load_(?:dwordx?|b)(\d*)", amdgcn)]
+    spilled = 4 * (number["vgpr_spill_count"] + number["sgpr_spill_count"])
+    return number["vgpr_count"], spilled, 32 * max(widths, default=0)

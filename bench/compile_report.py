@@ -1,0 +1,441 @@
+"""Compiles every kernel ahead of time as its launcher would launch it, and reports what the compiler made of it.
+
+    python bench/compile_report.py --arch 80 90 100 gfx942 --json bench/results/static/2026-11-22/compile.json
+
+Needs no GPU: Triton's wheel has the compilers for all of them. A row is a kernel in one specialisation; a kernel that
+several calls share is compiled once, and Triton's cache keeps it for the next time. An architecture takes about two
+minutes on one core. The exit status is 1 where a row has a fault: a kernel that does not compile, spills registers,
+needs more shared memory than there is, loads narrowly what could be loaded 16 bytes at a time, multiplies matrices
+without tensor cores, or computes addresses in 32 bits.
+
+A second table has what each call moves and multiplies, and how long an H200 would take for it at least.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import launch_cost
+import torch
+import triton
+from assembly import accesses, amd_resources, dots, matrix_units, overflows, ptxas_resources
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction
+
+import msbreg
+from msbreg.functional import LAMBDA_B, LAMBDA_S, SMOOTHING
+
+__all__ = ["CASES", "QUICK", "Case", "Launch", "Row", "calls", "compiled", "faults", "main", "recorded", "specialised"]
+
+TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+}
+WIDE = 128
+NARROW = {  # smaller pieces, in bits, in which arguments may be loaded, and why
+    "norm_pointer": (32, "one number a row"),
+    "d_attraction_pointer": (32, "one number a row"),
+    "d_total_pointer": (32, "one number"),
+    "seed_pointer": (64, "one number"),
+    "step_pointer": (64, "one number"),
+    "key_pointer": (64, "two numbers"),
+    "image_pointer": (32, "its second half begins wherever the number of images puts it"),
+    "squares_pointer": (64, "a few numbers, with a warp's loads side by side"),
+    "spectral_pointer": (64, "a few kilobytes, with a warp's loads side by side"),
+    "image_gradient centroid_pointer": (32, "one row for all threads of a program: one to four numbers for each"),
+    "view_gradient z_pointer": (32, "as a factor it is a tile of two or four numbers a thread, 1/32 of W's or less"),
+    "gram z_pointer": (32, "Triton turns a factor by copying it number by number, a warp's side by side"),
+    "product z_pointer": (64, "Triton copies four half-precision numbers of a factor at a time"),
+}
+SHARED_BYTES = {  # that a program may have
+    "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_87": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10,
+    "sm_100": 227 << 10, "sm_103": 227 << 10, "sm_120": 99 << 10, "gfx90a": 64 << 10, "gfx942": 64 << 10,
+    "gfx950": 160 << 10,
+}  # fmt: skip
+
+
+class Case(NamedTuple):
+    """A call: forward and backward of the losses of embeddings (K, B, D), or the noise alone."""
+
+    views: int
+    batch: int
+    dim: int
+    dtype: torch.dtype
+    options: tuple[str, ...] = ()
+    """Of `leave_one_out`, `per_view`, `each` (the centroid loss of each row) and `whitening`; or `directions`."""
+
+    def __str__(self) -> str:
+        return " ".join([f"{self.views}x{self.batch}x{self.dim}", TYPES[self.dtype], *self.options])
+
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+CASES = (
+    Case(8, 512, 256, BF16),
+    Case(8, 512, 256, BF16, ("leave_one_out",)),
+    Case(8, 512, 256, BF16, ("per_view",)),
+    Case(8, 512, 256, BF16, ("each",)),
+    Case(8, 512, 256, BF16, ("whitening",)),
+    Case(8, 512, 256, FP32),
+    Case(8, 512, 256, FP32, ("directions",)),
+    Case(8, 512, 256, FP16),
+    Case(2, 256, 256, BF16),
+    Case(4, 256, 128, BF16),
+    Case(4, 512, 2048, BF16),
+    Case(4, 512, 2048, BF16, ("leave_one_out", "per_view")),
+    Case(4, 512, 2048, BF16, ("directions",)),
+    Case(4, 512, 2048, FP32),
+    Case(2, 256, 8192, BF16),
+    Case(2, 256, 8192, FP32),
+    Case(8, 4096, 512, BF16),
+    Case(8, 4096, 512, FP32),
+    Case(8, 4096, 2048, BF16),
+    Case(2, 100, 130, BF16),
+    Case(2, 64, 64, FP64),
+)
+QUICK = (Case(8, 512, 256, BF16), Case(4, 512, 2048, FP32), Case(8, 512, 256, FP32, ("directions",)))
+
+
+class Launch(NamedTuple):
+    """A launch of a kernel: what was passed, by name, and how."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Row:
+    """A kernel as compiled for one architecture."""
+
+    kernel: str
+    arch: str
+    cases: list[str]
+    """Which calls launch it."""
+    blocks: dict[str, Any]
+    """Its compile-time constants, and num_warps."""
+    registers: int | None = None
+    """Of a thread."""
+    spilled_bytes: int | None = None
+    """Stored and loaded by a thread."""
+    shared_bytes: int | None = None
+    """Of a program."""
+    load_bits: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    """The narrowest and the widest load from each argument."""
+    store_bits: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    """The narrowest and the widest store to each."""
+    widest_load_bits: int | None = None
+    dots: int = 0
+    """Matrix products in the source, as compiled."""
+    matrix_units: str | None = None
+    """The instruction that multiplies matrices."""
+    faults: list[str] = dataclasses.field(default_factory=list)
+
+
+def recorded(call: Callable[[], object]) -> list[Launch]:
+    """The launches that a call makes. None of them takes place, so that its results are not numbers."""
+    launches: list[Launch] = []
+
+    def record(kernel: JITFunction, *arguments: Any, grid: tuple[int, ...], warmup: bool, **rest: Any) -> None:
+        names = kernel.arg_names
+        bound = dict(zip(names, arguments, strict=False)) | {name: rest[name] for name in rest if name in names}
+        launches.append(Launch(kernel, grid, bound, {name: rest[name] for name in rest if name not in names}))
+
+    with mock.patch.object(JITFunction, "run", record):
+        call()
+    return launches
+
+
+def calls(case: Case) -> dict[str, list[Launch]]:
+    """The launches of the forward and the backward pass of a case."""
+    from msbreg import ops
+    from msbreg.kernels.philox import brownian_directions
+
+    shape, whitening = (case.views, case.batch, case.dim), "whitening" in case.options
+    z = torch.empty(shape, dtype=case.dtype, requires_grad=True)
+    t = torch.empty(shape, dtype=case.dtype)
+    seed, step = torch.empty((), dtype=torch.int64), torch.empty((), dtype=torch.int64)
+    if "directions" in case.options:
+        options = {"seed": seed, "step": step, "dtype": case.dtype}
+        return {"directions": recorded(lambda: brownian_directions(case.batch, case.dim, **options))}
+    options = {name: name in case.options for name in ("leave_one_out", "per_view", "each")}
+    results: list[Tensor] = []
+
+    def forward() -> None:
+        total, each, _ = ops.losses(
+            z, t, seed, step, first_image=0, weights=(1.0, LAMBDA_S, LAMBDA_B), group=None, smoothing=SMOOTHING,
+            spectrum="whitening" if whitening else "nuclear", **options,
+        )  # fmt: skip
+        results[:] = [each if options["each"] else total]
+
+    def backward() -> None:
+        results[0].backward(torch.empty_like(results[0]))
+
+    return {"forward": recorded(forward), "backward": recorded(backward)}
+
+
+def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+    """Signature, constants and attributes, as Triton's launcher makes them of the arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for parameter in launch.kernel.params:
+        name, value = parameter.name, launch.arguments[parameter.name]
+        specialise = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialise and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[name], aligned = "*" + TYPES[value.dtype], value.data_ptr() % 16 == 0
+        else:
+            integer = "i32" if -(2**31) <= value < 2**31 else "i64"
+            signature[name] = parameter.annotation_type or ("fp32" if isinstance(value, float) else integer)
+            aligned = specialise and value % 16 == 0
+        if aligned:
+            attributes[parameter.num,] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compiled(launch: Launch, target: GPUTarget) -> Row:
+    """One launch's kernel, compiled for a GPU."""
+    signature, constants, attributes = specialised(launch)
+    blocks = {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr}
+    row = Row(launch.kernel.__name__, named(target), [], blocks | {"num_warps": launch.options["num_warps"]})
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    try:
+        with assembler_log() as log:
+            kernel = triton.compile(source, target=target, options=dict(launch.options))
+    except Exception as error:  # whatever Triton's passes raise, the other kernels are still to be seen
+        row.faults.append(f"does not compile: {str(error).strip().splitlines()[0]}")
+        return row
+    if target.backend == "hip":
+        text = kernel.asm["amdgcn"]
+        row.registers, row.spilled_bytes, row.widest_load_bits = amd_resources(text)
+    else:
+        text = kernel.asm["ptx"]
+        if not log.getvalue():  # Triton's cache had the kernel
+            backend = make_backend(target)
+            with assembler_log() as log:
+                backend.make_cubin(text, {}, backend.parse_options(dict(launch.options)), target.arch)
+        row.registers, row.spilled_bytes = ptxas_resources(log.getvalue())
+    row.shared_bytes = kernel.metadata.shared
+    row.dots, row.matrix_units = dots(kernel.asm["ttir"]), matrix_units(text)
+    if target.backend == "cuda":
+        names = [name for name, kind in signature.items() if kind != "constexpr"]
+        for access in accesses(text):
+            bits = row.load_bits if access.kind == "load" else row.store_bits
+            for name in (names[number] for number in access.parameters if signature[names[number]].startswith("*")):
+                seen = (*bits.get(name, ()), access.bits)
+                bits[name] = (min(seen), max(seen))
+        row.widest_load_bits = max((widest for _, widest in row.load_bits.values()), default=None)
+    row.faults = faults(row, kernel.asm["ttir"], launch.arguments)
+    return row
+
+
+@contextlib.contextmanager
+def assembler_log() -> Iterator[io.StringIO]:
+    """What Triton prints of its assembler, ptxas."""
+    with mock.patch.dict(os.environ, TRITON_DUMP_PTXAS_LOG="1"), contextlib.redirect_stdout(io.StringIO()) as log:
+        yield log
+
+
+def faults(row: Row, ttir: str, arguments: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a kernel, in words."""
+    found = []
+    if row.spilled_bytes:
+        found.append(f"spills {row.spilled_bytes} bytes")
+    for name, (bits, _) in row.load_bits.items():
+        least, _ = NARROW.get(f"{row.kernel.removesuffix('_kernel')} {name}") or NARROW.get(name, (WIDE, ""))
+        if bits < least and can_be_wide(arguments[name]):
+            found.append(f"loads {bits} bits at a time from {name}")
+    if row.shared_bytes > SHARED_BYTES.get(row.arch, row.shared_bytes):
+        found.append(f"needs {row.shared_bytes} bytes of shared memory, of {SHARED_BYTES[row.arch]}")
+    if row.dots and not row.matrix_units:
+        found.append("multiplies matrices without tensor cores")
+    found.extend(f"computes an address in 32 bits: {line}" for line in overflows(ttir))
+    return found
+
+
+def can_be_wide(tensor: Tensor) -> bool:
+    """Whether each row of a tensor begins at 16 bytes and has a whole number of them, as far as Triton is told."""
+    return tensor.stride(-1) == 1 and all(n % 16 == 0 for n in (tensor.shape[-1], *tensor.stride()[:-1]))
+
+
+def target_of(name: str) -> GPUTarget:
+    """The target of `90` or `gfx942`."""
+    return GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name), 32)
+
+
+def named(target: GPUTarget) -> str:
+    """Its usual name."""
+    return target.arch if target.backend == "hip" else f"sm_{target.arch}"
+
+
+def report(cases: Iterable[Case], names: Sequence[str], say: Callable[[str], None]) -> tuple[list[Row], list[dict]]:
+    """The rows of all kernels on all architectures, and what each call costs."""
+    rows: dict[str, Row] = {}
+    costs: list[dict] = []
+    for name in names:
+        target = target_of(name)
+        # The launchers ask torch whether this is AMD's, whose matrix units take other precisions.
+        with mock.patch.object(torch.version, "hip", "ahead of time" if target.backend == "hip" else None):
+            launches = {case: calls(case) for case in cases}
+        for case, by_call in launches.items():
+            say(f"{named(target)} {case}")
+            for launch in (launch for made in by_call.values() for launch in made):
+                key = str((named(target), launch.kernel.__name__, specialised(launch), launch.options))
+                if key not in rows:
+                    rows[key] = compiled(launch, target)
+                if str(case) not in rows[key].cases:
+                    rows[key].cases.append(str(case))
+        if not costs:
+            costs = [cost_of(case, call, made) for case, by_call in launches.items() for call, made in by_call.items()]
+    return list(rows.values()), costs
+
+
+def cost_of(case: Case, call: str, launches: Sequence[Launch]) -> dict[str, Any]:
+    """What a call moves and multiplies, and the time that it takes an H200 at least."""
+    parts = [launch_cost.of(launch.kernel.__name__, launch.arguments) for launch in launches]
+    products = sum(part.flops for part in parts)
+    views = {"forward": 2, "backward": 2 + ("leave_one_out" in case.options)}.get(call, 1 / case.views)
+    once = round(views * case.views * case.batch * case.dim * case.dtype.itemsize)
+    return {
+        "call": call,
+        "case": str(case),
+        "launches": len(parts),
+        "once_bytes": once,
+        "tensors_bytes": sum(part.minimal for part in parts),
+        "moved_bytes": sum(part.loaded + part.stored for part in parts),
+        "product_flops": products,
+        "h200_microseconds": 1e6 * launch_cost.h200_seconds(len(parts), once, products, case.dtype == FP64),
+    }
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    cells = [[str(cell) for cell in line] for line in (head, *lines)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
+    )
+
+
+def kernel_table(rows: Iterable[Row]) -> str:
+    """One line for each kernel that was compiled."""
+    head = ["kernel", "first of its cases", "arch", "blocks", "warps", "registers", "spilled", "shared", "widest load"]
+    return table(
+        [*head, "tensor cores", "faults"],
+        (
+            [
+                row.kernel.removesuffix("_kernel"),
+                row.cases[0],
+                row.arch,
+                "x".join(str(size) for name, size in row.blocks.items() if name.startswith("BLOCK")),
+                row.blocks["num_warps"],
+                *(number if number is not None else "-" for number in (row.registers, row.spilled_bytes)),
+                *(number if number is not None else "-" for number in (row.shared_bytes, row.widest_load_bits)),
+                row.matrix_units or ("none" if row.dots else "-"),
+                "; ".join(row.faults) or "-",
+            ]
+            for row in rows
+        ),
+    )
+
+
+def summary_table(rows: Iterable[Row]) -> str:
+    """One line for each kernel and architecture: the most of all its specialisations."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.kernel.removesuffix("_kernel"), row.arch), []).append(row)
+    head = ["kernel", "arch", "specialisations", "most registers", "spilled bytes", "most shared bytes", "widest load"]
+    return table(
+        [*head, "tensor cores", "faults"],
+        (
+            [
+                kernel,
+                arch,
+                len(group),
+                max(row.registers or 0 for row in group),
+                max(row.spilled_bytes or 0 for row in group),
+                max(row.shared_bytes or 0 for row in group),
+                max(row.widest_load_bits or 0 for row in group),
+                ", ".join(sorted({row.matrix_units for row in group if row.matrix_units})) or "-",
+                sum(len(row.faults) for row in group),
+            ]
+            for (kernel, arch), group in sorted(groups.items())
+        ),
+    )
+
+
+def cost_table(costs: Iterable[Mapping[str, Any]]) -> str:
+    """One line for each call."""
+    head = ["call", "case", "launches", "inputs and gradient, MB", "each launch's tensors, MB", "loaded and stored, MB"]
+    return table(
+        [*head, "products, GFLOP", "H200 at least, µs"],
+        (
+            [
+                cost["call"],
+                cost["case"],
+                cost["launches"],
+                *(f"{cost[name] / 1e6:.2f}" for name in ("once_bytes", "tensors_bytes", "moved_bytes")),
+                f"{cost['product_flops'] / 1e9:.2f}",
+                f"{cost['h200_microseconds']:.0f}",
+            ]
+            for cost in costs
+        ),
+    )
+
+
+def document(rows: Iterable[Row], costs: Iterable[Mapping[str, Any]]) -> str:
+    """The report in JSON, a row a line."""
+    about = {"command": sys.argv} | {module.__name__: module.__version__ for module in (msbreg, torch, triton)}
+    lists = {"kernels": [dataclasses.asdict(row) for row in rows], "calls": list(costs)}
+    text = json.dumps(about)[:-1]
+    for name, items in lists.items():
+        text += f',\n"{name}": [\n' + ",\n".join(json.dumps(item, default=str) for item in items) + "\n]"
+    return text + "}\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the report; 1 where a kernel has a fault."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--arch", nargs="+", default=["90"], help="compute capabilities times ten, or AMD names as gfx942"
+    )
+    parser.add_argument("--json", type=Path, help="file to write the rows to, with a short table in Markdown beside it")
+    parser.add_argument("--quick", action="store_true", help="two of the cases")
+    options = parser.parse_args(arguments)
+    began = time.monotonic()
+    rows, costs = report(QUICK if options.quick else CASES, options.arch, lambda text: print(text, file=sys.stderr))
+    print(kernel_table(rows), cost_table(costs), sep="\n\n")
+    faulty = [row for row in rows if row.faults]
+    registers, spilled = max(row.registers or 0 for row in rows), sum(row.spilled_bytes or 0 for row in rows)
+    summary = (
+        f"{len(rows)} kernels for {', '.join(options.arch)}: {len(faulty)} with faults, "
+        f"at most {registers} registers, {spilled} bytes spilled"
+    )
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(document(rows, costs), encoding="utf-8")
+        plain = [cost for cost in costs if len(cost["case"].split()) == 2]
+        lines = (f"Triton {triton.__version__}. {summary}.", summary_table(rows), cost_table(plain))
+        options.json.with_suffix(".md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    print(f"\n{summary}, in {time.monotonic() - began:.0f} s")
+    return int(bool(faulty))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""What each kernel's programs load, store and multiply: a formula for each, of a launch's arguments.
+
+`cost.py` has what a call costs whoever computes it; this is what these kernels make of it, tiles that several programs
+read counted as often as they are read. Nothing here needs triton or torch: a tensor is whatever has `numel()` and
+`element_size()`.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+__all__ = ["Cost", "h200_seconds", "of"]
+
+COPY = 4.3e12
+"""Bytes a second: a large copy, measured on an H200; 4.8e12 is what its data sheet says."""
+LAUNCH = 3e-6
+"""Seconds from one kernel's begin to the next's, at least."""
+TF32 = 495e12
+"""Operations a second of an H200's tensor cores, dense, as its data sheet has them."""
+FP64 = 67e12
+TF32_PRODUCTS = 3
+"""TF32 products for one of float32."""
+
+
+class Cost(NamedTuple):
+    """Of one launch."""
+
+    loaded: int
+    """Bytes that all programs load together, from memory or from a cache."""
+    stored: int
+    minimal: int
+    """Bytes of the tensors that it reads or writes, each once."""
+    flops: int
+    """Of products of whole tiles, padding included: two for each multiplication."""
+
+
+def of(kernel: str, arguments: Mapping[str, Any]) -> Cost:
+    """The cost of a launch of the kernel of that name with these arguments, by name."""
+    loaded, stored, flops = FORMULAS[kernel](**arguments)
+    tensors = {name: value for name, value in arguments.items() if hasattr(value, "element_size")}
+    if kernel == "step_kernel" and not (arguments["FIRST"] or arguments["LAST"]):
+        del tensors["squares_pointer"]  # passed, but not read
+    places = {tensor.data_ptr(): size(tensor) for tensor in tensors.values()}
+    return Cost(loaded, stored, sum(places.values()), flops)
+
+
+def h200_seconds(launches: int, moved: int, flops: int, double: bool = False) -> float:
+    """The time that a call takes at least: its launches, and the longer of its copying and its multiplying.
+
+    Args:
+        launches: how many.
+        moved: bytes of the call's inputs and outputs, each once; all else may stay in the cache.
+        flops: of its matrix products.
+        double: whether those are in float64, not in float32 by TF32.
+    """
+    multiplying = flops / FP64 if double else TF32_PRODUCTS * flops / TF32
+    return launches * LAUNCH + max(moved / COPY, multiplying)
+
+
+def rows_forward(
+    *, z_pointer, t_pointer, seed_pointer, norm_pointer, centroid_pointer, attraction_pointer, image_pointer,
+    key_pointer, views, target_views, batch, dim, LEAVE_ONE_OUT, **_: Any,
+) -> tuple[int, int, int]:  # fmt: skip
+    """Each row once, with leave_one_out the targets twice, and the noise's seed and step by each image."""
+    acc = norm_pointer.element_size()
+    loaded = views * batch * dim * z_pointer.element_size()
+    stored = views * batch * acc
+    if t_pointer is not None:
+        loaded += (1 + LEAVE_ONE_OUT) * target_views * batch * dim * t_pointer.element_size()
+        stored += batch * dim * acc
+    if seed_pointer is not None:
+        loaded += 16 * batch
+    stored += size(attraction_pointer) + size(image_pointer) + size(key_pointer)
+    return loaded, stored, 0
+
+
+def image_gradient(
+    *, z_pointer, t_pointer, key_pointer, norm_pointer, centroid_pointer, product_pointer, d_total_pointer,
+    d_attraction_pointer, dz_pointer, views, batch, dim, LEAVE_ONE_OUT, PER_VIEW, BLOCK_K, **_: Any,
+) -> tuple[int, int, int]:  # fmt: skip
+    """Each row once."""
+    loaded = size(norm_pointer) + batch * d_total_pointer.element_size() + size(d_attraction_pointer)
+    loaded += views * batch * dim * z_pointer.element_size() + size(centroid_pointer) + size(product_pointer)
+    if LEAVE_ONE_OUT:
+        loaded += views * batch * dim * t_pointer.element_size()
+    if key_pointer is not None:
+        loaded += 16 * batch * (cdiv(views, BLOCK_K) if PER_VIEW else 1)
+    return loaded, size(dz_pointer), 0
+
+
+def view_gradient(
+    *, z_pointer, t_pointer, key_pointer, norm_pointer, centroid_pointer, weight_pointer, d_total_pointer, dz_pointer,
+    views, batch, dim, LEAVE_ONE_OUT, BLOCK_I, BLOCK_D, BLOCK_Q, **_: Any,
+) -> tuple[int, int, int]:  # fmt: skip
+    """Each row twice, once as a factor; the centroids by each view; W by each program."""
+    acc, programs = norm_pointer.element_size(), views * cdiv(batch, BLOCK_I)
+    loaded = size(norm_pointer) + programs * (d_total_pointer.element_size() + dim * dim * acc)
+    loaded += 2 * views * batch * dim * z_pointer.element_size()
+    if LEAVE_ONE_OUT:
+        loaded += views * batch * dim * t_pointer.element_size()
+    if centroid_pointer is not None:
+        loaded += views * batch * dim * acc
+    if key_pointer is not None:
+        loaded += 16 * programs
+    return loaded, size(dz_pointer), 2 * programs * BLOCK_I * BLOCK_D * BLOCK_Q * cdiv(dim, BLOCK_Q)
+
+
+def gram(
+    *, z_pointer, norm_pointer, gram_pointer, batch, dim, side, ROWS, BLOCK_P, BLOCK_Q, **_: Any
+) -> tuple[int, int, int]:
+    """With T tiles a side, each is a factor of T + 1 of the lower triangle's T (T + 1) / 2 products."""
+    views, tiles = gram_pointer.numel() // side**2, cdiv(side, BLOCK_P)
+    inner, programs = (dim if ROWS else batch), views * tiles * (tiles + 1) // 2
+    loaded = views * (tiles + 1) * side * inner * z_pointer.element_size()
+    if norm_pointer is not None:
+        loaded += (views * (tiles + 1) * side if ROWS else programs * batch) * norm_pointer.element_size()
+    return loaded, size(gram_pointer), 2 * programs * BLOCK_P**2 * BLOCK_Q * cdiv(inner, BLOCK_Q)
+
+
+def step(
+    *, left_pointer, squares_pointer, output_pointer, side, count, FIRST, LAST, BLOCK_P, BLOCK_Q, **_: Any
+) -> tuple[int, int, int]:
+    """Of each product, both factors by each of the T tiles of a side; in the first and last step |G|² by each tile."""
+    products, tiles = output_pointer.numel() // side**2, cdiv(side, BLOCK_P)
+    loaded = products * 2 * tiles * side**2 * left_pointer.element_size()
+    if FIRST or LAST:
+        loaded += products * tiles**2 * count * squares_pointer.element_size()
+    flops = 2 * products * tiles**2 * BLOCK_P**2 * BLOCK_Q * cdiv(side, BLOCK_Q)
+    return loaded, size(output_pointer), flops
+
+
+def product(
+    *, z_pointer, norm_pointer, weight_pointer, output_pointer, batch, dim, side, WEIGHT_LEFT, BLOCK_I, BLOCK_D,
+    BLOCK_Q, **_: Any,
+) -> tuple[int, int, int]:  # fmt: skip
+    """Rows of the left factor by each tile of columns, columns of the right one by each tile of rows."""
+    views = output_pointer.numel() // (batch * dim)
+    down, across = cdiv(batch, BLOCK_I), cdiv(dim, BLOCK_D)
+    z, w = z_pointer.element_size() * batch * dim, weight_pointer.element_size() * side**2
+    left, right = (w, z) if WEIGHT_LEFT else (z, w)
+    norms = across * (down if WEIGHT_LEFT else 1) * size(norm_pointer)
+    loaded = views * (across * left + down * right) + norms
+    return loaded, size(output_pointer), 2 * views * down * across * BLOCK_I * BLOCK_D * BLOCK_Q * cdiv(side, BLOCK_Q)
+
+
+def spectral_sums(*, gram_pointer, root_pointer, sums_pointer, **_: Any) -> tuple[int, int, int]:
+    """Each matrix once."""
+    return size(gram_pointer) + size(root_pointer), size(sums_pointer), 0
+
+
+def totals(*, image_pointer, spectral_pointer, total_pointer, parts_pointer, **_: Any) -> tuple[int, int, int]:
+    """Each sum once."""
+    return size(image_pointer) + size(spectral_pointer), size(total_pointer) + size(parts_pointer), 0
+
+
+def brownian_directions(*, output_pointer, seed_pointer, views, batch, BLOCK_ROWS, **_: Any) -> tuple[int, int, int]:
+    """The seed and the step by each program."""
+    return 16 * cdiv(views * batch, BLOCK_ROWS), size(output_pointer), 0
+
+
+FORMULAS: dict[str, Callable[..., tuple[int, int, int]]] = {
+    f"{formula.__name__}_kernel": formula
+    for formula in (
+        rows_forward, image_gradient, view_gradient, gram, step, product, spectral_sums, totals, brownian_directions,
+    )
+}  # fmt: skip
+"""Bytes loaded, bytes stored and operations."""
+
+
+def size(tensor: Any) -> int:
+    """Bytes of a tensor, or 0 of None."""
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+
+def cdiv(a: int, b: int) -> int:
+    return math.ceil(a / b)

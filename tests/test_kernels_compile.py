@@ -1,0 +1,260 @@
+"""Every kernel compiled ahead of time as its launcher launches it, and the checks that `bench/compile_report.py` makes.
+
+Compiling needs no GPU, but a process without Triton's interpreter: this module is imported there too, for the kernels
+below that each check has to find fault with.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's compilers come with its Linux wheels alone")
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+SPECTRAL = ("gram_kernel", "step_kernel", "product_kernel", "view_gradient_kernel")
+"""Kernels that multiply matrices."""
+
+
+@triton.jit
+def copy(x, y, stride, BLOCK: tl.constexpr):
+    """Nothing is wrong with this one."""
+    place = tl.program_id(0).to(tl.int64) * stride + tl.arange(0, BLOCK)
+    tl.store(y + place, tl.load(x + place))
+
+
+@triton.jit
+def narrow_offsets(x, y, stride, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * stride + tl.arange(0, BLOCK)
+    tl.store(y + place, tl.load(x + place))
+
+
+@triton.jit
+def late_widening(x, y, stride, BLOCK: tl.constexpr):
+    place = (tl.program_id(0) * stride).to(tl.int64) + tl.arange(0, BLOCK)
+    tl.store(y + place, tl.load(x + place))
+
+
+@triton.jit
+def narrow_scalars(x, y, stride, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK).to(tl.int64)
+    row = tl.program_id(0) * stride
+    tl.store(y + row + place, tl.load(x + row + place))
+
+
+@triton.jit
+def long_blocks(x, y, stride, BLOCK: tl.constexpr):
+    """A row's length is no block size that programs may be counted in."""
+    place = (tl.program_id(0) * 4096).to(tl.int64) + tl.arange(0, BLOCK)
+    tl.store(y + place, tl.load(x + place))
+
+
+@triton.jit
+def narrow_in_a_loop(x, y, stride, BLOCK: tl.constexpr):
+    """The first loop gives its counter the name of the second's, which makes the address."""
+    sums = tl.zeros([BLOCK], tl.float32)
+    for k in range(0, 4):
+        sums += tl.load(x + k.to(tl.int64) * stride + tl.arange(0, BLOCK).to(tl.int64))
+    for k in range(0, 4):
+        sums += tl.load(x + (k * stride).to(tl.int64) + tl.arange(0, BLOCK).to(tl.int64))
+    tl.store(y + tl.arange(0, BLOCK).to(tl.int64), sums)
+
+
+@triton.jit(do_not_specialize=["stride"])
+def without_hint(x, y, stride, BLOCK: tl.constexpr):
+    """Triton is not told that rows begin at 16 bytes."""
+    place = tl.program_id(0).to(tl.int64) * stride + tl.arange(0, BLOCK)
+    tl.store(y + place, tl.load(x + place))
+
+
+@triton.jit
+def large_tile(x, y, stride, BLOCK: tl.constexpr):
+    """A row that one warp holds, with fewer registers than it has numbers for a thread."""
+    place = tl.program_id(0).to(tl.int64) * stride + tl.arange(0, BLOCK)
+    row = tl.load(x + place).to(tl.float32)
+    row = tl.exp(row - tl.max(row, axis=0))
+    tl.store(y + place, row / tl.sum(row, axis=0))
+
+
+@triton.jit
+def multiply(x, y, stride, PRECISION: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
+    p, q = tl.arange(0, BLOCK).to(tl.int64)[:, None], tl.arange(0, DEPTH).to(tl.int64)[None, :]
+    sums = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for first in range(0, 4 * DEPTH, DEPTH):
+        tile = tl.load(x + (first + p * stride + q))
+        sums = tl.dot(tile, tl.trans(tile), sums, input_precision=PRECISION)
+    tl.store(y + p * stride + tl.arange(0, BLOCK).to(tl.int64)[None, :], sums)
+
+
+@triton.jit
+def broken(x, y, stride, BLOCK: tl.constexpr):
+    tl.store(y, tl.load(x + tl.arange(0, BLOCK)))
+
+
+TWINS = {  # kernel, what is passed beside x, y and the stride, what is to be found
+    "copy": (copy, {"BLOCK": 512}, None),
+    "narrow_offsets": (narrow_offsets, {"BLOCK": 512}, "computes an address in 32 bits"),
+    "late_widening": (late_widening, {"BLOCK": 512}, "computes an address in 32 bits"),
+    "narrow_scalars": (narrow_scalars, {"BLOCK": 512}, "computes an address in 32 bits"),
+    "long_blocks": (long_blocks, {"BLOCK": 512}, "computes an address in 32 bits"),
+    "narrow_in_a_loop": (narrow_in_a_loop, {"BLOCK": 512}, "computes an address in 32 bits"),
+    "without_hint": (without_hint, {"BLOCK": 512}, "loads 32 bits at a time from x"),
+    "large_tile": (large_tile, {"BLOCK": 2048, "num_warps": 1, "maxnreg": 32}, "spills"),
+    "multiply": (multiply, {"PRECISION": "tf32", "BLOCK": 32, "DEPTH": 32}, None),
+    "multiply_ieee": (
+        multiply, {"PRECISION": "ieee", "BLOCK": 32, "DEPTH": 32}, "multiplies matrices without tensor cores"
+    ),
+    "multiply_deep": (multiply, {"PRECISION": "tf32", "BLOCK": 64, "DEPTH": 512, "num_warps": 16}, "of shared memory"),
+    "broken": (broken, {"BLOCK": 512}, "does not compile"),
+}  # fmt: skip
+
+
+def compile_all() -> dict:
+    """Rows of the report for all architectures and for the twins, and how Triton itself specialises the launches."""
+    import dataclasses
+
+    import compile_report as report
+
+    rows = []
+    for name in ("90", "80", "100", "gfx942"):
+        cases = report.QUICK if name == "90" else report.QUICK[:1]
+        rows += report.report(cases, [name], lambda text: None)[0]
+    x, y = torch.empty(64, 8192), torch.empty(64, 8192)
+    twins = {}
+    for name, (kernel, options, _) in TWINS.items():
+        (launch,) = report.recorded(lambda k=kernel, o=options: k[(64,)](x, y, x.stride(0), **{"num_warps": 4} | o))
+        twins[name] = report.compiled(launch, report.target_of("90")).faults
+    launches = [launch for case in report.QUICK for made in report.calls(case).values() for launch in made]
+    return {
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "twins": twins,
+        "specialised": [(specialised(launch), by_triton(launch)) for launch in launches],
+    }
+
+
+def specialised(launch) -> dict:
+    """What the report takes each argument for: its type, and whether 16 divides it."""
+    import compile_report as report
+
+    signature, _, attributes = report.specialised(launch)
+    numbers = {name: number for number, name in enumerate(launch.kernel.arg_names)}
+    return {name: [kind, (numbers[name],) in attributes] for name, kind in signature.items()}
+
+
+def by_triton(launch) -> dict:
+    """What Triton's own launcher takes it for."""
+    import compile_report as report
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel = launch.kernel
+    binder = create_function_from_signature(kernel.signature, kernel.params, CUDABackend(report.target_of("90")))
+    _, kinds, _ = binder(**launch.arguments, **launch.options)
+    return {
+        name: [kind, kind != "constexpr" and "D" in (key or "")]
+        for name, (kind, key) in zip(kernel.arg_names, kinds, strict=True)
+    }
+
+
+@pytest.fixture(scope="session")
+def compiled() -> dict:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    folders = [str(ROOT / "tests"), str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(folders)
+    program = "import json, test_kernels_compile as t; print(json.dumps(t.compile_all()))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=280, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def rows_of(compiled: dict, architecture: str) -> list[dict]:
+    return [row for row in compiled["rows"] if row["arch"] == architecture]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_kernels_compile_without_fault(compiled, architecture):
+    rows = rows_of(compiled, architecture)
+    kernels = {row["kernel"] for row in rows}
+    expected = {"rows_forward", "gram", "step", "spectral_sums", "totals", "view_gradient"}
+    if architecture == "sm_90":
+        expected |= {"image_gradient", "product", "brownian_directions"}
+    assert kernels == {f"{name}_kernel" for name in expected}
+    assert {f"{row['kernel']} {fault}" for row in rows for fault in row["faults"]} == set()
+    assert all(row["spilled_bytes"] == 0 and row["registers"] <= 255 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "instructions"),
+    [
+        ("sm_80", {"mma.sync"}),
+        ("sm_90", {"mma.sync", "wgmma"}),
+        ("sm_100", {"mma.sync", "tcgen05"}),
+        ("gfx942", {"v_mfma"}),
+    ],
+)
+def test_products_are_made_by_tensor_cores(compiled, architecture, instructions):
+    units = {row["kernel"]: row["matrix_units"] for row in rows_of(compiled, architecture)}
+    products = [units[name] for name in SPECTRAL if name in units]
+    assert set(products) == instructions
+    assert not any(unit for name, unit in units.items() if name not in SPECTRAL)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES[:3])
+def test_large_tensors_are_read_16_bytes_at_a_time(compiled, architecture):
+    for row in rows_of(compiled, architecture):
+        for name in ("z", "t", "weight", "gram", "root", "left", "right", "product"):
+            if f"{name}_pointer" in row["load_bits"]:
+                assert row["load_bits"][f"{name}_pointer"][1] == 128, (row["kernel"], name)
+    for kernel, name in (("rows_forward", "z"), ("rows_forward", "t"), ("step", "left"), ("step", "right")):
+        for row in rows_of(compiled, architecture):
+            if row["kernel"] == f"{kernel}_kernel":
+                assert row["load_bits"][f"{name}_pointer"] == [128, 128]
+
+
+def test_results_are_written_16_bytes_at_a_time(compiled):
+    stores = {
+        (row["kernel"], name): bits for row in rows_of(compiled, "sm_90") for name, bits in row["store_bits"].items()
+    }
+    for kernel, name in (("view_gradient", "dz"), ("image_gradient", "dz"), ("brownian_directions", "output")):
+        assert stores[f"{kernel}_kernel", f"{name}_pointer"] == [128, 128]
+
+
+@pytest.mark.parametrize(("faults", "status"), [([], 0), (["spills 8 bytes"], 1)])
+def test_the_report_fails_where_a_kernel_has_a_fault(monkeypatch, tmp_path, capsys, faults, status):
+    import compile_report as report
+
+    row = report.Row("gram_kernel", "sm_90", ["8x512x256 bf16"], {"BLOCK_P": 64, "num_warps": 4}, faults=faults)
+    monkeypatch.setattr(report, "report", lambda cases, names, say: ([row], []))
+    assert report.main(["--json", str(tmp_path / "compile.json")]) == status
+    (kernel,) = json.loads((tmp_path / "compile.json").read_text())["kernels"]
+    assert kernel["faults"] == faults
+    assert "| gram" in (tmp_path / "compile.md").read_text()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"1 kernels for 90: {len(faults)} with faults")
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_each_check_finds_its_twin(compiled, name):
+    found, expected = compiled["twins"][name], TWINS[name][2]
+    if expected is None:
+        assert found == []
+    else:
+        assert found
+        assert all(expected in fault for fault in found), found
+
+
+def test_launches_are_specialised_as_triton_does_it(compiled):
+    assert len(compiled["specialised"]) > 40
+    for ours, tritons in compiled["specialised"]:
+        assert ours == tritons
