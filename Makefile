@@ -8,12 +8,14 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed-train
 	$(BIN)/msbreg pretrain
 
-# Two runs, since a process either compiles Triton kernels or interprets them. Fails where either does.
+# Two runs side by side, since a process either compiles Triton kernels or interprets them; the second is shown when the
+# first is done. Fails where either does.
 test: $(VENV)/.installed-train,test
-	@status=0; \
+	@status=0; log=$$(mktemp); \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter >$$log 2>&1 & interpreted=$$!; \
 	$(BIN)/python -m pytest || status=$$?; \
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter || status=$$?; \
-	exit $$status
+	wait $$interpreted || status=$$?; \
+	cat $$log; rm $$log; exit $$status
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
