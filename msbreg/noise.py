@@ -3,9 +3,13 @@
 import torch
 from torch import Tensor
 
+from msbreg import kernels
 from msbreg.philox import WORD, normals, philox4x32
 
-__all__ = ["brownian_directions"]
+__all__ = ["brownian_directions", "plain_directions"]
+
+WIDEST = 16384
+"""Numbers in the widest row that the kernel draws."""
 
 
 def brownian_directions(
@@ -23,7 +27,8 @@ def brownian_directions(
 
     Standard normals from Philox4x32-10 (see `msbreg.philox` for the counter), divided by their norm. A row depends on
     the seed, the step, its image's number and its view alone, so any split of a batch over calls, processes or blocks
-    gives the same rows. CPUs and GPUs may differ in the last digit, where their logarithms and cosines do.
+    gives the same rows. CPUs and GPUs may differ in the last digit, where their logarithms and cosines do. On a GPU
+    they are drawn in one launch, except where `torch.compile` traces the call.
 
     Args:
         batch: images, B.
@@ -49,6 +54,32 @@ def brownian_directions(
         raise TypeError(f"expected a floating-point dtype, got {dtype}")
     for name, value in (("seed", seed), ("step", step), ("first_image", first_image)):
         _check_integer(value, name)
+    where = torch.get_default_device() if device is None else torch.device(device)
+    plain = torch.compiler.is_compiling() or isinstance(first_image, Tensor) or dim > WIDEST
+    if plain or where.type != kernels.DEVICE_TYPE:
+        return plain_directions(batch, dim, seed, step, first_image, views, device, dtype)
+    from msbreg.kernels import philox  # needs triton
+
+    seed, step = (
+        value.to(where) if isinstance(value, Tensor) else torch.full((), value, dtype=torch.int64, device=where)
+        for value in (seed, step)
+    )
+    return philox.brownian_directions(
+        batch, dim, seed=seed, step=step, first_image=first_image, views=views, dtype=dtype
+    )
+
+
+def plain_directions(
+    batch: int,
+    dim: int,
+    seed: int | Tensor,
+    step: int | Tensor,
+    first_image: int | Tensor = 0,
+    views: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """`brownian_directions` in plain torch on any device, its arguments taken as they come."""
     quad = torch.arange((dim + 3) // 4, device=device)
     image = (torch.arange(batch, device=device) + first_image) & WORD
     stream = torch.arange(1, views + 1, device=device) if views else torch.zeros(1, dtype=torch.int64, device=device)

@@ -1,9 +1,9 @@
 """The fused kernels as operators of torch, with the order of launches.
 
 `msbreg.functional` calls `losses`: in eager mode it runs the launches inside an autograd function, and while
-`torch.compile` traces it is the registered operator `msbreg::losses`, with the same two functions behind it. (Through
-the operator every call would cost the host some 50 µs more.) `gram`, `multiply` and `inverse_root` are what the nuclear
-norm and the coding rate take, as those of `msbreg.linalg` in plain torch; they carry no gradient.
+`torch.compile` traces it is the registered operator `msbreg::losses`, with the same two functions behind it: eager
+calls skip the operator's dispatch. `gram`, `multiply` and `inverse_root` are what the nuclear norm and the coding rate
+take, as those of `msbreg.linalg` in plain torch; they carry no gradient.
 """
 
 import functools
@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from msbreg import linalg, reference
 from msbreg.distributed import world_size
@@ -49,7 +48,6 @@ class Dispersion(NamedTuple):
     side: int
     """p of the Gram matrices, (K, p, p)."""
     processes: int
-    dtype: torch.dtype
 
     @property
     def rank(self) -> int:
@@ -60,11 +58,6 @@ class Dispersion(NamedTuple):
     def c(self) -> float:
         """r / N: s̃² = c s²."""
         return self.rank / self.rows
-
-    @property
-    def smallest(self) -> float:
-        """The smallest eigenvalue of G + shift I, as a share of the trace of G, which is N."""
-        return linalg.newton_schulz_smallest(self.smoothing**2 / self.rank, self.dtype)
 
     @property
     def constant(self) -> float:
@@ -93,9 +86,7 @@ class Dispersion(NamedTuple):
             return -rates.double(), weight
         # Σ (sqrt(cλ + δ²) - 1)² = c trace(G) + pδ² - 2 sqrt(c) trace((G + shift I)^(1/2)) + p
         shift = self.smoothing**2 / self.c
-        floor = linalg.NEWTON_SCHULZ_FLOOR * torch.finfo(self.dtype).eps
-        steps = linalg.newton_schulz_steps(self.smallest / (1 + self.smallest), self.dtype)
-        root = run_inverse_root(g, shift, floor, steps)
+        root = linalg.newton_schulz(g, shift, trace=self.rows)
         sums = spectral_sums(
             g, root, identity=shift, scale=1.0, trace_weight=self.c, square_weight=0.0, root_weight=-2 * self.c**0.5
         )
@@ -106,11 +97,15 @@ def _dispersion(z: Tensor, spectrum: str, smoothing: float, group: str | None) -
     views, batch, dim = z.shape
     processes = world_size(_group(group))
     side = min(batch, dim) if group is None else dim
-    return Dispersion(spectrum, smoothing, views, batch * processes, dim, side, processes, accumulator(z.dtype))
+    return Dispersion(spectrum, smoothing, views, batch * processes, dim, side, processes)
 
 
 def _group(name: str | None) -> dist.ProcessGroup | None:
-    return None if name is None else _resolve_process_group(name)
+    if name is None:
+        return None
+    from torch.distributed.distributed_c10d import _resolve_process_group  # some builds of torch have none of it
+
+    return _resolve_process_group(name)
 
 
 def _forward(

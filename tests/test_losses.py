@@ -11,7 +11,8 @@ from torch.nn.functional import normalize
 
 import msbreg
 from msbreg import BrownianLoss, CentroidLoss, MSBRegLoss, SingularValueLoss, functional, losses, reference
-from msbreg.functional import brownian_directions, brownian_loss, centroid_loss, msbreg_loss, singular_value_loss
+from msbreg.functional import brownian_loss, centroid_loss, msbreg_loss, singular_value_loss
+from msbreg.noise import plain_directions
 
 F64, F32 = torch.float64, torch.float32
 NOISE = {"seed": 11, "step": 5}
@@ -44,7 +45,7 @@ def oracle(online, target, embedding=None, *, lambda_s=0.004, lambda_b=0.5, leav
         "coding_rate": -0.5 * torch.log(1 + d / (r * 0.2) * s**2),
     }[spectrum]
     singular = f.sum(-1).mean()
-    directions = brownian_directions(n, d, **NOISE, dtype=y.dtype, views=views if per == "view" else None)
+    directions = plain_directions(n, d, **NOISE, dtype=y.dtype, views=views if per == "view" else None)
     brownian = (unit(y) * directions).sum(-1).mean()
     return centroid + lambda_s * singular + lambda_b * brownian, centroid, singular, brownian
 
@@ -198,7 +199,7 @@ def test_no_less_exact_than_plain_torch(dtype):
         return value.double(), torch.autograd.grad(value, leaf)[0].double()
 
     def plain(z, t):
-        directions = brownian_directions(24, 16, **NOISE, dtype=z.dtype)
+        directions = plain_directions(24, 16, **NOISE, dtype=z.dtype)
         return (2 - 2 * (unit(z) * unit(unit(t).mean(0))).sum(-1)).mean() + 0.5 * (unit(z) * directions).sum(-1).mean()
 
     ours = lambda z, t: msbreg_loss(z, t, lambda_s=0, **NOISE).loss  # noqa: E731

@@ -166,6 +166,53 @@ def test_full_size_near_collapse(solver, name, tolerance):
     assert ((gradient - expected).norm() / scale).item() < tolerance
 
 
+def newton_schulz_variant(gram, shift, *, cap, y_on_the_left=True, mirrored=False):
+    """`linalg.newton_schulz` for rows of unit length, with each of its three choices open, and its number of steps."""
+    dim = gram.shape[-1]
+    smallest = float(shift / gram.trace())
+    x, scales = math.sqrt(smallest / (1 + smallest)), []
+    while 1 - x > 2**-11.5:
+        scales.append(min(cap, math.sqrt(3 / (1 + x + x**2))))
+        c = scales[-1]
+        x = min(1.5 * c * x - 0.5 * c**3 * x**3, 1.5 * c - 0.5 * c**3)
+    scales.append(1.0)
+    size, eye = gram.norm() + shift, torch.eye(dim)
+    y, z = (gram + shift * eye) / size, eye
+    keep = (lambda m: m.tril() + m.tril(-1).T) if mirrored else (lambda m: m)
+    for c in scales:
+        t = 1.5 * c * eye - 0.5 * c**3 * keep(y @ z if y_on_the_left else z @ y)
+        y, z = (keep(t @ y), keep(z @ t)) if y_on_the_left else (keep(y @ t), keep(t @ z))
+    return z * size.rsqrt(), len(scales)
+
+
+def test_what_newton_schulz_owes_to_its_order_its_cap_and_its_scales():
+    """Twins without one of them, on rows that point one way but for 1e-4; the figures are in `docs/decisions.md`."""
+    n, d = 512, 256
+    m = normalize(gaussian(1, d, seed=3) + 1e-4 * gaussian(n, d), dim=-1).to(F32)
+    gram, shift = linalg.gram(m), 0.03**2 * n / d
+    values, vectors = torch.linalg.eigh(linalg.gram(m.to(F64)))
+    exact = tangential(m, (vectors * (values + shift).rsqrt()) @ vectors.T)
+
+    def error(root):
+        return ((tangential(m, root) - exact).norm() / exact.norm()).item()
+
+    cap = linalg.NEWTON_SCHULZ_SCALE
+    ours, steps = newton_schulz_variant(gram, shift, cap=cap)
+    not_scaled, more_steps = newton_schulz_variant(gram, shift, cap=1.0)
+    assert error(linalg.newton_schulz(gram, shift, trace=n)) == pytest.approx(error(ours), rel=0.1)
+    assert error(ours) < 1.2e-2 and error(not_scaled) < 1.2e-2  # what a float32 Gram matrix holds
+    assert (steps, more_steps) == (11, 20)
+    assert error(newton_schulz_variant(gram, shift, cap=math.sqrt(3))[0]) > 3 * error(ours)
+    assert error(newton_schulz_variant(gram, shift, cap=cap, y_on_the_left=False)[0]) > 3 * error(ours)
+    assert not error(newton_schulz_variant(gram, shift, cap=cap, mirrored=True)[0]) < 1  # or NaN
+
+
+def tangential(m, root):
+    """M A^(-1/2) in float64, without what lies along each row."""
+    force = m.to(F64) @ root.to(F64)
+    return force - m * (force * m).sum(-1, keepdim=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("spectrum", SPECTRA)
 def test_half_precision_loses_nothing_but_the_rounding_of_the_gradient(dtype, spectrum):
