@@ -48,5 +48,5 @@ def inverse_root_products(rank: int) -> int:
 
     Three a step, but for two that the first step need not make, where one factor is I, and one that the last need not.
     """
-    smallest = linalg.newton_schulz_smallest(SMOOTHING**2 / rank, torch.float32)
-    return 3 * len(linalg.newton_schulz_steps(smallest / (1 + smallest), torch.float32)) - 3
+    _, steps = linalg.newton_schulz_plan(SMOOTHING**2 / rank, torch.float32)
+    return 3 * len(steps) - 3

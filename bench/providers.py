@@ -228,12 +228,12 @@ def newton_schulz(g: Tensor, shift: float, trace: float) -> Tensor:
 
     The trace of G, the same for all, says before anything is computed how many steps are enough.
     """
-    smallest = linalg.newton_schulz_smallest(shift / trace, g.dtype)
+    floor, steps = linalg.newton_schulz_plan(shift / trace, g.dtype)
     size = torch.linalg.matrix_norm(g, keepdim=True)
-    scale = size + (shift / size).clamp_min(smallest) * size
+    scale = size + (shift / size).clamp_min(floor) * size
     identity = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
     y, z = g / scale + (1 - size / scale) * identity, identity.expand_as(g)
-    for a, b in linalg.newton_schulz_steps(smallest / (1 + smallest), g.dtype):
+    for a, b in steps:
         t = a * identity + b * (y @ z)
         y, z = t @ y, z @ t
     return z * scale.rsqrt()

@@ -191,9 +191,7 @@ def newton_schulz(gram: Tensor, shift: float, trace: float | None = None) -> Ten
         shift: at least 0; raised to what rounding leaves of the small eigenvalues of G, `NEWTON_SCHULZ_FLOOR`.
         trace: at least the trace of G, where it is known beforehand: a large shift beside it saves steps.
     """
-    smallest = newton_schulz_smallest(0.0 if trace is None else shift / trace, gram.dtype)
-    steps = newton_schulz_steps(smallest / (1 + smallest), gram.dtype)
-    floor = NEWTON_SCHULZ_FLOOR * torch.finfo(gram.dtype).eps
+    floor, steps = newton_schulz_plan(0.0 if trace is None else shift / trace, gram.dtype)
     if gram.device.type == kernels.DEVICE_TYPE:
         from msbreg import ops  # needs triton
 
@@ -212,12 +210,17 @@ def newton_schulz(gram: Tensor, shift: float, trace: float | None = None) -> Ten
     return z * scale.rsqrt()
 
 
-def newton_schulz_smallest(shift: float, dtype: torch.dtype) -> float:
-    """The smallest eigenvalue that the iteration is to be right for, as a share of the largest.
+def newton_schulz_plan(shift: float, dtype: torch.dtype) -> tuple[float, list[tuple[float, float]]]:
+    """The least shift, as a share of the Frobenius norm of G, and the coefficients of all steps.
 
-    The Frobenius norm, which stands for the largest, is at most the trace.
+    Args:
+        shift: as a share of the trace of G, or of more; 0 where that is not known. The Frobenius norm, by which the
+            iteration divides, is at most the trace.
+        dtype: of G.
     """
-    return max(shift, NEWTON_SCHULZ_FLOOR * torch.finfo(dtype).eps)
+    floor = NEWTON_SCHULZ_FLOOR * torch.finfo(dtype).eps
+    smallest = max(shift, floor)
+    return floor, newton_schulz_steps(smallest / (1 + smallest), dtype)
 
 
 def newton_schulz_steps(smallest: float, dtype: torch.dtype) -> list[tuple[float, float]]:

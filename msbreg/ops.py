@@ -86,7 +86,8 @@ class Dispersion(NamedTuple):
             return -rates.double(), weight
         # Σ (sqrt(cλ + δ²) - 1)² = c trace(G) + pδ² - 2 sqrt(c) trace((G + shift I)^(1/2)) + p
         shift = self.smoothing**2 / self.c
-        root = linalg.newton_schulz(g, shift, trace=self.rows)
+        floor, steps = linalg.newton_schulz_plan(shift / self.rows, g.dtype)
+        root = run_inverse_root(g, shift, floor, steps)
         sums = spectral_sums(
             g, root, identity=shift, scale=1.0, trace_weight=self.c, square_weight=0.0, root_weight=-2 * self.c**0.5
         )
@@ -362,6 +363,6 @@ def multiply(matrix: Tensor, weight: Tensor) -> Tensor:
 
 
 def inverse_root(gram: Tensor, shift: float, floor: float, steps: Sequence[tuple[float, float]]) -> Tensor:
-    """(G + h I)^(-1/2), (K, p, p), for h the shift, or floor |G|; by the steps of `linalg.newton_schulz_steps`."""
+    """(G + h I)^(-1/2), (K, p, p), for h the shift, or floor |G|; floor and steps by `linalg.newton_schulz_plan`."""
     run = _inverse_root_operator if torch.compiler.is_compiling() else _inverse_root
     return run(gram, shift, floor, [a for a, _ in steps], [b for _, b in steps])
