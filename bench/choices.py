@@ -9,19 +9,13 @@ with nothing else. Runs that a results folder holds already are not run again.
 import argparse
 import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
-import torch
+from runs import ROOT, RunError, commit, markdown, percent, processor, train, versions
 
-import msbreg
-
-ROOT = Path(__file__).resolve().parents[1]
 COMMON = [  # with the choices themselves, so that rows mean the same when a default changes
     "--method.leave_one_out", "false", "--method.disperse", "projector", "--method.spectrum", "nuclear",
     "--method.lambda_s", "0.004", "--method.lambda_b", "0.5",
@@ -43,31 +37,6 @@ ROWS = {
 }
 
 
-def run(name: str, seed: int, options: list[str], folder: Path) -> dict:
-    """One run's summary."""
-    place = folder / f"{list(ROWS).index(name):02}-{seed}"
-    asked, summary = place / "options.json", place / "summary.json"
-    if summary.exists() and asked.exists() and json.loads(asked.read_text()) == options:
-        return json.loads(summary.read_text())
-    command = [sys.executable, "-m", "msbreg", "pretrain", "--run.dir", str(place), "--run.seed", str(seed), *options]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr}")
-    asked.write_text(json.dumps(options))
-    return json.loads(summary.read_text())
-
-
-def processor() -> str:
-    """The CPU's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-
-
-def percent(values: list[float]) -> str:
-    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{spread}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="CIFAR-10 as image files: train/CLASS/*, test/CLASS/*")
@@ -77,19 +46,28 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/choices"), help="where the runs are kept")
     options = parser.parse_args()
 
-    common = ["--data.path", options.data, *COMMON, "--optim.steps", str(options.steps), "--optim.warmup_epochs", "0.1"]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    common = [*COMMON, "--optim.steps", str(options.steps), "--optim.warmup_epochs", "0.1"]
     tasks = [(name, seed) for seed in range(options.seeds) for name in ROWS]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        summaries = dict(
-            zip(tasks, pool.map(lambda task: run(*task, [*common, *ROWS[task[0]]], options.folder), tasks), strict=True)
-        )
+
+    def run(task: tuple[str, int]) -> dict:
+        name, seed = task
+        place = options.folder / f"{list(ROWS).index(name):02}-{seed}"
+        record = train(place, [*common, *ROWS[name], "--run.seed", str(seed)], data=options.data)
+        return record["summary"]
+
+    try:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            summaries = dict(zip(tasks, pool.map(run, tasks), strict=True))
+    except RunError as error:
+        sys.exit(str(error))
     result = {
         "command": f"python bench/choices.py --data CIFAR10_FOLDER --steps {options.steps} --seeds {options.seeds}",
         "date": date.today().isoformat(),
-        "versions": {"msbreg": msbreg.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "machine": {"processor": processor(), "cores": os.cpu_count(), "jobs": options.jobs},
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-        "common": ["--data.path", "CIFAR10_FOLDER", *common[2:]],
+        "commit": commit(),
+        "common": ["--data.path", "CIFAR10_FOLDER", *common],
         "rows": {name: [summaries[name, seed] for seed in range(options.seeds)] for name in ROWS},
     }
     results = ROOT / "bench" / "results" / "cpu" / result["date"]
@@ -101,14 +79,14 @@ def main() -> None:
 
 def table(rows: dict[str, list[dict]]) -> str:
     """Means and standard deviations over the seeds, in percent."""
-    lines = ["| choice | kNN top-1, % | linear top-1, % |", "| --- | ---: | ---: |"]
-    for name, summaries in rows.items():
-        columns = [percent([summary[key] for summary in summaries]) for key in ("knn_top1", "linear_top1")]
-        lines.append(f"| {name} | {' | '.join(columns)} |")
+    rows_of_cells = [
+        [name, *(percent([summary[key] for summary in summaries]) for key in ("knn_top1", "linear_top1"))]
+        for name, summaries in rows.items()
+    ]
     first = next(iter(rows.values()))
     for label, key in (("untrained network", "knn_top1_untrained"), ("raw pixels", "knn_top1_pixels")):
-        lines.append(f"| {label} | {percent([summary[key] for summary in first])} | |")
-    return "\n".join(lines)
+        rows_of_cells.append([label, percent([summary[key] for summary in first]), ""])
+    return markdown(["choice", "kNN top-1, %", "linear top-1, %"], rows_of_cells)
 
 
 def page(result: dict) -> str:

@@ -18,7 +18,7 @@ __all__ = ["Evaluator", "has_labels", "set_aside"]
 
 LABELLED_IMAGES_A_CLASS = 4
 INSTANCES = 1000
-CACHE_BYTES = 2**29
+CACHE_BYTES = 2**30  # CIFAR-10 fits
 SPECTRUM_IMAGES = 512
 
 
@@ -85,6 +85,7 @@ class Evaluator:
                 device=device,
                 backend=config.data.backend,
                 threads=threads,
+                timeout=config.data.timeout,
             )
             return Images(loader, device)
 

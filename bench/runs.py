@@ -1,0 +1,152 @@
+"""Runs of `msbreg pretrain` that a comparison is made of: each in a folder of its own, stopped by the clock, resumed.
+
+What ran to its end is not run again, and what was stopped goes on from its checkpoint. A finished run keeps its
+summary, metrics and curves; its weights, half a gigabyte for a ResNet-18 with its checkpoints, are deleted.
+"""
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from usage import gpu_state
+
+import msbreg
+
+__all__ = ["ROOT", "RunError", "commit", "finished", "markdown", "percent", "processor", "train", "versions"]
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = "run.json"
+CLOCK = time.monotonic
+GRACE = 20.0
+"""Seconds that a run has to save itself once it is told to stop."""
+
+
+class RunError(Exception):
+    """A run that failed, or a folder that holds another run."""
+
+
+def finished(place: Path) -> dict[str, Any] | None:
+    """The record of the run in a folder: its options, where it ran, its summary; None where none has finished."""
+    record = place / RECORD
+    return json.loads(record.read_text()) if record.exists() else None
+
+
+def train(
+    place: Path, options: list[str], *, data: str | None = None, deadline: float = math.inf, **about: Any
+) -> dict[str, Any] | None:
+    """Runs `msbreg pretrain`, or goes on with it, until it ends or time is up.
+
+    Args:
+        place: its run folder.
+        options: those that make the run what it is.
+        data: its images; apart from the options, since a later call may find them elsewhere. None: rendered ones.
+        deadline: when it has to stop and save itself, by `CLOCK`.
+        **about: goes into the record as it is.
+
+    Returns:
+        What `finished` returns; None where time was up.
+
+    Raises:
+        RunError: the run failed, or the folder holds one with other options.
+    """
+    record = finished(place)
+    if record is None and launch(place, [*options, *(["--data.path", data] if data else [])], deadline):
+        record = keep_record(place, options, about)
+    if record is not None and record["options"] != options:
+        raise RunError(f"{place} holds a run with other options; choose another folder")
+    return record
+
+
+def launch(place: Path, options: list[str], deadline: float) -> bool:
+    """Starts a process that trains; whether it came to the end. Its words go to log.txt."""
+    place.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "msbreg", "pretrain", "--run.dir", str(place), *options]
+    with open(place / "log.txt", "ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None and deadline > CLOCK():
+                time.sleep(0.1)
+        finally:
+            stopped = process.poll() is None
+            if stopped:
+                stop(process)
+    if process.returncode == 0 and (place / "summary.json").exists():
+        return True
+    if not stopped:
+        last = (place / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
+        raise RunError(f"{place} has not come to its end: {''.join(last)}")
+    return False
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Lets a run save itself, and kills it where that takes too long: then it goes on from an earlier checkpoint."""
+    process.terminate()
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def keep_record(place: Path, options: list[str], about: dict[str, Any]) -> dict[str, Any]:
+    """Writes the record of a run that has ended, and deletes its weights."""
+    summary = json.loads((place / "summary.json").read_text())
+    gpu = summary["device"] != "cpu" and torch.cuda.is_available()
+    record = {
+        **about,
+        "options": options,
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "versions": versions(),
+        "machine": {"processor": processor(), "cores": os.cpu_count()}
+        | ({"gpu": gpu_state(torch.device("cuda"))} if gpu else {}),
+        "summary": summary,
+    }
+    temporary = place / f"{RECORD}.partial"
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, place / RECORD)
+    for weights in (*place.glob("checkpoint*"), *place.glob("backbone.*")):
+        weights.unlink()
+    return record
+
+
+def commit() -> str:
+    """The checkout's commit, with a plus where files differ from it; empty where git does not say."""
+    try:
+        command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def versions() -> dict[str, str]:
+    """Of what makes the figures."""
+    return {"msbreg": msbreg.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def processor() -> str:
+    """The CPU's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def percent(shares: Sequence[float]) -> str:
+    """Mean of some shares and, of two and more, their standard deviation, in percent."""
+    spread = f" ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
+    return f"{100 * statistics.mean(shares):.1f}{spread}" if shares else ""
+
+
+def markdown(header: list[str], rows: Iterable[list[str]], *, text: int = 1) -> str:
+    """A Markdown table whose columns after the first `text` ones are numbers, and stand to the right."""
+    rule = ["---" if column < text else "---:" for column in range(len(header))]
+    return "\n".join(f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|" for cells in (header, rule, *rows))
