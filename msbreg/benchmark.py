@@ -17,14 +17,14 @@ __all__ = ["benchmark"]
 
 
 def benchmark(config: Config, *, steps: int) -> str:
-    """Times the loader alone, the step alone, both together, and the loss alone, one after the other.
+    """Times the loader alone, the step alone, both together, and the step's parts, one after the other.
 
     Args:
         config: the run's options; its run folder is not touched.
         steps: how many of each are timed, after some that are not.
 
     Returns:
-        A Markdown table of images/s and views/s.
+        A Markdown table of images/s and views/s, and of the parts' shares of the step.
     """
     config.validate()
     if steps < 1:
@@ -33,7 +33,7 @@ def benchmark(config: Config, *, steps: int) -> str:
     config.optim.steps = max(config.optim.steps, total)
     with Processes(config.run.device) as processes, tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, processes, Path(folder))
-        trainer.model.train()
+        trainer.step.train()
         batches = trainer.loader.batches(0, total)
         batch = next(batches)
 
@@ -52,22 +52,29 @@ def benchmark(config: Config, *, steps: int) -> str:
 
         z = torch.randn(config.data.views, trainer.batch, config.model.dim, device=trainer.device, requires_grad=True)
         y, t = torch.randn_like(z).requires_grad_(), torch.randn_like(z)
-        times = {
+        step = trainer.step
+        whole = {
             "loader alone": seconds(lambda: next(batches)),
-            "step alone": seconds(lambda: trainer.step(batch, 0)),
-            "both": seconds(lambda: trainer.step(next(batches), 0)),
-            "loss alone, forward and backward": seconds(
-                lambda: trainer.method.criterion(z, t, embedding=y).loss.backward()
-            ),
+            "step alone": seconds(lambda: step(batch, 0)),
+            "both": seconds(lambda: step(next(batches), 0)),
+        }
+        parts = {
+            "loss, forward and backward": seconds(lambda: step.method.criterion(z, t, embedding=y).loss.backward()),
+            "optimizer": seconds(step.optimizer.step),
+            "moving average": seconds(lambda: step.method.after_step(1.0)),
         }
         trainer.loader.close()
-    batch_size, views = config.data.batch_size, config.data.views
+    images, views = config.data.batch_size, config.data.views
     rows = [
-        (name, f"{1e3 * time_:.1f} ms  {batch_size / time_:,.0f} images/s  {views * batch_size / time_:,.0f} views/s")
-        for name, time_ in times.items()
+        (name, f"{1e3 * time_:.1f} ms  {images / time_:,.0f} images/s  {views * images / time_:,.0f} views/s")
+        for name, time_ in whole.items()
+    ]
+    rows += [
+        (f"{name} alone", f"{1e3 * time_:.1f} ms  {time_ / whole['step alone']:.1%} of the step")
+        for name, time_ in parts.items()
     ]
     device = torch.cuda.get_device_name() if processes.device.type == "cuda" else "cpu"
-    return markdown_table(rows, (f"{config.model.backbone}, {views} views of {batch_size} images, {device}", "a step"))
+    return markdown_table(rows, (f"{config.model.backbone}, {views} views of {images} images, {device}", "a step"))
 
 
 def synchronize(device: torch.device) -> None:

@@ -61,9 +61,14 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command", required=True)
 
     pretrain = ArgumentParser(
-        usage="msbreg pretrain [--config NAME_OR_FILE] [--GROUP.OPTION VALUE ...]",
+        usage="msbreg pretrain [--dry-run] [--config NAME_OR_FILE] [--GROUP.OPTION VALUE ...]",
         description="Train a backbone without labels. With no option it trains on images that msbreg renders, in a few "
         "minutes on a CPU.",
+    )
+    pretrain.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="take two steps on rendered images, and print memory, step time and the hours the run would take",
     )
     add_config(pretrain)
     commands.add_subcommand("pretrain", pretrain, help="train a backbone without labels")
@@ -90,7 +95,7 @@ def build_parser() -> ArgumentParser:
 
     bench = ArgumentParser(
         usage="msbreg bench [--steps N] [--config NAME_OR_FILE] [--GROUP.OPTION VALUE ...]",
-        description="Time the loader, the training step, both together and the loss, with the options of pretrain.",
+        description="Time the loader, the training step, both together and the step's parts. Options as of pretrain.",
     )
     bench.add_argument("--steps", type=int, default=20, help="how many of each are timed")
     add_config(bench)
@@ -131,9 +136,14 @@ def config_from(options: Namespace) -> Config:
 
 
 def run_pretrain(options: Namespace) -> int:
-    from msbreg.trainer import pretrain
+    if options.dry_run:
+        from msbreg.dry_run import dry_run
 
-    pretrain(config_from(options))
+        print(dry_run(config_from(options)))
+    else:
+        from msbreg.trainer import pretrain
+
+        pretrain(config_from(options))
     return 0
 
 

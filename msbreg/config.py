@@ -33,6 +33,8 @@ class RunConfig:
     """Steps between checkpoints; one is always written at the end and on SIGTERM or SIGUSR1."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl, which is also how often ranks compare notes on signals and bad losses."""
+    timeout: float = 1800.0
+    """Seconds that a process waits for the others before it gives up. They wait for the first one's evaluations too."""
     tensorboard: bool = False
     """Write TensorBoard files to the run folder too; needs the tensorboard package."""
 
@@ -45,6 +47,8 @@ class DataConfig:
     """Image folder, folder or pattern of tar shards, or index file; unset: images that msbreg renders itself."""
     eval_path: str | None = None
     """Held-out images for evaluation; unset: val/ or test/ beside train/, else a tenth of labelled images."""
+    images: int = 0
+    """Images of an epoch, for --dry-run where there is no --data.path to count; 0: as many as msbreg renders."""
     recipe: str = "auto"
     """byol, cifar, multi_crop, or a YAML file with a block a view; auto: cifar below 96 pixels, else byol."""
     size: int = 32
@@ -59,6 +63,8 @@ class DataConfig:
     """Threads that decode and augment in each process; 0: the CPU's cores shared among the machine's processes."""
     prefetch: int = 2
     """Batches prepared ahead of the step."""
+    timeout: float = 600.0
+    """Seconds that a step waits for its images before the run ends, as on a stalled disk; 0: for ever."""
     cache: str | None = None
     """Folder for the rendered images; unset: msbreg/ in the user's cache folder (XDG_CACHE_HOME)."""
 
@@ -80,7 +86,9 @@ class ModelConfig:
     view_chunk: int = 0
     """Views in one forward pass, recomputed in the backward pass so that many views fit in memory; 0: all at once."""
     compile: bool = False
-    """torch.compile the networks."""
+    """torch.compile the networks, block by block."""
+    cuda_graph: bool = False
+    """Record forward and backward pass as one CUDA graph, for networks too small to keep a GPU busy; one process."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the networks; auto: bf16 autocast on a GPU, fp32 on a CPU. Losses are always at least fp32."""
 
@@ -171,13 +179,15 @@ class Config:
             raise MSBRegError(f"{self.method.name} collapses without a predictor; leave --model.predictor true.")
         for name, least in (
             ("data.size", 8), ("data.batch_size", 2), ("data.prefetch", 1), ("model.hidden", 1), ("model.dim", 2),
-            ("run.checkpoint_every", 1), ("run.log_every", 1), ("eval.k", 1), ("eval.bank", 1), ("eval.queries", 1),
+            ("run.checkpoint_every", 1), ("run.log_every", 1), ("run.timeout", 1), ("eval.k", 1),
+            ("eval.bank", 1), ("eval.queries", 1),
         ):  # fmt: skip
             if (value := flatten(self)[name]) < least:
                 raise MSBRegError(f"--{name} is {value}, but must be at least {least}.")
         for name in (
-            "data.threads", "run.threads", "model.view_chunk", "optim.epochs", "optim.steps", "optim.warmup_epochs",
-            "optim.lr", "optim.weight_decay", "eval.every", "method.lambda_s", "method.lambda_b",
+            "data.images", "data.threads", "data.timeout", "run.threads", "run.timeout", "model.view_chunk",
+            "optim.epochs", "optim.steps", "optim.warmup_epochs", "optim.lr", "optim.weight_decay", "eval.every",
+            "method.lambda_s", "method.lambda_b",
         ):  # fmt: skip
             if not 0 <= (value := flatten(self)[name]) < math.inf:
                 raise MSBRegError(f"--{name} is {value}, but must be 0 or more, and finite.")
@@ -185,8 +195,11 @@ class Config:
             raise MSBRegError("--optim.epochs and --optim.steps are both 0, which leaves nothing to do.")
         if not 0 < self.eval.temperature < math.inf:
             raise MSBRegError(f"--eval.temperature is {self.eval.temperature}, but must be above 0, and finite.")
-        if self.model.compile and self.model.view_chunk:
-            raise MSBRegError("--model.compile and --model.view_chunk do not work together yet; leave out one of them.")
+        if self.model.cuda_graph and self.model.view_chunk:
+            raise MSBRegError(
+                "--model.cuda_graph is for networks with memory to spare, and cannot record what --model.view_chunk "
+                "recomputes; leave out one of them."
+            )
         if not 0 <= self.method.tau <= 1:
             raise MSBRegError(f"--method.tau is {self.method.tau}, but must lie between 0 and 1.")
         if not 0 <= self.run.seed < 2**63:

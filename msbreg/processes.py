@@ -1,7 +1,11 @@
 """The processes of a run: one alone, or those that torchrun started."""
 
 import os
+import re
+import traceback
 from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
 
 import torch
 import torch.distributed as dist
@@ -16,8 +20,14 @@ class Processes:
 
     Args:
         device: "auto", "cpu", "cuda" or "cuda:N".
-        patience: how long a collective waits for a rank before the run ends with an error; a rank that dies is
-            normally noticed at once, since torchrun ends the others.
+        patience: how long a rank waits for the others, when they gather at the start and in every collective, before
+            it gives up. One that dies is noticed at once by gloo, whose connection to it closes, and by torchrun, which
+            ends the others; patience is for one that hangs, or whose machine is gone. Losses and gradients on GPUs go
+            through NCCL, where torch itself ends the process (see `timeout` of `torch.distributed.init_process_group`).
+
+    Raises:
+        MSBRegError: on entering, where the device cannot be used or the others do not come; on leaving, where a
+            collective failed because another rank is gone or did not answer.
 
     Attributes:
         rank: 0 to world - 1 over all machines.
@@ -67,17 +77,33 @@ class Processes:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=self.patience)
-            self.group = dist.group.WORLD
-            self._control = dist.new_group(
-                backend="gloo", timeout=self.patience
-            )  # waits on the CPU, not in a GPU queue
+            try:
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=self.patience)
+                self.group = dist.group.WORLD
+                # Waits on the CPU, not in a GPU's queue.
+                self._control = dist.new_group(backend="gloo", timeout=self.patience)
+            except (RuntimeError, ValueError) as error:
+                raise MSBRegError(
+                    f"rank {self.rank} could not join the {self.world} processes of the run: {first_sentence(error)}. "
+                    "Start all of them with the same WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun does."
+                ) from error
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         # After an error the others may be waiting in a collective, where leaving the group would wait for them in turn.
         if kind is None and dist.is_initialized():
             dist.destroy_process_group()
+        if self.world > 1 and is_of_a_collective(error):
+            if "imed out" in str(error):
+                why = f"another one did not answer in {self.patience.total_seconds():g} s (--run.timeout)"
+            else:
+                why = "another one is gone, and its last message or the system's log says why"
+            raise MSBRegError(
+                f"rank {self.rank} of {self.world} gave up at {place(trace)}: {why} ({first_sentence(error)}). "
+                "Run the same command again to go on from the last checkpoint."
+            ) from error
 
     @property
     def first(self) -> bool:
@@ -102,6 +128,14 @@ class Processes:
                 f"processes do not see the same of {what}: {numbers} by rank; use a folder they all share."
             )
 
+    def joined(self, entries: dict[int, str]) -> dict[int, str]:
+        """The entries of all ranks, on every rank."""
+        if self.world == 1:
+            return entries
+        everyone: list[dict[int, str]] = [{}] * self.world
+        dist.all_gather_object(everyone, dict(entries), group=self._control)
+        return {key: value for one in everyone for key, value in one.items()}
+
     def mean(self, numbers: torch.Tensor) -> torch.Tensor:
         """The mean over ranks of a tensor on each rank's device."""
         if self.group is not None:
@@ -112,3 +146,22 @@ class Processes:
     def wait(self) -> None:
         """Returns once every rank has come here."""
         self.gather(0)
+
+
+def is_of_a_collective(error: BaseException | None) -> bool:
+    """Whether torch could not talk to another rank; of gloo's errors only the text tells, by its source's path."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def first_sentence(error: BaseException) -> str:
+    """What an error of torch says, without the place in its source and advice that is not for our users."""
+    text = re.sub(r"^\[[^]]*\] *", "", str(error).splitlines()[0])
+    return text.split(". ")[0].rstrip(". ")
+
+
+def place(trace: TracebackType | None) -> str:
+    """The last line of msbreg's on the way to an error."""
+    frames = traceback.extract_tb(trace)
+    here = Path(__file__).parent
+    frame = [frame for frame in frames if here in Path(frame.filename).parents or frame is frames[0]][-1]
+    return f"{frame.line} ({Path(frame.filename).name}, line {frame.lineno})"

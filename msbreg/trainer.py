@@ -6,32 +6,29 @@ learning rate, the EMA momentum. So a run that was killed and started again walk
 
 import contextlib
 import fcntl
+import gc
 import json
 import math
 import os
 import signal
-import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from msbreg import checkpoint
 from msbreg.config import Config, flatten
-from msbreg.data import Batch, Source, ViewLoader, load_recipe, open_source, open_split, with_classes_of
-from msbreg.distributed import convert_sync_batchnorm
+from msbreg.data import Source, ViewLoader, load_recipe, open_source, open_split, with_classes_of
 from msbreg.errors import MSBRegError
-from msbreg.evaluation import OnlineProbe
 from msbreg.evaluator import Evaluator, has_labels, set_aside
 from msbreg.export import export_backbone
 from msbreg.machine import usable_cores
-from msbreg.methods import StepOutput, build_method
+from msbreg.methods import StepOutput
 from msbreg.monitor import (
     MetricsFile,
     Progress,
@@ -42,17 +39,17 @@ from msbreg.monitor import (
     memory_megabytes,
     read_metrics,
 )
-from msbreg.optim import build_optimizer
 from msbreg.plots import draw_curves
 from msbreg.processes import Processes
-from msbreg.schedules import ema_tau, scaled_lr, warmup_cosine
+from msbreg.step import TrainingStep
 
 __all__ = ["Trainer", "pretrain"]
 
 BAD_LOSSES_IN_A_ROW = 3
 FREE_TO_CHANGE = {
     "run.dir", "run.resume", "run.threads", "run.checkpoint_every", "run.log_every", "run.tensorboard", "run.device",
-    "data.path", "data.eval_path", "data.backend", "data.threads", "data.prefetch", "data.cache",
+    "run.timeout", "data.path", "data.images", "data.eval_path", "data.backend", "data.threads", "data.prefetch",
+    "data.timeout", "data.cache",
 }  # fmt: skip
 
 
@@ -70,7 +67,8 @@ def pretrain(config: Config) -> dict[str, Any]:
         MSBRegError: what the user can mend; see its text.
     """
     config.validate()
-    with Processes(config.run.device) as processes, run_folder(config, processes) as folder:
+    patience = timedelta(seconds=config.run.timeout)
+    with Processes(config.run.device, patience=patience) as processes, run_folder(config, processes) as folder:
         return Trainer(config, processes, folder).run()
 
 
@@ -127,45 +125,25 @@ class Trainer:
             backend=config.data.backend,
             threads=self.threads,
             prefetch=config.data.prefetch,
+            timeout=config.data.timeout,
         )
         self.steps = config.optim.steps or max(1, math.ceil(config.optim.epochs * self.loader.steps_per_epoch))
         self.warmup_steps = min(self.steps, round(config.optim.warmup_epochs * self.loader.steps_per_epoch))
         self.eval_every = (
             max(1, round(config.eval.every * self.loader.steps_per_epoch)) if config.eval.every else self.steps
         )
-        self.peak_lr = scaled_lr(config.optim.lr, config.data.batch_size)
-
-        self._build_networks()
-        self.done, self.results, self.stopwatch = 0, {}, Stopwatch()
+        classes = len(self.source.classes) if config.eval.linear and has_labels(self.source) else 0
+        self.step = TrainingStep(config, processes, steps=self.steps, warmup_steps=self.warmup_steps, classes=classes)
+        self.bad_losses = torch.zeros(2, dtype=torch.int64, device=self.device)  # in a row now, and the longest row
+        self.done, self.results, self.stopwatch = 0, {}, Stopwatch(self.device)
         if state is not None:
             self._restore(state)
         self.logged = self.done
 
-    def _build_networks(self) -> None:
-        config, processes = self.config, self.processes
-        torch.manual_seed(config.run.seed)  # the same weights on every rank
-        self.method = build_method(config, processes.group).to(self.device, memory_format=torch.channels_last)
-        classes = len(self.source.classes) if config.eval.linear and has_labels(self.source) else 0
-        features = self.method.online.backbone.num_features
-        self.probe = OnlineProbe(features, classes, group=processes.group).to(self.device) if classes else None
-        if processes.group is not None:
-            self.method = convert_sync_batchnorm(self.method, processes.group)
-        if config.model.compile:
-            for network in self.method.children():
-                network.compile()
-        self.model = self.method if processes.group is None else distributed(self.method)
-        self.optimizer = build_optimizer(
-            config.optim.name, self.method, lr=self.peak_lr, weight_decay=config.optim.weight_decay
-        )
-        bf16 = config.model.precision == "bf16" or (config.model.precision == "auto" and self.device.type == "cuda")
-        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
-        self.input_dtype = torch.bfloat16 if bf16 else torch.float32
-        self.bad_losses = torch.zeros(2, dtype=torch.int64, device=self.device)  # in a row now, and the longest row
-
     def run(self) -> dict[str, Any]:
         """Trains from where the run stands to its end."""
         config, first = self.config, self.processes.first
-        with contextlib.ExitStack() as opened, stop_signals() as stop:
+        with contextlib.ExitStack() as opened, stop_signals() as stop, collected_by_hand():
             opened.callback(self.loader.close)
             self.progress = Progress(self.steps, self.done, shown=first)
             opened.callback(self.progress.close)
@@ -186,27 +164,9 @@ class Trainer:
             self._train(stop)
             return self._finish() if self.done == self.steps else {"finished": False, "step": self.done}
 
-    def step(self, batch: Batch, step: int) -> StepOutput:
-        """One optimizer step on one batch; `step` counts from 0."""
-        # Dropout and the like draw from torch's generator: a function of seed, step and rank, as all else is.
-        torch.manual_seed((self.config.run.seed * 2**40 + step * self.processes.world + self.processes.rank) % 2**63)
-        lr = warmup_cosine(step, self.steps, self.warmup_steps, self.peak_lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        views = [view.to(self.device, self.input_dtype, non_blocking=True) for view in batch.views]
-        with self.autocast:
-            out = self.model(views, self.batch)
-        out.loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(ema_tau(step, self.steps, self.config.method.tau))
-        if self.probe is not None:
-            self.probe.learn(out.features, batch.labels.to(self.device, non_blocking=True))
-        return out
-
     def _train(self, stop: list[int]) -> None:
         config = self.config
-        self.model.train()
+        self.step.train()
         self.stopwatch.start()
         for step, batch in self._timed(self.loader.batches(self.done, self.steps)):
             out = self.step(batch, step)
@@ -235,11 +195,10 @@ class Trainer:
     def _timed(self, batches: Iterator) -> Iterator[tuple[int, Any]]:
         step = self.done
         while True:
-            began = time.perf_counter()
-            batch = next(batches, None)
+            with self.stopwatch.waiting():
+                batch = next(batches, None)
             if batch is None:
                 return
-            self.stopwatch.waited += time.perf_counter() - began
             yield step, batch
             step += 1
 
@@ -264,7 +223,7 @@ class Trainer:
 
     def _healthy(self) -> bool:
         """Whether the last loss and all weights are finite, on every rank."""
-        finite = torch.stack([weight.isfinite().all() for weight in self.method.parameters()]).all()
+        finite = torch.stack([weight.isfinite().all() for weight in self.step.method.parameters()]).all()
         return all(self.processes.gather(int(finite & (self.bad_losses[0] == 0))))
 
     def _stopped(self, stop: list[int]) -> bool:
@@ -273,8 +232,14 @@ class Trainer:
             return False
         return any(self.processes.gather(len(stop)))
 
+    def _share_unreadable(self) -> None:
+        """Lets every rank leave out what any of them could not read, and the first one count it."""
+        self.loader.unreadable.update(self.processes.joined(self.loader.unreadable))
+
     def _log(self, out: StepOutput) -> None:
+        gc.collect()  # on all ranks in the same step
         self._check_losses()
+        self._share_unreadable()
         seconds, wait = self.stopwatch.lap()
         losses = self.processes.mean(torch.stack([out.loss.detach(), *out.terms.values()]))
         if not self.processes.first:
@@ -286,7 +251,7 @@ class Trainer:
             "step": self.done,
             "epoch": self.done / self.loader.steps_per_epoch,
             **dict(zip(("loss", *out.terms), losses.tolist(), strict=True)),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.step.lr,
             **embedding_statistics(out.embeddings),
             "images_per_second": images / seconds,
             "views_per_second": images * self.config.data.views / seconds,
@@ -317,18 +282,20 @@ class Trainer:
         if self.evaluator is not None:
             if self.done == 0:
                 self.results["knn_top1_pixels"] = self.evaluator.pixels()
-            accuracy = self.evaluator(self.method.online.backbone, linear=linear)
+            accuracy = self.evaluator(self.step.method.online.backbone, linear=linear)
             self.results["knn_top1"] = accuracy.knn
             if self.done == 0:
                 self.results["knn_top1_untrained"] = accuracy.knn
             row = {"event": "eval", "step": self.done, "knn_top1": accuracy.knn}
             row["knn_top1_pixels"] = self.results["knn_top1_pixels"]
-            if self.probe is not None and self.evaluator.task == "labels":
-                row["online_linear_top1"] = self.probe.accuracy(self.method.online.backbone, self.evaluator.queries)
+            if self.step.probe is not None and self.evaluator.task == "labels":
+                row["online_linear_top1"] = self.step.probe.accuracy(
+                    self.step.method.online.backbone, self.evaluator.queries
+                )
                 self.results["online_linear_top1"] = row["online_linear_top1"]
             if accuracy.linear is not None:
                 self.results["linear_top1"] = row["linear_top1"] = accuracy.linear
-            row["spectrum"] = self.evaluator.spectrum(self.method.online.projector)
+            row["spectrum"] = self.evaluator.spectrum(self.step.method.online.projector)
             self._record(row)
         self.processes.wait()
         self.stopwatch.start()
@@ -337,6 +304,7 @@ class Trainer:
         """Writes a checkpoint, unless the run has just gone astray: then the last good one is worth more."""
         self.stopwatch.stop()
         self._check_losses()
+        self._share_unreadable()
         healthy = self._healthy()
         if healthy:
             problem: MSBRegError | None = None
@@ -358,9 +326,7 @@ class Trainer:
             "step": self.done,
             "images": len(self.source),
             "config": asdict(self.config),
-            "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "probe": self.probe.state_dict() if self.probe is not None else None,
+            **self.step.state_dict(),
             "unreadable": dict(self.loader.unreadable),
             "seconds": self.stopwatch.seconds,
             "waited": self.stopwatch.waited,
@@ -369,17 +335,14 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
-            self.method.load_state_dict(state["method"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.probe is not None:
-                self.probe.load_state_dict(state["probe"])
+            self.step.load_state_dict(state)
         except (RuntimeError, ValueError, AttributeError, TypeError, KeyError) as error:
             raise MSBRegError(
                 f"the checkpoint in {self.folder} does not fit the networks of this config; choose another --run.dir."
             ) from error
-        self.loader.unreadable.update(state["unreadable"])
+        self.loader.recall(state["unreadable"])
         self.done, self.results = state["step"], state["results"]
-        self.stopwatch = Stopwatch(state["seconds"], state["waited"])
+        self.stopwatch = Stopwatch(self.device, state["seconds"], state["waited"])
 
     def _finish(self) -> dict[str, Any]:
         """Last evaluation, checkpoint, curves, exported backbone and table; does nothing twice on a finished run."""
@@ -401,7 +364,7 @@ class Trainer:
         else:
             config, summary = self.config, self._summary()
             description = f"{config.model.backbone} pretrained by msbreg ({config.method.name}), {self.done} steps"
-            export_backbone(self.method.online.backbone, self.folder, description=description)
+            export_backbone(self.step.method.online.backbone, self.folder, description=description)
             title = f"msbreg pretrain: {config.method.name}, {config.model.backbone}, K = {config.data.views}"
             draw_curves(read_metrics(self.folder / "metrics.jsonl"), self.folder / "curves.png", title=title)
             write_json(summary_file, finite(summary))
@@ -454,13 +417,6 @@ class Trainer:
         print(markdown_table(rows, (f"{summary['method']}, {summary['backbone']}", "value")))
         done = "This run had finished already" if again else "Curves, metrics, checkpoint and backbone are"
         print(f"\n{done} in {self.folder}/")
-
-
-def distributed(method: torch.nn.Module) -> DistributedDataParallel:
-    """Averages gradients over processes. Buffers need no broadcast: they are the same on every rank anyway."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch 2.15 has a new name, 2.9 only this one
-        return DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def open_images(config: Config, processes: Processes) -> tuple[Source, Source | None]:
@@ -533,6 +489,22 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def collected_by_hand() -> Iterator[None]:
+    """Within it Python collects garbage only when it is asked to, and passes over what there was before.
+
+    A collection at a moment of its own choosing makes one rank late, and all others wait.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def refuse_other_config(state: dict[str, Any], config: Config, folder: Path) -> None:

@@ -7,14 +7,18 @@ of threads changes them.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
+import threading
 import warnings
+import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, wait
 from functools import lru_cache
-from typing import Literal, NamedTuple, Protocol
+from queue import Empty, SimpleQueue
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +36,7 @@ from msbreg.machine import usable_cores
 __all__ = ["Batch", "ViewLoader"]
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 READING_THREADS = 8
 """They wait for disks and networks more than they compute, so they are not counted by cores."""
@@ -96,6 +101,7 @@ class ViewLoader:
         backend: "dali", "torchvision", or "auto": DALI where it is installed.
         threads: CPU threads that decode and augment; None: the cores this process may use.
         prefetch: batches that the backend works on ahead of the one asked for; as many again are read ahead of those.
+        timeout: seconds that a batch is waited for until its images have been read; 0: for ever.
 
     Raises:
         DataError: the global batch is larger than the source, or the source is empty.
@@ -117,6 +123,7 @@ class ViewLoader:
         backend: Literal["auto", "dali", "torchvision"] = "auto",
         threads: int | None = None,
         prefetch: int = 2,
+        timeout: float = 600.0,
     ) -> None:
         if batch_size < 1 or prefetch < 1 or not recipe:
             raise ValueError(
@@ -134,21 +141,24 @@ class ViewLoader:
                 f"use a smaller batch or more images"
             )
         self.source, self.recipe, self.batch_size, self.seed, self.shuffle = source, recipe, batch_size, seed, shuffle
-        self.rank, self.prefetch, self.device = rank, prefetch, torch.device(device)
+        self.rank, self.prefetch, self.timeout, self.device = rank, prefetch, timeout, torch.device(device)
         self.steps_per_epoch = images // self.global_batch if shuffle else -(-images // batch_size)
         """Steps in which each image comes at most once."""
         self._reader = Reader(source)
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(images, seed=seed, epoch=epoch))
         threads = threads or usable_cores()
         self._backend = _open_backend(backend, recipe, min(batch_size, images), self.device, threads)
-        self._reading = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="read")
-        self._drawing = ThreadPoolExecutor(1, thread_name_prefix="draw")
+        self._reading, self._drawing = _Threads(READING_THREADS, "read"), _Threads(1, "draw")
         self._stream: Generator[Batch, None, None] | None = None
 
     @property
     def unreadable(self) -> dict[int, str]:
-        """Why images were left out, by their number in the source; may be filled in from an earlier run."""
+        """Why images were left out, by their number in the source; what other ranks found may be added."""
         return self._reader.unreadable
+
+    def recall(self, unreadable: dict[int, str]) -> None:
+        """Leaves out images that an earlier run found unreadable, unless they can be read by now: disks come back."""
+        self._wait(self._reading.submit(self._reader.recall, unreadable))
 
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """The batches of steps [start, stop). A loader serves one stream at a time: a new one ends the one before.
@@ -158,7 +168,7 @@ class ViewLoader:
             stop: step to end before; None: never with `shuffle`, else at the end of the source.
 
         Raises:
-            DataError: while iterating, where too many images cannot be read.
+            DataError: while iterating, where too many images cannot be read, or reading takes longer than `timeout`.
         """
         if self._stream is not None:
             self._stream.close()
@@ -171,8 +181,8 @@ class ViewLoader:
         """Ends the stream and frees threads and memory."""
         if self._stream is not None:
             self._stream.close()
-        self._reading.shutdown(cancel_futures=True)
-        self._drawing.shutdown(cancel_futures=True)
+        self._reading.close()
+        self._drawing.close()
         self._backend.close()
 
     def _run(self, steps: Iterator[int]) -> Generator[Batch, None, None]:
@@ -184,7 +194,7 @@ class ViewLoader:
             reading.extend(self._read(step) for step in itertools.islice(steps, max(0, ahead)))
             # With something to hand out, nothing is waited for: the caller's time is for training.
             while reading and len(decoding) < self.prefetch and (not decoding or reading[0].done()):
-                work = reading.popleft().result()
+                work = self._wait(reading.popleft())
                 self._submit(work)
                 decoding.append(work)
 
@@ -242,16 +252,72 @@ class ViewLoader:
                 return self._backend.receive()
             except UndecodableError as error:
                 for position in error.positions:
-                    self._reader.distrust(decoding[0].samples[position].image)
-                step = decoding[0].step
-                decoding[0] = self._drawn(step, self._samples(self._indices(step).tolist()))
+                    self._wait(self._reading.submit(self._reader.distrust, decoding[0].samples[position].image))
+                decoding[0] = self._wait(self._read(decoding[0].step))
                 for work in decoding:
                     self._submit(work)
+
+    def _wait(self, future: Future[T]) -> T:
+        """What a thread has made, unless it takes longer than images may take."""
+        if not wait([future], self.timeout or None).done:
+            raise DataError(
+                f"{self._reader.longest} is still being read after {self.timeout:g} s (--data.timeout). See whether "
+                "its disk or network answers, then run the same command again to go on from the last checkpoint."
+            )
+        return future.result()
 
     def _warn(self) -> None:
         """Names images found unreadable, from the caller's thread."""
         while self._reader.news:
             warnings.warn(self._reader.news.pop(0), stacklevel=3)
+
+
+class _Threads:
+    """Threads that work off what is submitted.
+
+    A disk that never answers holds up neither `close` nor the interpreter's end, as it does with ThreadPoolExecutor.
+
+    Args:
+        count: how many.
+        name: of the threads, for debuggers.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._tasks: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = SimpleQueue()
+        for number in range(count):
+            threading.Thread(target=_work_off, args=(self._tasks,), name=f"{name}_{number}", daemon=True).start()
+        self._dismiss = weakref.finalize(self, _dismiss, self._tasks, count)
+
+    def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
+        """Lets a thread call a function."""
+        if not self._dismiss.alive:
+            raise RuntimeError("the loader is closed")
+        future: Future[T] = Future()
+        self._tasks.put((future, function, arguments))
+        return future
+
+    def close(self) -> None:
+        """Cancels what has not begun, and lets the threads end."""
+        self._dismiss()
+
+
+def _work_off(tasks: SimpleQueue) -> None:
+    while (task := tasks.get()) is not None:
+        future, function, arguments = task
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:  # it belongs to whoever waits for the result
+                future.set_exception(error)
+        del task, future, function, arguments  # or an idle thread would keep a batch alive
+
+
+def _dismiss(tasks: SimpleQueue, count: int) -> None:
+    with contextlib.suppress(Empty):
+        while True:
+            tasks.get_nowait()[0].cancel()
+    for _ in range(count):
+        tasks.put(None)
 
 
 def _open_backend(name: str, recipe: Recipe, batch_size: int, device: torch.device, threads: int) -> Backend:

@@ -44,6 +44,7 @@ class Reader:
         """Why images cannot be read, by index."""
         self.news: list[str] = []
         """Sentences about images found unreadable since somebody last emptied this list."""
+        self._under_way: dict[int, int] = {}  # thread to image; the read that began first comes first
         self._sizes = np.zeros((len(source), 2), dtype=np.int32)  # height, width; zero: not yet known
         self._uncommon: set[int] = set()
         self._lock = threading.Lock()
@@ -52,6 +53,12 @@ class Reader:
     def limit(self) -> int:
         """Images that may be unreadable before it is an error."""
         return max(16, len(self.source) // 100)
+
+    @property
+    def longest(self) -> str:
+        """The image whose reading has lasted longest, or the source where none is being read."""
+        under_way = list(self._under_way.values())
+        return self.source.name(under_way[0]) if under_way else str(self.source)
 
     def sample(self, index: int) -> Sample:
         """The image, or its substitute.
@@ -71,7 +78,7 @@ class Reader:
 
     def _read(self, index: int) -> Sample:
         try:
-            data = self.source.read(index)
+            data = self._bytes(index)
         except OSError as error:
             raise UnreadableError(f"it cannot be read: {error.strerror or error}") from error
         if not self._sizes[index].any():
@@ -84,6 +91,13 @@ class Reader:
         height, width = self._sizes[index].tolist()
         return Sample(index, np.frombuffer(data, np.uint8), height, width)
 
+    def _bytes(self, index: int) -> bytes:
+        self._under_way[threading.get_ident()] = index
+        try:
+            return self.source.read(index)
+        finally:
+            del self._under_way[threading.get_ident()]
+
     def distrust(self, index: int) -> None:
         """Takes notice that a backend could not decode an image: it is left to Pillow from now on, else given up.
 
@@ -93,10 +107,18 @@ class Reader:
         try:
             if index in self._uncommon:
                 raise UnreadableError("it cannot be decoded")
-            decode(self.source.read(index))
+            decode(self._bytes(index))
             self._uncommon.add(index)
         except (UnreadableError, OSError) as error:
             self._reject(index, str(error))
+
+    def recall(self, unreadable: dict[int, str]) -> None:
+        """Takes over what an earlier process found unreadable, but for images that are readable by now."""
+        for index, reason in unreadable.items():
+            try:
+                decode(self._bytes(index))
+            except (UnreadableError, OSError):
+                self.unreadable[index] = reason
 
     def _reject(self, index: int, reason: str) -> None:
         with self._lock:

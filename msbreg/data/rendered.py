@@ -35,6 +35,9 @@ JPEG_QUALITY = 90
 CHUNK = 64  # images rendered at a time; the stream of random numbers depends on it
 SATURATION = 0.75
 
+IMAGES, TEST_IMAGES = 5000, 2000
+"""Sized so that rendering takes seconds, and an epoch on a CPU too."""
+
 
 def _near(x: Array) -> Array:
     """Distance to the nearest whole number."""
@@ -203,7 +206,9 @@ def swatches(labels: NDArray[np.int64], *, size: int, random: np.random.Generato
     return (picture.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
-def render(folder: str | Path, *, images: int = 5000, test_images: int = 2000, size: int = 32, seed: int = 0) -> Path:
+def render(
+    folder: str | Path, *, images: int = IMAGES, test_images: int = TEST_IMAGES, size: int = 32, seed: int = 0
+) -> Path:
     """Renders the data set as JPEG files `train/CLASS/NUMBER.jpg` and `test/CLASS/NUMBER.jpg`, classes in equal parts.
 
     The same arguments give the same pictures. A folder that is already complete is returned at once, and one rendered
@@ -212,7 +217,7 @@ def render(folder: str | Path, *, images: int = 5000, test_images: int = 2000, s
 
     Args:
         folder: where to; its parents are made.
-        images: training images. The defaults are sized so that rendering takes seconds and an epoch on a CPU too.
+        images: training images.
         test_images: held-out images, drawn from a stream of their own.
         size: side of an image in pixels.
         seed: a whole number, 0 or more.

@@ -194,9 +194,12 @@ class TarShards(Source):
         shard, offset, size = self.place[index].tolist()
         descriptor = os.open(self.shards[shard], os.O_RDONLY)
         try:
-            return os.pread(descriptor, size, offset)
+            data = os.pread(descriptor, size, offset)
         finally:
             os.close(descriptor)
+        if len(data) < size:
+            raise OSError("the shard has become shorter")
+        return data
 
     def name(self, index: int) -> str:
         """See `Source.name`."""

@@ -60,15 +60,13 @@ class Encoder(nn.Module):
 
 @contextlib.contextmanager
 def running_statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Within it, batch normalisation leaves its running statistics alone: recomputing must not count a batch twice."""
-    norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
-    counts = [layer.num_batches_tracked.clone() for layer in norms]
-    momenta = [layer.momentum for layer in norms]
-    for layer in norms:
-        layer.momentum = 0.0
+    """Within it, batch normalisation keeps its running statistics: recomputing must not count a batch twice."""
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    statistics = [buffer for layer in layers for buffer in layer.buffers(recurse=False)]
+    before = [buffer.clone() for buffer in statistics]
     try:
         yield
     finally:
-        for layer, count, momentum in zip(norms, counts, momenta, strict=True):
-            layer.momentum = momentum
-            layer.num_batches_tracked.copy_(count)
+        # Past autograd, which counts changes: an earlier chunk's graph has saved these buffers, and needs them not.
+        for buffer, value in zip(statistics, before, strict=True):
+            buffer.data.copy_(value)

@@ -1,0 +1,136 @@
+"""One training step: forward, backward, optimizer, moving average.
+
+A step is a function of the networks' state, the batch and the step's number, and nothing in it makes the host wait for
+the device.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from msbreg.compilation import compile_regions
+from msbreg.config import Config
+from msbreg.cuda_graph import RecordedPass
+from msbreg.data import Batch
+from msbreg.distributed import convert_sync_batchnorm
+from msbreg.errors import MSBRegError
+from msbreg.evaluation import OnlineProbe
+from msbreg.methods import StepOutput, build_method
+from msbreg.optim import build_optimizer
+from msbreg.processes import Processes
+from msbreg.schedules import ema_tau, scaled_lr, warmup_cosine
+
+__all__ = ["TrainingStep"]
+
+
+class TrainingStep:
+    """The networks of a run, and what a step does to them.
+
+    Args:
+        config: the run's options.
+        processes: this process and its peers, which share each batch evenly.
+        steps: of the whole run.
+        warmup_steps: those of them in which the learning rate rises.
+        classes: of the linear probe that trains alongside; 0 for none.
+
+    Attributes:
+        method: the networks and their loss.
+        optimizer: of the method's parameters.
+        probe: the linear probe, or None.
+    """
+
+    def __init__(
+        self, config: Config, processes: Processes, *, steps: int, warmup_steps: int, classes: int = 0
+    ) -> None:
+        self.config, self.processes, self.device = config, processes, processes.device
+        self.steps, self.warmup_steps = steps, warmup_steps
+        self.batch = config.data.batch_size // processes.world
+        self.peak_lr = scaled_lr(config.optim.lr, config.data.batch_size)
+        bf16 = config.model.precision == "bf16" or (config.model.precision == "auto" and self.device.type == "cuda")
+        self.input_dtype = torch.bfloat16 if bf16 else torch.float32
+        self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+
+        torch.manual_seed(config.run.seed)  # the same weights on every rank
+        method: nn.Module = build_method(config, processes.group)
+        method = method.to(self.device, memory_format=torch.channels_last)
+        features = method.online.backbone.num_features
+        self.probe = OnlineProbe(features, classes, group=processes.group).to(self.device) if classes else None
+        self.method = method if processes.group is None else convert_sync_batchnorm(method, processes.group)
+        if config.model.compile:
+            compile_regions(self.method)
+        self._model: nn.Module | DistributedDataParallel = (
+            self.method if processes.group is None else _shared(self.method)
+        )
+        self.optimizer = build_optimizer(
+            config.optim.name, self.method, lr=self.peak_lr, weight_decay=config.optim.weight_decay
+        )
+        self._pass = self._forward_backward
+        if config.model.cuda_graph:
+            if self.device.type != "cuda" or processes.world > 1:
+                raise MSBRegError("--model.cuda_graph needs a GPU, and is for one process alone.")
+            self._pass = RecordedPass(self._forward_backward, self.input_dtype)
+
+    def __call__(self, batch: Batch, number: int) -> StepOutput:
+        """Takes one step.
+
+        Args:
+            batch: this process's images; their views are on its device.
+            number: of the step, from 0.
+
+        Returns:
+            What the step computed. The next step may overwrite it.
+        """
+        # Dropout and the like draw from torch's generator: a function of seed, step and rank, as all else is.
+        torch.manual_seed((self.config.run.seed * 2**40 + number * self.processes.world + self.processes.rank) % 2**63)
+        lr = warmup_cosine(number, self.steps, self.warmup_steps, self.peak_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        out = self._pass(batch.views)
+        self.optimizer.step()
+        self.method.after_step(ema_tau(number, self.steps, self.config.method.tau))
+        if self.probe is not None:
+            self.probe.learn(out.features, batch.labels.to(self.device, non_blocking=True))
+        return out
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    def train(self) -> None:
+        """Puts the networks into training mode."""
+        self._model.train()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a step changes."""
+        return {
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "probe": self.probe.state_dict() if self.probe is not None else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` gave; raises what torch raises where it is another network's."""
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.probe is not None:
+            self.probe.load_state_dict(state["probe"])
+
+    def _forward_backward(self, views: Sequence[Tensor]) -> StepOutput:
+        """The loss of a batch, and its gradients in the place of those before."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast:
+            out = self._model([view.to(self.input_dtype) for view in views], self.batch)
+        out.loss.backward()
+        return out._replace(loss=out.loss.detach())
+
+
+def _shared(method: nn.Module) -> DistributedDataParallel:
+    """Averages gradients over processes. Buffers need no broadcast: they are the same on every rank anyway."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch 2.15 has a new name, 2.9 only this one
+        return DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -1,0 +1,167 @@
+"""The training step: what it makes the host wait for, how it is compiled, how it is recorded."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from msbreg.compilation import regions
+from msbreg.config import Config
+from msbreg.data import Batch
+from msbreg.errors import MSBRegError
+from msbreg.models import build_backbone, mlp_head
+from msbreg.monitor import Stopwatch
+from msbreg.processes import Processes
+from msbreg.step import TrainingStep
+
+BATCH, VIEWS, STEPS = 6, 2, 8
+gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU"),
+]
+
+
+def build(device: str = "cpu", **options) -> TrainingStep:
+    config = Config()
+    config.data.batch_size, config.data.views = BATCH, VIEWS
+    config.model.hidden, config.model.dim, config.model.precision = 24, 8, "fp32"
+    for name, value in options.items():
+        group, option = name.split("__")
+        assert hasattr(getattr(config, group), option)
+        setattr(getattr(config, group), option, value)
+    step = TrainingStep(config, Processes(device), steps=STEPS, warmup_steps=1, classes=5)
+    step.train()
+    return step
+
+
+def batch(device: str = "cpu", *, seed: int = 1) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    views = torch.randn(VIEWS * BATCH, 3, 16, 16, generator=generator).to(device)
+    return Batch((views,), torch.arange(BATCH) % 5, torch.arange(BATCH))
+
+
+class Reads(TorchDispatchMode):
+    """Notes operations by which the host reads a tensor's numbers, but for tensors that are on the CPU anyway."""
+
+    READING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero", "allclose")
+
+    def __init__(self, on_the_cpu: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.on_the_cpu = {tensor.data_ptr() for tensor in on_the_cpu}
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in self.READING and args[0].data_ptr() not in self.on_the_cpu:
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def counters(step: TrainingStep) -> list[torch.Tensor]:
+    """Adam's numbers of steps, which stay on the CPU."""
+    optimizers = (step.optimizer, step.probe._optimizer)
+    return [state["step"] for optimizer in optimizers for state in optimizer.state.values() if "step" in state]
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("method", ["msbreg", "byol", "simsiam"])
+def test_no_step_reads_a_number(method, optimizer):
+    step = build(method__name=method, optim__name=optimizer)
+    step(batch(), 0)
+    with Reads(counters(step)) as reads:
+        step(batch(), 1)
+    assert reads.found == []
+
+
+def test_a_read_would_be_seen(monkeypatch):
+    step = build()
+    step(batch(), 0)
+    after = step.method.after_step
+    monkeypatch.setattr(step.method, "after_step", lambda tau: after(tau * float(step.probe.weight.isfinite().all())))
+    with Reads(counters(step)) as reads:
+        step(batch(), 1)
+    assert reads.found == ["_local_scalar_dense"]
+
+
+@pytest.mark.parametrize("chunk", [0, 1])
+def test_compiled_networks_compute_the_same(chunk):
+    eager, compiled = (build(model__view_chunk=chunk, optim__name="sgd", optim__lr=0.1) for _ in range(2))
+    for region in regions(compiled.method):
+        region.compile(backend="aot_eager", dynamic=False)  # as --model.compile does, but no C++ compiler is waited for
+    for number in range(3):
+        torch.testing.assert_close(eager(batch(), number).loss, compiled(batch(), number).loss, rtol=1e-4, atol=1e-5)
+    state, other = eager.method.state_dict(), compiled.method.state_dict()
+    assert state.keys() == other.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(value, other[name], msg=name, rtol=1e-3, atol=1e-4)
+
+
+def test_regions_are_blocks_or_whole_networks():
+    resnet = build_backbone("resnet18")
+    assert {type(region).__name__ for region in regions(resnet)} == {"BasicBlock"} and len(regions(resnet)) == 8
+    convnet, perceptron = build_backbone("convnet"), mlp_head(8, 16, 4)
+    assert regions(convnet) == [convnet.layers] and regions(perceptron) == [perceptron]
+    method = build(model__backbone="resnet18").method
+    assert len(regions(method)) == 2 * (8 + 1) + 1  # online and target: blocks and projector; the predictor
+
+
+def test_a_graph_needs_a_gpu():
+    with pytest.raises(MSBRegError, match="cuda_graph needs a GPU"):
+        build(model__cuda_graph=True)
+
+
+@pytest.mark.parametrize("name", [pytest.param("cuda", marks=gpu), "cpu"])
+def test_waiting_is_counted_once(name):
+    watch = Stopwatch(torch.device(name), 3.0, 1.0)
+    watch.start()
+    for _ in range(2):
+        with watch.waiting():
+            torch.ones(8, device=name).sum()
+    waited = watch.waited
+    assert 1.0 < waited < 3.0 and watch.waited == waited
+    seconds, wait = watch.lap()
+    assert 0 < wait == pytest.approx(waited - 1.0) and wait <= seconds
+    assert watch.lap()[1] == 0
+
+
+@pytest.mark.parametrize("name", ["msbreg", "byol", "simsiam"])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_a_recorded_step_is_the_step(device, name):
+    """Losses, weights and noise of steps that replay a graph, against those of steps that do not."""
+    eager, recorded = (
+        build(device, method__name=name, model__cuda_graph=graph, optim__name="sgd", optim__lr=0.1)
+        for graph in (False, True)
+    )
+    for number in range(STEPS):
+        images = batch(device, seed=number)
+        out, other = eager(images, number), recorded(images, number)
+        torch.testing.assert_close(out.loss, other.loss, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(out.terms, other.terms, rtol=1e-2, atol=1e-3)
+    state, other_state = eager.method.state_dict(), recorded.method.state_dict()
+    for key, value in state.items():
+        torch.testing.assert_close(value, other_state[key], msg=key, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_no_step_makes_the_host_wait_for_the_gpu(device, optimizer, graph):
+    step = build(device, optim__name=optimizer, model__cuda_graph=graph)
+    for number in range(5):  # compiling, choosing algorithms and recording may
+        step(batch(device), number)
+    images = batch(device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(images, 5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_compiled_regions_on_a_gpu(device):
+    eager, compiled = (
+        build(device, model__backbone="resnet18", model__stem="cifar", model__compile=on, optim__name="sgd")
+        for on in (False, True)
+    )
+    for number in range(3):
+        images = batch(device, seed=number)
+        torch.testing.assert_close(eager(images, number).loss, compiled(images, number).loss, rtol=2e-2, atol=1e-2)
