@@ -9,11 +9,11 @@ demo: $(VENV)/.installed-train
 	$(BIN)/msbreg pretrain
 
 # Two runs side by side, since a process either compiles Triton kernels or interprets them; the second is shown when the
-# first is done. Fails where either does.
+# first is done. Fails where either does. Most tests start processes of their own, so that four at a time are enough.
 test: $(VENV)/.installed-train,test
 	@status=0; log=$$(mktemp); \
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter >$$log 2>&1 & interpreted=$$!; \
-	$(BIN)/python -m pytest || status=$$?; \
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile || status=$$?; \
 	wait $$interpreted || status=$$?; \
 	cat $$log; rm $$log; exit $$status
 

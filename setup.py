@@ -60,6 +60,7 @@ setup(
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.2",
+            "pytest-xdist>=3.5",
             "scikit-learn>=1.3",
             "setuptools>=77",
             "timm>=1.0",

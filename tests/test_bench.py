@@ -254,10 +254,11 @@ def test_the_report_draws_a_run(suite, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_gpu_script_says_when_there_is_none():
-    environment = os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run([ROOT / "bench" / "run_gpu.sh"], env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2 and "torch finds none here" in done.stderr
+@pytest.mark.parametrize(("part", "said"), [("training", "torch finds none here"), ("everything", "usage:")])
+def test_the_gpu_script_says_what_is_wrong(part, said):
+    command, environment = [ROOT / "bench" / "run_gpu.sh", part], os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and said in done.stderr
 
 
 def benchmark_of(provider, seconds, **info):

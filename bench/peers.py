@@ -1,0 +1,715 @@
+"""Trains with lightly, with DALI in the manner of solo-learn, and with msbreg, in one run on one device: who is faster?
+
+    python bench/peers.py                    # ResNet-18 at 32 pixels on a GPU, a network for CPUs elsewhere
+    python bench/peers.py --case imagenet    # ResNet-50 at 224
+
+Backbone, widths of the heads, batch, precision, memory format, optimizer and number of loading threads are the same for
+all. Each provider lives in a process of its own, and they take turns, round after round, so that what else the machine
+does hits all alike. What a loader prepared while others had their turn is thrown away before a turn is timed.
+"""
+
+import argparse
+import contextlib
+import copy
+import ctypes
+import gc
+import json
+import math
+import multiprocessing
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+import textwrap
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import date
+from importlib import metadata
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from runs import commit, markdown, processor, versions
+from timing import synchronize
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from usage import gpu_state
+
+from msbreg.config import Config, DataConfig, EvalConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
+from msbreg.data import ImageFolder, load_recipe
+from msbreg.data.recipes import MEAN, STD, View
+from msbreg.data.rendered import render
+from msbreg.errors import MSBRegError
+from msbreg.machine import usable_cores
+from msbreg.models import build_backbone, mlp_head
+from msbreg.processes import Processes
+from msbreg.schedules import scaled_lr
+from msbreg.trainer import Trainer
+
+LR, MOMENTUM, WEIGHT_DECAY = 0.06, 0.9, 1e-4
+"""Learning rate for 256 images: lightly's example of BYOL. It matters only in that all of them train."""
+TAU = 0.996
+"""BYOL's for 1000 epochs."""
+MANY = 10**9
+"""Steps or images that no run comes to the end of."""
+CHECK_STEPS = 3
+WARM_UP = 3
+"""Steps of a turn before its clock starts, at the least."""
+
+
+class Case(NamedTuple):
+    """What is trained."""
+
+    backbone: str
+    stem: str
+    size: int
+    """Side of a view, pixels."""
+    batch: int
+    hidden: int = 4096
+    dim: int = 256
+    view_chunk: int = 0
+    """Most views that msbreg takes through the networks at a time; 0: all."""
+    images: int = 5000
+    """Rendered where no folder is given."""
+    side: int = 32
+    """Of a rendered image, pixels."""
+
+
+CASES = {
+    "small": Case("resnet18", "cifar", 32, 256),
+    # 448 x 448 is 0.2 megapixels, ImageNet's mean. Activations of 8 x 256 views at once are more than a GPU holds.
+    "imagenet": Case("resnet50", "imagenet", 224, 256, view_chunk=4, images=512, side=448),
+    "tiny": Case("convnet", "imagenet", 32, 16, hidden=64, dim=32, images=256),
+}
+
+
+class Setting(NamedTuple):
+    """What all providers have in common."""
+
+    case: Case
+    data: str
+    """Image folder."""
+    device: str
+    """cpu or cuda."""
+    bf16: bool
+    compile: bool
+    cuda_graph: bool
+    """msbreg's step alone."""
+    threads: int
+    """That load images: processes of a DataLoader, threads of DALI."""
+
+
+@dataclass
+class Peer:
+    """A provider at work."""
+
+    online: nn.Module
+    target: nn.Module
+    batches: Iterator[Any]
+    step: Callable[[Any], Tensor]
+    """Trains on a batch and returns the loss."""
+    ahead: int
+    """Batches that are ready when nobody has asked for one for a while."""
+    together: int = 1
+    """Batches that become ready at about the same time, since as many workers each make one."""
+    close: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A way to train."""
+
+    about: str
+    views: int
+    build: Callable[[Setting], Peer]
+
+
+def train_folder(data: str) -> Path:
+    """The folder of training images: `train` where there is one."""
+    folder = Path(data, "train")
+    return folder if folder.is_dir() else Path(data)
+
+
+def lightly_byol(setting: Setting) -> Peer:
+    """BYOL of lightly's parts, in the manner of its PyTorch example; pinned memory, which that leaves out, is added.
+
+    Images are drawn with replacement, without end: at the end of an epoch a DataLoader would start anew, which a large
+    data set does seldom and the rendered one at every second step.
+    """
+    from lightly.data import LightlyDataset
+    from lightly.loss import NegativeCosineSimilarity
+    from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
+    from lightly.models.utils import update_momentum
+    from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
+    from torch.utils.data import DataLoader, RandomSampler
+
+    case = setting.case
+    first, second = load_recipe("auto", 2, case.size)
+    transform = BYOLTransform(
+        BYOLView1Transform(input_size=case.size, gaussian_blur=first.blur, solarization_prob=first.solarize),
+        BYOLView2Transform(input_size=case.size, gaussian_blur=second.blur, solarization_prob=second.solarize),
+    )
+    dataset = LightlyDataset(str(train_folder(setting.data)), transform=transform)
+    loader = DataLoader(
+        dataset,  # type: ignore[arg-type]  # it has all that a Dataset needs
+        batch_size=case.batch,
+        sampler=RandomSampler(dataset, replacement=True, num_samples=MANY),
+        num_workers=setting.threads,
+        drop_last=True,
+        pin_memory=setting.device == "cuda",
+    )
+    backbone = build_backbone(case.backbone, stem=case.stem)
+    online = nn.Sequential(backbone, BYOLProjectionHead(backbone.num_features, case.hidden, case.dim))
+    similarity = NegativeCosineSimilarity()
+    return byol(
+        setting,
+        online,
+        BYOLPredictionHead(case.dim, case.hidden, case.dim),
+        lambda p, t: 0.5 * similarity(p, t),
+        lambda online, target: update_momentum(online, target, m=TAU),
+        (views for views, _, _ in loader),
+        ahead=loader.prefetch_factor * setting.threads,
+        together=setting.threads,
+    )
+
+
+def solo_style_byol(setting: Setting) -> Peer:
+    """BYOL in plain PyTorch, fed by DALI's own reader and random operators, in the manner of solo-learn."""
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+    case = setting.case
+    pipeline = dali_views(load_recipe("auto", 2, case.size), setting)
+    names = ["first", "second"]
+    iterator = DALIGenericIterator([pipeline], names)
+    backbone = build_backbone(case.backbone, stem=case.stem)
+    online = nn.Sequential(backbone, mlp_head(backbone.num_features, case.hidden, case.dim))
+
+    def follow(online: nn.Module, target: nn.Module) -> None:
+        with torch.no_grad():
+            for theirs, ours in zip(target.parameters(), online.parameters(), strict=True):
+                theirs.lerp_(ours, 1 - TAU)
+
+    return byol(
+        setting,
+        online,
+        mlp_head(case.dim, case.hidden, case.dim),
+        squared_distance,
+        follow,
+        ([batch[name] for name in names] for (batch,) in iterator),
+        ahead=3,  # DALI's default of two, and the one that the iterator holds
+    )
+
+
+def squared_distance(p: Tensor, t: Tensor) -> Tensor:
+    """2 - 2 cos, the mean over the rows."""
+    return 2 - 2 * (normalize(p.float(), dim=-1) * normalize(t.float(), dim=-1)).sum(dim=-1).mean()
+
+
+def dali_views(recipe: tuple[View, ...], setting: Setting) -> Any:
+    """A DALI pipeline without end: each image decoded once, then for each view a (B, 3, H, W) float32 tensor."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    gpu = setting.device == "cuda"
+    source = ImageFolder(train_folder(setting.data))
+    files = [source.name(index) for index in range(len(source))]
+
+    def maybe(probability: float) -> Any:
+        return fn.cast(fn.random.coin_flip(probability=probability), dtype=types.FLOAT)
+
+    def within(strength: float) -> Any:
+        return fn.random.uniform(range=(-strength, strength))
+
+    def augmented(images: Any, view: View) -> Any:
+        x = fn.random_resized_crop(
+            images,
+            size=view.size,
+            random_area=view.area,
+            random_aspect_ratio=view.ratio,
+            interp_type=types.INTERP_CUBIC,
+        )
+        jitter, coloured = maybe(view.jitter), 1 - maybe(view.grayscale)
+        x = fn.color_twist(
+            x,
+            brightness=1 + jitter * within(view.brightness),
+            contrast=1 + jitter * within(view.contrast),
+            saturation=coloured * (1 + jitter * within(view.saturation)),
+            hue=jitter * within(360 * view.hue),
+        )
+        if view.blur > 0:  # noqa: SIM102 - the inner one is a branch of DALI's graph
+            if fn.random.coin_flip(probability=view.blur, dtype=types.BOOL):
+                x = fn.gaussian_blur(x, window_size=23, sigma=fn.random.uniform(range=view.sigma))
+        if view.solarize > 0:  # noqa: SIM102
+            if fn.random.coin_flip(probability=view.solarize, dtype=types.BOOL):
+                x = x ^ (fn.cast(x >= 128, dtype=types.UINT8) * types.Constant(255, dtype=types.UINT8))
+        return fn.crop_mirror_normalize(
+            x,
+            dtype=types.FLOAT,
+            output_layout="CHW",
+            mean=[255 * value for value in MEAN],
+            std=[255 * value for value in STD],
+            mirror=fn.random.coin_flip(probability=view.flip),
+        )
+
+    @pipeline_def(enable_conditionals=True)
+    def views() -> tuple[Any, ...]:
+        encoded, _ = fn.readers.file(files=files, shuffle_after_epoch=True)
+        images = fn.decoders.image(encoded, device="mixed" if gpu else "cpu", output_type=types.RGB)
+        return tuple(augmented(images, view) for view in recipe)
+
+    device_id = 0 if gpu else None
+    return views(batch_size=setting.case.batch, num_threads=setting.threads, device_id=device_id, seed=0)
+
+
+def byol(
+    setting: Setting,
+    online: nn.Module,
+    predictor: nn.Module,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    follow: Callable[[nn.Module, nn.Module], None],
+    batches: Iterator[list[Tensor]],
+    *,
+    ahead: int,
+    together: int = 1,
+) -> Peer:
+    """BYOL as training scripts have it: a pass for each of the two views through either network.
+
+    Args:
+        setting: what all providers have in common.
+        online: images to projections.
+        predictor: projections to predictions of the other view's.
+        criterion: predictions and targets, both (B, D), to the loss.
+        follow: moves the second network towards the first.
+        batches: two views each, (B, 3, H, W).
+        ahead: see `Peer`.
+        together: see `Peer`.
+    """
+    target = copy.deepcopy(online).requires_grad_(False)
+    for network in (online, predictor, target):
+        network.to(setting.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if setting.compile:
+            network.compile()
+    optimizer = torch.optim.SGD(
+        [*online.parameters(), *predictor.parameters()],
+        scaled_lr(LR, setting.case.batch),
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+    )
+
+    def step(batch: list[Tensor]) -> Tensor:
+        follow(online, target)
+        first, second = (
+            view.to(setting.device, memory_format=torch.channels_last, non_blocking=True) for view in batch
+        )
+        with torch.autocast(setting.device, torch.bfloat16, enabled=setting.bf16):
+            predictions = predictor(online(first)), predictor(online(second))
+            with torch.no_grad():
+                targets = target(first), target(second)
+            loss = criterion(predictions[0], targets[1]) + criterion(predictions[1], targets[0])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return Peer(online, target, batches, step, ahead, together)
+
+
+def ours(method: str, views: int, setting: Setting) -> Peer:
+    """msbreg's own trainer, without evaluation and probe."""
+    case = setting.case
+    config = Config(
+        run=RunConfig(device=setting.device),
+        data=DataConfig(
+            path=setting.data, size=case.size, views=views, batch_size=case.batch, threads=setting.threads
+        ),
+        model=ModelConfig(
+            backbone=case.backbone, stem=case.stem, hidden=case.hidden, dim=case.dim,
+            view_chunk=case.view_chunk if views > case.view_chunk else 0, precision="bf16" if setting.bf16 else "fp32",
+            compile=setting.compile, cuda_graph=setting.cuda_graph,
+        ),
+        method=MethodConfig(name=method, tau=TAU),
+        optim=OptimConfig(name="sgd", lr=LR, weight_decay=WEIGHT_DECAY, steps=MANY, warmup_epochs=0),
+        eval=EvalConfig(linear=False),
+    )  # fmt: skip
+    config.validate()
+    opened = contextlib.ExitStack()
+    processes = opened.enter_context(Processes(setting.device))
+    trainer = Trainer(config, processes, Path(opened.enter_context(tempfile.TemporaryDirectory())))
+    opened.callback(trainer.loader.close)
+    trainer.step.train()
+    steps = iter(range(MANY))
+    return Peer(
+        trainer.step.method.online,
+        trainer.step.method.target,
+        trainer.loader.batches(),
+        lambda batch: trainer.step(batch, next(steps)).loss.clone(),  # the next step may overwrite it
+        ahead=2 * config.data.prefetch,
+        close=opened.close,
+    )
+
+
+def our_provider(method: str, views: int) -> Provider:
+    return Provider(f"msbreg's trainer: {method}", views, lambda setting: ours(method, views, setting))
+
+
+PROVIDERS = {
+    "lightly": Provider("lightly's BYOL, loss, heads, EMA, transforms, and a DataLoader", 2, lightly_byol),
+    "solo_style": Provider("BYOL in plain PyTorch on a DALI pipeline in the manner of solo-learn", 2, solo_style_byol),
+    "msbreg_byol": our_provider("byol", 2),
+    "msbreg_k2": our_provider("msbreg", 2),
+    "msbreg_k4": our_provider("msbreg", 4),
+    "msbreg_k8": our_provider("msbreg", 8),
+}
+
+
+def check(peer: Peer) -> None:
+    """Takes a few steps and sees that they train.
+
+    Raises:
+        MSBRegError: the loss is not finite, or a matrix or kernel of either network stays as it was.
+    """
+
+    def weights(network: nn.Module) -> dict[str, Tensor]:  # what batch normalisation makes of a bias is none
+        return {name: weight for name, weight in network.named_parameters() if weight.ndim > 1}
+
+    networks = {"online": peer.online, "target": peer.target}
+    before = {kind: [weight.detach().clone() for weight in weights(one).values()] for kind, one in networks.items()}
+    losses = [peer.step(next(peer.batches)) for _ in range(CHECK_STEPS)]
+    if not torch.stack(losses).isfinite().all():
+        raise MSBRegError(f"it does not train: the first losses are {[float(loss) for loss in losses]}")
+    for kind, network in networks.items():
+        for old, (name, new) in zip(before[kind], weights(network).items(), strict=True):
+            if torch.equal(old, new) or not new.isfinite().all():
+                raise MSBRegError(f"it does not train: {CHECK_STEPS} steps leave {name} of the {kind} network wrong")
+
+
+def turn(peer: Peer, device: torch.device, *, seconds: float, steps: int) -> dict[str, Any]:
+    """One provider's turn in a round.
+
+    Args:
+        peer: the provider.
+        device: it trains on.
+        seconds: to train for, at least, and at least until
+        steps: are taken. Batches that become ready together are taken together.
+    """
+    for _ in range(peer.ahead):
+        next(peer.batches)
+    for _ in range(max(WARM_UP, peer.together)):
+        peer.step(next(peer.batches))
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    done, waited, energy, began = 0, 0.0, joules(device), time.perf_counter()
+    while done < steps or time.perf_counter() - began < seconds:
+        for _ in range(peer.together):
+            asked = time.perf_counter()
+            batch = next(peer.batches)
+            waited += time.perf_counter() - asked
+            loss = peer.step(batch)
+        done += peer.together
+    synchronize(device)
+    spent = time.perf_counter() - began
+    used = None if energy is None else joules(device) - energy
+    if not math.isfinite(float(loss)):
+        raise MSBRegError(f"its loss is {float(loss)}")
+    return {
+        "steps": done,
+        "seconds": spent,
+        "data_wait_ms": 1e3 * waited / done,
+        "memory_mb": memory_megabytes(device),
+        "power_w": None if used is None else used / spent,
+        "gpu": gpu_state(device),
+    }
+
+
+def memory_megabytes(device: torch.device) -> float:
+    """What torch allocated of the GPU at the most; on a CPU what this process and its loader's have in memory now.
+
+    Of memory that processes share each counts its part.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() for pid in pids]
+    return sum(int(line.split()[1]) for lines in rollups for line in lines if line.startswith("Pss:")) / 2**10
+
+
+def joules(device: torch.device) -> float | None:
+    """Energy that the GPU has used since its driver was loaded, by NVML's counter; None where there is none."""
+    if device.type != "cuda":
+        return None
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
+    handle, millijoules = ctypes.c_void_p(), ctypes.c_ulonglong()
+    failed = (
+        nvml.nvmlInit_v2()
+        or nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle))
+        or nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
+    )
+    return None if failed else millijoules.value / 1e3
+
+
+def gpu_megabytes(device: torch.device) -> float:
+    """Used of the GPU by all processes."""
+    free, total = torch.cuda.mem_get_info(device)
+    return (total - free) / 2**20
+
+
+def serve(name: str, setting: Setting, pipe: Connection) -> None:
+    """Life of a provider's process: it builds and checks, then takes a turn whenever it is asked for one."""
+    device = torch.device(setting.device, 0) if setting.device == "cuda" else torch.device("cpu")
+    gpu = device.type == "cuda"
+    torch.manual_seed(0)
+    try:
+        before = gpu_megabytes(device) if gpu else 0.0
+        peer = PROVIDERS[name].build(setting)
+        check(peer)
+        synchronize(device)
+        pipe.send({"gpu_memory_mb": gpu_megabytes(device) - before if gpu else None})
+        while True:
+            if gpu:  # for the others
+                gc.collect()
+                torch.cuda.empty_cache()
+            pipe.send(turn(peer, device, **pipe.recv()))
+    except (EOFError, ConnectionError):  # no more turns
+        peer.close()
+    except ImportError as error:
+        pipe.send({"missing": f"a package that it needs is not installed: {error}"})
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send({"failed": textwrap.shorten(f"{type(error).__name__}: {error}", 300)})
+
+
+class LeftOutError(Exception):
+    """A provider cannot be measured."""
+
+    def __init__(self, reason: str, *, failed: bool) -> None:
+        super().__init__(reason)
+        self.failed = failed
+        """Whether it should have been possible."""
+
+
+class Worker:
+    """A provider in a process of its own, built and checked."""
+
+    def __init__(self, name: str, setting: Setting) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(name, setting, theirs))
+        self.process.start()
+        theirs.close()
+        self.turns: list[dict[str, Any]] = []
+        self.gpu_memory_mb = self._ask()["gpu_memory_mb"]
+
+    def turn(self, seconds: float, steps: int) -> dict[str, Any]:
+        """Has it take a turn."""
+        self.turns.append(self._ask(seconds=seconds, steps=steps))
+        return self.turns[-1]
+
+    def _ask(self, **request: float) -> dict[str, Any]:
+        """Its answer to a request; without one, what it says once it is built."""
+        try:
+            if request:
+                self.pipe.send(request)
+            answer = self.pipe.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            answer = {"failed": f"its process ended with status {self.process.exitcode}"}
+        for kind in ("missing", "failed"):
+            if kind in answer:
+                self.close()
+                raise LeftOutError(answer[kind], failed=kind == "failed")
+        return answer
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.pipe.close()
+        self.process.join(60)
+        if self.process.is_alive():
+            self.process.terminate()
+
+
+def row(name: str, worker: Worker, batch: int) -> dict[str, Any]:
+    """Medians over the rounds."""
+    turns, views = worker.turns, PROVIDERS[name].views
+    images = statistics.median(batch * turn["steps"] / turn["seconds"] for turn in turns)
+    powers = [turn["power_w"] for turn in turns if turn["power_w"] is not None]
+    return {
+        "provider": name,
+        "about": PROVIDERS[name].about,
+        "views": views,
+        "views_per_second": views * images,
+        "images_per_second": images,
+        "step_ms": 1e3 * batch / images,
+        "data_wait_ms": statistics.median(turn["data_wait_ms"] for turn in turns),
+        "memory_mb": max(turn["memory_mb"] for turn in turns),
+        "gpu_memory_mb": worker.gpu_memory_mb,
+        "power_w": statistics.median(powers) if powers else None,
+        "turns": turns,
+    }
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with its views/s over lightly's, None without lightly."""
+    base = next((row["views_per_second"] for row in rows if row["provider"] == "lightly"), None)
+    return [{**row, "over_lightly": row["views_per_second"] / base if base else None} for row in rows]
+
+
+COLUMNS = {
+    "provider": ("provider", "{}"),
+    "views": ("K", "{}"),
+    "views_per_second": ("views/s", "{:,.0f}"),
+    "over_lightly": ("over lightly's", "{:.2f}"),
+    "images_per_second": ("images/s", "{:,.0f}"),
+    "step_ms": ("step, ms", "{:,.1f}"),
+    "data_wait_ms": ("waiting for data, ms", "{:,.1f}"),
+    "memory_mb": ("memory, MB", "{:,.0f}"),
+    "gpu_memory_mb": ("all of the GPU's, MB", "{:,.0f}"),
+    "power_w": ("power, W", "{:,.0f}"),
+}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown; columns that nothing is known of are left out."""
+    rows = result["rows"]
+    known = [key for key in COLUMNS if any(row[key] is not None for row in rows)]
+    cells = [["" if one[key] is None else COLUMNS[key][1].format(one[key]) for key in known] for one in rows]
+    figures = [markdown([COLUMNS[key][0] for key in known], cells), ""] if rows else []
+    case = result["case"]
+    heading = f"{case['backbone']} at {case['size']} pixels, {case['batch']} images a step, {result['device_name']}"
+    notes = [f"Left out: {name}: {reason}." for name, reason in result["left_out"].items()]
+    return "\n".join([heading, "", *figures, *notes]).strip()
+
+
+def facts(options: argparse.Namespace, setting: Setting) -> dict[str, Any]:
+    """Where the figures are from."""
+    installed = {one.metadata["Name"]: one.version for one in metadata.distributions()}
+    packages = ("torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "lightly")
+    given = None if options.data is None else str(options.data)
+    arguments = ["IMAGE_FOLDER" if argument == given else argument for argument in sys.argv[1:]]
+    return {
+        "command": shlex.join(["python", "bench/peers.py", *arguments]),
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "versions": versions() | {name: installed.get(name) for name in packages},
+        "processor": processor(),
+        "cores": usable_cores(),
+        "load_before": os.getloadavg(),
+        "device_name": torch.cuda.get_device_name(0) if setting.device == "cuda" else "cpu",
+        "images": "rendered" if options.data is None else "IMAGE_FOLDER",
+        "case": setting.case._asdict(),
+        "precision": "bf16 autocast" if setting.bf16 else "fp32",
+        "compile": setting.compile,
+        "cuda_graph": setting.cuda_graph,
+        "loading_threads": setting.threads,
+        "compute_threads": torch.get_num_threads(),
+    }
+
+
+def measure(names: list[str], setting: Setting, *, rounds: int, seconds: float, steps: int) -> Iterator[dict[str, Any]]:
+    """Starts the providers one by one, then lets them take turns.
+
+    Yields:
+        After each round: rows; left_out, name to reason; failed, whether one is left out that should not have been.
+    """
+    workers: dict[str, Worker] = {}
+    left_out: dict[str, str] = {}
+    failed = False
+
+    def leave_out(name: str, error: LeftOutError) -> None:
+        nonlocal failed
+        failed |= error.failed
+        left_out[name] = str(error)
+        print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
+
+    try:
+        for name in names:
+            began = time.perf_counter()
+            try:
+                workers[name] = Worker(name, setting)
+                print(f"{name} is ready after {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+            except LeftOutError as error:
+                leave_out(name, error)
+        for number in range(1, rounds + 1):
+            for name in list(workers):
+                try:
+                    taken = workers[name].turn(seconds, steps)
+                    speed = PROVIDERS[name].views * setting.case.batch * taken["steps"] / taken["seconds"]
+                    print(f"round {number}: {name} {speed:,.0f} views/s", file=sys.stderr, flush=True)
+                except LeftOutError as error:
+                    del workers[name]
+                    leave_out(name, error)
+            rows = compared([row(name, worker, setting.case.batch) for name, worker in workers.items()])
+            yield {"rows": rows, "left_out": left_out, "failed": failed}
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def rendered(case: Case) -> Path:
+    """The images to train on where none are given, kept for the next time."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "msbreg").expanduser()
+    return render(cache / f"bench-{case.side}-{case.images}", images=case.images, test_images=20, size=case.side)
+
+
+def parse() -> argparse.Namespace:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES, default="small" if gpu else "tiny", help="default: %(default)s")
+    parser.add_argument("--providers", default=",".join(PROVIDERS), help="names, with commas; default: all")
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of a turn at least; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=1, help="of a turn at least; default: %(default)s")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 autocast on a GPU, fp32 on a CPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks of all")
+    parser.add_argument("--cuda-graph", action="store_true", help="msbreg's step as one CUDA graph")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="that load images; default: the cores")
+    for name in ("batch", "hidden", "dim", "view_chunk"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the case's")
+    parser.add_argument("--data", type=Path, help="image folder; default: images that msbreg renders")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, after each round")
+    options = parser.parse_args()
+    options.providers = options.providers.split(",")
+    if unknown := [name for name in options.providers if name not in PROVIDERS]:
+        parser.error(f"--providers: expected some of {', '.join(PROVIDERS)}, got {unknown[0]}")
+    if options.device == "cuda" and not gpu:
+        parser.error("--device cuda: torch sees no GPU here")
+    for name in ("rounds", "threads", "steps", "batch", "hidden", "dim"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name}: expected 1 or more, got {value}")
+    return options
+
+
+def main() -> None:
+    options = parse()
+    given = {name: getattr(options, name) for name in ("batch", "hidden", "dim", "view_chunk")}
+    case = CASES[options.case]._replace(**{name: value for name, value in given.items() if value is not None})
+    setting = Setting(
+        case,
+        str(rendered(case) if options.data is None else options.data),
+        options.device,
+        options.precision == "bf16" or (options.precision is None and options.device == "cuda"),
+        options.compile,
+        options.cuda_graph,
+        options.threads,
+    )
+    result = facts(options, setting)
+    turns = measure(options.providers, setting, rounds=options.rounds, seconds=options.seconds, steps=options.steps)
+    for measured in turns:
+        result |= measured
+        if options.json is not None:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+    sys.exit(int(result["failed"]))
+
+
+if __name__ == "__main__":
+    main()
