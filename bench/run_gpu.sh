@@ -54,7 +54,7 @@ training() {
     keep 60 training.txt "${resnet50[@]}" --data.views 32 --model.view_chunk 4
     keep 50 training.txt -m msbreg bench --config cifar10-resnet18 --optim.name lars
     keep 50 training.txt -m msbreg bench --config cifar10-resnet18 --model.cuda_graph true
-    keep 50 training.txt bench/loader.py --json "$out/loader.json"
+    keep 50 training.txt bench/loader.py --rounds 2 --json "$out/loader.json"
     keep 80 training.txt bench/peers.py --seconds 3 --rounds 2 --json "$out/peers-small.json"
     keep 95 training.txt bench/peers.py --case imagenet --seconds 4 --rounds 1 --json "$out/peers-imagenet.json"
     echo
