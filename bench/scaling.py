@@ -1,0 +1,172 @@
+"""A model of the time of a step against the number of GPUs, for ResNet-50 at 224 pixels.
+
+    python bench/scaling.py                                      # what docs/scaling.md shows
+    python bench/scaling.py --views-per-second 3000 --views 8    # with what `msbreg bench` measured on one GPU
+
+Sizes and numbers of messages are counted from the networks, without running them. Constants are other people's, with
+their sources; docs/scaling.md says what is left out.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+import torchvision
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
+
+from msbreg.config import Config, ModelConfig
+from msbreg.methods import build_method
+
+GPUS = 8
+"""Of a machine, each with a network port of its own, as in NVIDIA's DGX and HGX."""
+SUPERVISED = 7010.0
+"""Images/s of an H100 in supervised training: an eighth of the 56,100 that eight log in MLPerf 3.0, gradients and input
+included (github.com/mlcommons/training_results_v3.0, Dell/results/XE9680x8H100-SXM-80GB/resnet/result_0.txt)."""
+NVLINK, PORT = 370.0, 46.0
+"""GB/s that NCCL reaches of NVLink 4 (github.com/NVIDIA/nccl-tests/issues/212) and of a 400 Gb/s port (.../290)."""
+LOADED = 19000 / GPUS
+"""Images/s for each GPU: what DALI asks of a Hopper GPU and 70 threads (qa/TL1_decoder_perf/test.sh), shared by all."""
+JPEG = 147.8e9 / 1281167
+"""Bytes of an image of ImageNet's training set: its archive over its number."""
+DIM = 256
+FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
+"""Bytes of gradients that DistributedDataParallel sends together, by default."""
+# NCCL's own estimates for its protocol of low latency, in µs: to begin, and for a hop by NVLink and by the network. No
+# hop of a ring over machines takes less than the host takes to post a message. (src/graph/tuning.cc of version 2.30.)
+RING, TREE, POST = (6.6, 0.6, 2.7), (6.8, 0.6, 5.0), 1.0
+
+
+class Links(NamedTuple):
+    """GB/s of NVLink and of a port, and a factor on NCCL's latencies."""
+
+    nvlink: float = NVLINK
+    port: float = PORT
+    latency: float = 1.0
+
+    def all_gather(self, size: float, world: int) -> float:
+        """Seconds until every process has all of the `size` bytes that they have together, around a ring."""
+        if world == 1:
+            return 0.0
+        between = math.ceil(world / GPUS) - 1
+        start, inside, network = RING
+        hops = (world - 1 - between) * max(inside, POST if between else 0.0) + between * network
+        return 1e-6 * self.latency * (start + hops) + (world - 1) / world * size / self.rate(world)
+
+    def all_reduce(self, size: float, world: int) -> float:
+        """Seconds until every process has the sum of all processes' `size` bytes, along a tree of machines."""
+        if world == 1:
+            return 0.0
+        start, inside, network = TREE
+        hops = (min(world, GPUS) - 1) * inside + math.log2(math.ceil(world / GPUS)) * network
+        return 1e-6 * self.latency * (start + 2 * hops) + 2 * (world - 1) / world * size / self.rate(world)
+
+    def rate(self, world: int) -> float:
+        """Bytes/s of a process: messages enter and leave a machine by all of its ports."""
+        return 1e9 * (self.nvlink if world <= GPUS else min(self.nvlink, GPUS * self.port))
+
+
+class Counts(NamedTuple):
+    """What a step of one process sends and computes."""
+
+    buckets: list[int]
+    """Bytes of gradients sent together, in the order in which the backward pass has them."""
+    gathered: list[int]
+    """Channels of each batch normalisation in the forward passes, online and target."""
+    reduced: list[int]
+    """Channels of each in the backward pass."""
+    cost: float
+    """Operations of a view, over those of an image in supervised training."""
+    backward: float
+    """The backward pass's share of them."""
+
+
+def count() -> Counts:
+    """From the networks of the configuration imagenet-resnet50-100ep, on a device that computes nothing."""
+    with torch.device("meta"):
+        method = build_method(Config(model=ModelConfig(backbone="resnet50", hidden=4096, dim=DIM)))
+        supervised = torchvision.models.resnet50()
+        images = torch.empty(2, 3, 224, 224)
+
+    def online() -> torch.Tensor:
+        return method.predictor(method.online([images], 2)[1].flatten(0, 1))
+
+    forward, both = operations(online), operations(lambda: online().sum().backward())
+    view = both + operations(lambda: method.target([images], 2))
+    channels = {name: layer.num_features for name, layer in method.named_modules() if isinstance(layer, _BatchNorm)}
+    return Counts(
+        buckets=fill(4 * weight.numel() for weight in reversed(list(method.parameters())) if weight.requires_grad),
+        gathered=list(channels.values()),
+        reduced=[number for name, number in channels.items() if not name.startswith("target.")],
+        cost=view / operations(lambda: supervised(images).sum().backward()),
+        backward=(both - forward) / view,
+    )
+
+
+def operations(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def fill(sizes: Iterable[int]) -> list[int]:
+    """Bytes of the buckets: each is sent once it holds its limit or more."""
+    buckets = [0]
+    for size in sizes:
+        if buckets[-1] >= (BUCKET if len(buckets) > 1 else FIRST_BUCKET):
+            buckets.append(0)
+        buckets[-1] += size
+    return buckets
+
+
+def exposed(counts: Counts, links: Links, world: int, *, views: int, backward: float) -> dict[str, float]:
+    """Seconds of a step in which nothing is computed, by their cause, where the backward pass takes `backward`."""
+    sums = [links.all_reduce(size, world) for size in counts.buckets]
+    gathers = (links.all_gather(4 * world * (2 * c + 1), world) for c in counts.gathered)  # mean, deviation, number
+    return {
+        "gradients": max(sums[-1], sum(sums) - backward),
+        "batch norm": sum(gathers) + sum(links.all_reduce(4 * 2 * c, world) for c in counts.reduced),
+        "Gram": links.all_reduce(4 * views * DIM**2, world),
+    }
+
+
+def table(counts: Counts, links: Links, *, views: int, batch: int, rate: float, loaded: float) -> str:
+    """Markdown: a step by the number of GPUs, each of which computes `rate` views/s and loads `loaded` images/s."""
+    compute = views * batch / rate
+    waits = exposed(counts, links, 1, views=views, backward=counts.backward * compute)
+    names = ["GPUs", "images", "compute, ms", *waits, "step, ms", "of ideal", "images/s a GPU", "read, GB/s"]
+    lines = [f"| {' | '.join(names)} |", "|" + " ---: |" * len(names)]
+    for world in (1, 8, 16, 64, 256, 1024):
+        waits = exposed(counts, links, world, views=views, backward=counts.backward * compute)
+        step = max(compute + sum(waits.values()), batch / loaded)
+        cells = [f"{world:,}", f"{world * batch:,}", f"{1e3 * compute:.0f}"]
+        cells += [f"{1e3 * wait:.2f}" for wait in waits.values()]
+        cells += [f"{1e3 * step:.0f}", f"{compute / step:.0%}", f"{batch / step:,.0f}"]
+        lines.append(f"| {' | '.join(cells)} | {JPEG * world * batch / step / 1e9:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--views", type=int, default=4, help="K, views of an image")
+    parser.add_argument("--batch", type=int, default=256, help="images a GPU")
+    parser.add_argument("--views-per-second", type=float, help="of one GPU; unset: the supervised figure over the cost")
+    parser.add_argument("--loaded", type=float, default=LOADED, help="images/s that the loader gives each GPU")
+    parser.add_argument("--nvlink", type=float, default=NVLINK, help="GB/s in a machine, nccl-tests' bus bandwidth")
+    parser.add_argument("--port", type=float, default=PORT, help="GB/s of each GPU's network port")
+    parser.add_argument("--latency", type=float, default=1.0, help="factor on NCCL's estimates of its latencies")
+    options = parser.parse_args()
+    counts = count()
+    buckets = [f"{size / 1e6:.1f}" for size in counts.buckets]
+    print(f"{sum(counts.buckets) / 1e6:.1f} MB of gradients in {len(buckets)} buckets: {', '.join(buckets)}")
+    print(f"batch norm: {len(counts.gathered)} all-gathers forward, {len(counts.reduced)} all-reduces backward")
+    print(f"a view costs {counts.cost:.3f} supervised images, {counts.backward:.1%} of it in the backward pass\n")
+    links = Links(options.nvlink, options.port, options.latency)
+    rate = options.views_per_second or SUPERVISED / counts.cost
+    print(table(counts, links, views=options.views, batch=options.batch, rate=rate, loaded=options.loaded))
+
+
+if __name__ == "__main__":
+    main()
