@@ -18,12 +18,9 @@ from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from msbreg import models
 from msbreg.cli import main
 from msbreg.data import ImageFolder, TarShards, ViewLoader
 from msbreg.data.parameters import permutation
@@ -188,18 +185,18 @@ def test_a_read_that_stalls_ends_every_rank(tmp_path, swatches, start_ranks):
     data = tmp_path / "images"
     shutil.copytree(swatches, data)
     stalled = sorted((data / "train").rglob("*.jpg"))[77]
-    ranks = start_ranks(tmp_path / "run", "--data.path", data, "--data.timeout", 3, *LONG)
+    ranks = start_ranks(tmp_path / "run", "--data.path", data, "--data.timeout", 8, *LONG)
     ranks.reach(4)
     stall(stalled)
     assert ranks.end(0, 1) == [2, 2]
     errors = [ranks.error(0), ranks.error(1)]
-    assert any(f"{stalled} is still being read after 3 s (--data.timeout)" in error for error in errors), errors
+    assert any(f"{stalled} is still being read after 8 s (--data.timeout)" in error for error in errors), errors
     assert all("still being read" in error or "another one is gone" in error for error in errors), errors
 
 
 def test_a_shard_that_stalls_does_not_keep_the_command_from_ending(tmp_path, swatches, small):
     data, run = shards(tmp_path / "shards", swatches / "train"), tmp_path / "run"
-    options = ["--data.path", str(data), "--data.timeout", "2", *LONG]
+    options = ["--data.path", str(data), "--data.timeout", "8", *LONG]
     command = [sys.executable, "-m", "msbreg", "pretrain", "--run.dir", str(run), *small, *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -209,7 +206,7 @@ def test_a_shard_that_stalls_does_not_keep_the_command_from_ending(tmp_path, swa
     finally:
         process.kill()
     assert process.returncode == 2, errors
-    assert "02.tar:" in errors and "is still being read after 2 s" in errors and "Traceback" not in errors
+    assert "02.tar:" in errors and "is still being read after 8 s" in errors and "Traceback" not in errors
 
 
 @pytest.mark.parametrize("backend", ["dali", "torchvision"])
@@ -303,11 +300,11 @@ def test_a_rank_that_is_killed_under_torchrun_ends_the_run(tmp_path, small, free
 
 
 def test_a_rank_that_hangs_ends_the_other_after_the_timeout(tmp_path, start_ranks):
-    ranks = start_ranks(tmp_path / "run", "--run.timeout", 15, *LONG)
+    ranks = start_ranks(tmp_path / "run", "--run.timeout", 30, *LONG)
     ranks.reach(4)
     os.kill(ranks.processes[1].pid, signal.SIGSTOP)
     assert ranks.end(0) == [2]
-    assert "another one did not answer in 15 s (--run.timeout)" in ranks.error(0)
+    assert "another one did not answer in 30 s (--run.timeout)" in ranks.error(0)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -379,47 +376,3 @@ def test_an_unreadable_image_on_one_rank_changes_nothing_else(tmp_path, swatches
     for mine, theirs in zip(two, one, strict=True):
         for name in ("loss", "centroid", "singular_value", "brownian"):
             assert mine[name] == pytest.approx(theirs[name], rel=5e-3, abs=2e-3), (mine["step"], name)
-
-
-# A long run.
-
-
-def run_tiny(arguments: list[str], log: Path) -> None:
-    """A run with the smallest of networks, so that its 10,000 steps take little."""
-
-    class Tiny(nn.Module):
-        num_features = 8
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(3 * 8 * 8, 8)
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.layer(images.flatten(1))
-
-    models.ConvNet = Tiny
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), 2)
-    sys.exit(main(arguments))
-
-
-@pytest.mark.timeout(900)
-def test_memory_is_flat_over_10_000_steps(tmp_path, small, start_ranks):
-    run, log = tmp_path / "run", tmp_path / "log"
-    options = ["--data.size", "8", "--data.batch_size", "2", "--optim.steps", "10000", "--optim.name", "sgd"]
-    options += ["--run.log_every", "100", "--run.checkpoint_every", "1000", "--model.hidden", "4", "--model.dim", "4"]
-    options += ["--model.predictor", "false", "--eval.linear", "false"]
-    process = FORKS.Process(target=run_tiny, args=(["pretrain", "--run.dir", str(run), *small, *options], log))
-    process.start()
-    resident = []  # step, MB
-    while process.is_alive():
-        time.sleep(0.2)
-        steps = [row["step"] for row in read_metrics(run / "metrics.jsonl")]
-        with contextlib.suppress(OSError, IndexError):  # nothing to be seen before the first row and after the end
-            pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-            resident.append((steps[-1], pages * os.sysconf("SC_PAGESIZE") / 2**20))
-    assert process.exitcode == 0, log.read_text()
-    steps, megabytes = np.array([row for row in resident if 5000 <= row[0] < 10_000]).T
-    assert len(steps) > 50
-    growth = 1000 * np.polyfit(steps, megabytes, 1)[0]
-    assert abs(growth) < 0.5, f"{growth:.2f} MB in 1000 steps"
