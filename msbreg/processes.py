@@ -95,7 +95,7 @@ class Processes:
         # After an error the others may be waiting in a collective, where leaving the group would wait for them in turn.
         if kind is None and dist.is_initialized():
             dist.destroy_process_group()
-        if self.world > 1 and is_of_a_collective(error):
+        if self.world > 1 and isinstance(error, RuntimeError) and is_of_a_collective(error):
             if "imed out" in str(error):
                 why = f"another one did not answer in {self.patience.total_seconds():g} s (--run.timeout)"
             else:
@@ -148,9 +148,9 @@ class Processes:
         self.gather(0)
 
 
-def is_of_a_collective(error: BaseException | None) -> bool:
+def is_of_a_collective(error: RuntimeError) -> bool:
     """Whether torch could not talk to another rank; of gloo's errors only the text tells, by its source's path."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def first_sentence(error: BaseException) -> str:
