@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 # Trains on images that msbreg renders; the result is in runs/default.
 demo: $(VENV)/.installed-train
@@ -16,6 +16,9 @@ test: $(VENV)/.installed-train,test
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile || status=$$?; \
 	wait $$interpreted || status=$$?; \
 	cat $$log; rm $$log; exit $$status
+
+test-slow: $(VENV)/.installed-train,test
+	$(BIN)/python -m pytest -m slow -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ def clock(monkeypatch):
     return set_to
 
 
+@pytest.mark.slow
 def test_time_is_up_in_the_middle_of_a_run_and_the_next_call_goes_on_with_it(tmp_path, clock, monkeypatch, capsys):
     images = render(tmp_path / "images", images=1280, test_images=100, size=16)
     folder = tmp_path / "runs"

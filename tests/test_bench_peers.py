@@ -25,6 +25,7 @@ from msbreg.models import ConvNet, mlp_head
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.slow
 
 
 def setting(images, **changes):

@@ -36,6 +36,7 @@ def run_tiny(arguments: list[str], log: Path) -> None:
     sys.exit(main(arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_memory_is_flat_over_10_000_steps(tmp_path, small):
     run, log = tmp_path / "run", tmp_path / "log"

@@ -78,6 +78,7 @@ def start(tmp_path, small, free_port):
         run.kill()
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_as_one_and_one_as_two(tmp_path, small, start):
     first = start(2).stop_after(6)
     run = start(1)
