@@ -56,8 +56,7 @@ def extract_features(backbone: nn.Module, loader: Iterable[LabelledBatch]) -> tu
     """
     parameter = next(backbone.parameters(), None)
     features, labels = [], []
-    # Compiling what trains for other shapes and another mode would take longer than this does.
-    with _evaluation_mode(backbone), torch.compiler.set_stance("force_eager"):
+    with _evaluation_mode(backbone):
         for batch in loader:
             images = batch.views[0]
             if parameter is not None:

@@ -280,25 +280,30 @@ class Trainer:
         self.stopwatch.stop()
         self.results["evaluated"] = self.done
         if self.evaluator is not None:
-            if self.done == 0:
-                self.results["knn_top1_pixels"] = self.evaluator.pixels()
-            accuracy = self.evaluator(self.step.method.online.backbone, linear=linear)
-            self.results["knn_top1"] = accuracy.knn
-            if self.done == 0:
-                self.results["knn_top1_untrained"] = accuracy.knn
-            row = {"event": "eval", "step": self.done, "knn_top1": accuracy.knn}
-            row["knn_top1_pixels"] = self.results["knn_top1_pixels"]
-            if self.step.probe is not None and self.evaluator.task == "labels":
-                row["online_linear_top1"] = self.step.probe.accuracy(
-                    self.step.method.online.backbone, self.evaluator.queries
-                )
-                self.results["online_linear_top1"] = row["online_linear_top1"]
-            if accuracy.linear is not None:
-                self.results["linear_top1"] = row["linear_top1"] = accuracy.linear
-            row["spectrum"] = self.evaluator.spectrum(self.step.method.online.projector)
-            self._record(row)
+            # Compiling what trains for other shapes and another mode would take longer than this does.
+            with torch.compiler.set_stance("force_eager"):
+                self._record(self._measure(self.evaluator, linear=linear))
         self.processes.wait()
         self.stopwatch.start()
+
+    def _measure(self, evaluator: Evaluator, *, linear: bool) -> dict[str, Any]:
+        """What an evaluation writes to metrics.jsonl, and keeps in the results."""
+        network, results = self.step.method.online, self.results
+        if self.done == 0:
+            results["knn_top1_pixels"] = evaluator.pixels()
+        accuracy = evaluator(network.backbone, linear=linear)
+        results["knn_top1"] = accuracy.knn
+        if self.done == 0:
+            results["knn_top1_untrained"] = accuracy.knn
+        row = {"event": "eval", "step": self.done, "knn_top1": accuracy.knn}
+        row["knn_top1_pixels"] = results["knn_top1_pixels"]
+        if self.step.probe is not None and evaluator.task == "labels":
+            row["online_linear_top1"] = self.step.probe.accuracy(network.backbone, evaluator.queries)
+            results["online_linear_top1"] = row["online_linear_top1"]
+        if accuracy.linear is not None:
+            results["linear_top1"] = row["linear_top1"] = accuracy.linear
+        row["spectrum"] = evaluator.spectrum(network.projector)
+        return row
 
     def _save(self) -> bool:
         """Writes a checkpoint, unless the run has just gone astray: then the last good one is worth more."""
