@@ -20,7 +20,7 @@ from msbreg.step import TrainingStep
 
 __all__ = ["dry_run"]
 
-RENDERED = 64
+RENDERED = 16
 """Different images; a larger batch has them several times."""
 PIXELS_ON_A_CPU = 400_000
 """Pixels of all views that a process steps on where there is no GPU: a whole batch of ImageNet takes a CPU minutes."""

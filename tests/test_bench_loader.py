@@ -22,6 +22,7 @@ from msbreg.data.recipes import MEAN, STD
 from msbreg.data.rendered import render
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "loader.py"
+pytestmark = pytest.mark.slow
 SIZE, BATCH = 32, 32
 RECIPE = (View(size=SIZE, sigma=(0.5, 2.0)), View(size=SIZE, blur=0.0, solarize=0.5, grayscale=0.5, area=(0.3, 0.6)))
 needs_dali = pytest.mark.skipif(importlib.util.find_spec("nvidia.dali") is None, reason="DALI is not installed")

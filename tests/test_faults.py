@@ -194,6 +194,7 @@ def test_a_read_that_stalls_ends_every_rank(tmp_path, swatches, start_ranks):
     assert all("still being read" in error or "another one is gone" in error for error in errors), errors
 
 
+@pytest.mark.slow
 def test_a_shard_that_stalls_does_not_keep_the_command_from_ending(tmp_path, swatches, small):
     data, run = shards(tmp_path / "shards", swatches / "train"), tmp_path / "run"
     options = ["--data.path", str(data), "--data.timeout", "8", *LONG]
@@ -281,6 +282,7 @@ def test_after_a_kill_the_same_command_goes_on(tmp_path, killed, start_ranks):
     assert rows == list(range(2, 41, 2))
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_under_torchrun_ends_the_run(tmp_path, small, free_port):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port),
@@ -299,6 +301,7 @@ def test_a_rank_that_is_killed_under_torchrun_ends_the_run(tmp_path, small, free
     assert "error: rank 0 of 2 gave up at " in errors and "Signal 9 (SIGKILL)" in errors
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_other_after_the_timeout(tmp_path, start_ranks):
     ranks = start_ranks(tmp_path / "run", "--run.timeout", 30, *LONG)
     ranks.reach(4)
