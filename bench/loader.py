@@ -15,7 +15,6 @@ import json
 import math
 import multiprocessing
 import os
-import shlex
 import signal
 import statistics
 import sys
@@ -23,15 +22,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import date
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from runs import commit, markdown, processor, versions
+from runs import markdown, provenance
 from timing import synchronize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
@@ -363,19 +360,10 @@ def table(result: dict[str, Any]) -> str:
 
 def facts(options: argparse.Namespace, source: Source) -> dict[str, Any]:
     """Where the figures are from."""
-    installed = {one.metadata["Name"]: one.version for one in metadata.distributions()}
     packages = ("torchvision", "pillow", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
-    arguments = ["IMAGES" if argument == options.data else argument for argument in sys.argv[1:]]
     device = torch.device(options.device)
     return {
-        "command": shlex.join(["python", "bench/loader.py", *arguments]),
-        "date": date.today().isoformat(),
-        "commit": commit(),
-        "versions": versions() | {name: installed.get(name) for name in packages},
-        "processor": processor(),
-        "cores": usable_cores(),
-        "load_before": os.getloadavg(),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        **provenance("bench/loader.py", options.data, device, packages),
         "gpu": gpu_state(device),
         "images": {
             "from": "rendered" if options.data is None else "files",

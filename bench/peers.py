@@ -17,7 +17,6 @@ import json
 import math
 import multiprocessing
 import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -26,14 +25,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import date
-from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from runs import commit, markdown, processor, versions
+from runs import markdown, provenance
 from timing import synchronize
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -589,20 +586,10 @@ def table(result: dict[str, Any]) -> str:
 
 def facts(options: argparse.Namespace, setting: Setting) -> dict[str, Any]:
     """Where the figures are from."""
-    installed = {one.metadata["Name"]: one.version for one in metadata.distributions()}
     packages = ("torchvision", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "lightly")
-    given = None if options.data is None else str(options.data)
-    arguments = ["IMAGE_FOLDER" if argument == given else argument for argument in sys.argv[1:]]
     return {
-        "command": shlex.join(["python", "bench/peers.py", *arguments]),
-        "date": date.today().isoformat(),
-        "commit": commit(),
-        "versions": versions() | {name: installed.get(name) for name in packages},
-        "processor": processor(),
-        "cores": usable_cores(),
-        "load_before": os.getloadavg(),
-        "device_name": torch.cuda.get_device_name(0) if setting.device == "cuda" else "cpu",
-        "images": "rendered" if options.data is None else "IMAGE_FOLDER",
+        **provenance("bench/peers.py", options.data, torch.device(setting.device), packages),
+        "images": "rendered" if options.data is None else "IMAGES",
         "case": setting.case._asdict(),
         "precision": "bf16 autocast" if setting.bf16 else "fp32",
         "compile": setting.compile,

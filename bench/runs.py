@@ -1,5 +1,7 @@
 """Runs of `msbreg pretrain` that a comparison is made of: each in a folder of its own, stopped by the clock, resumed.
 
+Also what results files say of where they are from, and their tables.
+
 What ran to its end is not run again, and what was stopped goes on from its checkpoint. A finished run keeps its
 summary, metrics and curves; its weights, half a gigabyte for a ResNet-18 with its checkpoints, are deleted.
 """
@@ -8,12 +10,14 @@ import json
 import math
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from datetime import date
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +25,20 @@ import torch
 from usage import gpu_state
 
 import msbreg
+from msbreg.machine import usable_cores
 
-__all__ = ["ROOT", "RunError", "commit", "finished", "markdown", "percent", "processor", "train", "versions"]
+__all__ = [
+    "ROOT",
+    "RunError",
+    "commit",
+    "finished",
+    "markdown",
+    "percent",
+    "processor",
+    "provenance",
+    "train",
+    "versions",
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "run.json"
@@ -118,6 +134,29 @@ def keep_record(place: Path, options: list[str], about: dict[str, Any]) -> dict[
     for weights in (*place.glob("checkpoint*"), *place.glob("backbone.*")):
         weights.unlink()
     return record
+
+
+def provenance(script: str, data: object, device: torch.device, packages: Sequence[str]) -> dict[str, Any]:
+    """Where the figures of this process are from, for a results file.
+
+    Args:
+        script: which one it is.
+        data: what the command line calls the images; the record does not say where they are.
+        device: that was measured.
+        packages: whose versions matter, beside `versions`; None in the record for one that is not installed.
+    """
+    installed = {one.metadata["Name"]: one.version for one in metadata.distributions()}
+    arguments = ["IMAGES" if argument == str(data) else argument for argument in sys.argv[1:]]
+    return {
+        "command": shlex.join(["python", script, *arguments]),
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "versions": versions() | {name: installed.get(name) for name in packages},
+        "processor": processor(),
+        "cores": usable_cores(),
+        "load_before": os.getloadavg(),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
 
 
 def commit() -> str:

@@ -108,7 +108,7 @@ def test_the_json_says_where_it_is_from(run):
     _, result = run
     assert result["case"]["batch"] == 8 and result["precision"] == "fp32" and result["loading_threads"] == 1
     assert result["versions"]["torch"] == torch.__version__
-    assert "--data IMAGE_FOLDER" in result["command"] and result["images"] == "IMAGE_FOLDER"
+    assert "--data IMAGES" in result["command"] and result["images"] == "IMAGES"
     assert result["processor"] and result["date"] and result["device_name"] == "cpu"
 
 
