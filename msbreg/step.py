@@ -122,7 +122,7 @@ class TrainingStep:
     def _seed(self, number: int) -> None:
         """Makes dropout and the like, which draw from torch's generators, a function of seed, step and rank too.
 
-        `torch.manual_seed` would seed devices that are not there too, and format a stack for each of them in every step.
+        `torch.manual_seed` would seed devices that are not there too, and format a stack for each in every step.
         """
         seed = (self.config.run.seed * 2**40 + number * self.processes.world + self.processes.rank) % 2**63
         torch.default_generator.manual_seed(seed)
