@@ -38,7 +38,7 @@ def of(kernel: str, arguments: Mapping[str, Any]) -> Cost:
     """The cost of a launch of the kernel of that name with these arguments, by name."""
     loaded, stored, flops = FORMULAS[kernel](**arguments)
     tensors = {name: value for name, value in arguments.items() if hasattr(value, "element_size")}
-    if kernel == "step_kernel" and not (arguments["FIRST"] or arguments["LAST"]):
+    if kernel == "step_kernel" and not arguments["LAST"]:
         del tensors["squares_pointer"]  # passed, but not read
     places = {tensor.data_ptr(): size(tensor) for tensor in tensors.values()}
     return Cost(loaded, stored, sum(places.values()), flops)
@@ -117,13 +117,24 @@ def gram(
     return loaded, size(gram_pointer), 2 * programs * BLOCK_P**2 * BLOCK_Q * cdiv(inner, BLOCK_Q)
 
 
-def step(
-    *, left_pointer, squares_pointer, output_pointer, side, count, FIRST, LAST, BLOCK_P, BLOCK_Q, **_: Any
+def first_step(
+    *, gram_pointer, squares_pointer, output_pointer, side, count, ONLY, BLOCK_P, BLOCK_Q, **_: Any
 ) -> tuple[int, int, int]:
-    """Of each product, both factors by each of the T tiles of a side; in the first and last step |G|² by each tile."""
+    """G once for Z, and both factors of Y by each of the T tiles of a side; |G|² by each tile."""
+    views, tiles = gram_pointer.numel() // side**2, cdiv(side, BLOCK_P)
+    loaded = (1 if ONLY else 1 + 2 * tiles) * size(gram_pointer)
+    loaded += views * tiles**2 * count * squares_pointer.element_size()
+    flops = 0 if ONLY else 2 * views * tiles**2 * BLOCK_P**2 * BLOCK_Q * cdiv(side, BLOCK_Q)
+    return loaded, (1 if ONLY else 2) * size(gram_pointer), flops
+
+
+def step(
+    *, left_pointer, squares_pointer, output_pointer, side, count, LAST, BLOCK_P, BLOCK_Q, **_: Any
+) -> tuple[int, int, int]:
+    """Of each product, both factors by each of the T tiles of a side; in the last step |G|² by each tile."""
     products, tiles = output_pointer.numel() // side**2, cdiv(side, BLOCK_P)
     loaded = products * 2 * tiles * side**2 * left_pointer.element_size()
-    if FIRST or LAST:
+    if LAST:
         loaded += products * tiles**2 * count * squares_pointer.element_size()
     flops = 2 * products * tiles**2 * BLOCK_P**2 * BLOCK_Q * cdiv(side, BLOCK_Q)
     return loaded, size(output_pointer), flops
@@ -161,7 +172,8 @@ def brownian_directions(*, output_pointer, seed_pointer, views, batch, BLOCK_ROW
 FORMULAS: dict[str, Callable[..., tuple[int, int, int]]] = {
     f"{formula.__name__}_kernel": formula
     for formula in (
-        rows_forward, image_gradient, view_gradient, gram, step, product, spectral_sums, totals, brownian_directions,
+        rows_forward, image_gradient, view_gradient, gram, first_step, step, product, spectral_sums, totals,
+        brownian_directions,
     )
 }  # fmt: skip
 """Bytes loaded, bytes stored and operations."""

@@ -1,9 +1,9 @@
 """Inverse square roots of symmetric positive matrices, all views at once, by matrix products alone.
 
 The coupled Newton-Schulz iteration Y ← T Y, Z ← Z T with T = a I + b Y Z takes Y = A, Z = I to A^(1/2) and A^(-1/2).
-Each step is two launches: R = Y Z, then both products with T, which is made of R as it is read. The factors do not
-commute exactly once they are rounded, so their order is not free to change, and symmetry must not be made use of:
-mirroring one triangle of the iterates diverges, multiplying in another order loses digits near collapse.
+The first step is one launch, each later one two: T, then both products with it. The factors do not commute exactly once
+they are rounded, so their order is not free to change, and symmetry must not be made use of: mirroring one triangle of
+the iterates diverges, multiplying in another order loses digits near collapse.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 from msbreg.kernels.tiles import load_tile, offsets, precision
 from msbreg.kernels.totals import spectral_sums, total_of
 
-__all__ = ["inverse_root", "step_kernel"]
+__all__ = ["first_step_kernel", "inverse_root", "step_kernel"]
 
 
 @triton.jit
@@ -39,6 +39,56 @@ def normalisation(squares_pointer, count, shift, floor, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def first_step_kernel(
+    gram_pointer,
+    squares_pointer,
+    output_pointer,
+    views,
+    side,
+    count,
+    a: tl.float64,
+    b: tl.float64,
+    shift: tl.float64,
+    floor: tl.float64,
+    ONLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """Y = T A and Z = T for T = a I + b A, where A = s (G + h I) is not in memory.
+
+    gram_pointer: [views, side, side], G, contiguous.
+    squares_pointer: [views, count], float64, which add up to |G|² of each view.
+    output_pointer: [2, views, side, side], Y and Z, of G's dtype.
+    shift, floor: see `normalisation`.
+    ONLY: no step follows: the output is [views, side, side], sqrt(s) T.
+
+    One program makes a tile of Y and of Z.
+    """
+    ACC: tl.constexpr = output_pointer.dtype.element_ty
+    k = tl.program_id(2).to(tl.int64)
+    gram = gram_pointer + k * side * side
+    s, h = normalisation(squares_pointer + k * count, count, shift, floor, 64)
+    t_identity, t_scale = (a + b * s * h).to(ACC), (b * s).to(ACC)
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    r = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask = (p < side)[:, None] & (r < side)[None, :]
+    place = offsets(p, side, r, 1)
+    t = affine(load_tile(gram, p, side, side, r, side, 1, ACC), p, r, side, t_identity, t_scale)
+    if ONLY:
+        tl.store(output_pointer + k * side * side + place, t * tl.sqrt(s).to(ACC), mask=mask)
+    else:
+        tl.store(output_pointer + (views + k) * side * side + place, t, mask=mask)
+        y = tl.zeros([BLOCK_P, BLOCK_P], ACC)
+        for first in range(0, side, BLOCK_Q):
+            q = first + tl.arange(0, BLOCK_Q)
+            left = affine(load_tile(gram, p, side, side, q, side, 1, ACC), p, q, side, t_identity, t_scale)
+            right = affine(load_tile(gram, q, side, side, r, side, 1, ACC), q, r, side, (s * h).to(ACC), s.to(ACC))
+            y = tl.dot(left, right, y, input_precision=PRECISION, out_dtype=ACC)
+        tl.store(output_pointer + k * side * side + place, y, mask=mask)
+
+
+@triton.jit
 def step_kernel(
     left_pointer,
     right_pointer,
@@ -49,31 +99,24 @@ def step_kernel(
     views,
     side,
     count,
-    left_identity: tl.float64,
-    left_scale: tl.float64,
-    right_identity: tl.float64,
-    right_scale: tl.float64,
-    second_left_identity: tl.float64,
-    second_left_scale: tl.float64,
-    second_right_identity: tl.float64,
-    second_right_scale: tl.float64,
+    identity: tl.float64,
+    scale: tl.float64,
     shift: tl.float64,
     floor: tl.float64,
-    FIRST: tl.constexpr,
     LAST: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """One or two batches of products (i I + s L)(i' I + s' R).
+    """One or two batches of products, i I + s L R.
 
     left_pointer, right_pointer: [views, side, side], L and R of the first batch, contiguous, all of one dtype.
     second_left_pointer, second_right_pointer: those of the second batch.
     squares_pointer: [views, count], float64, which add up to |G|² of each view.
     output_pointer: [1 or 2, views, side, side].
+    identity, scale: i and s.
+    LAST: s is also multiplied by the square root of A's scale, which makes A^(-1/2) (G + h I)^(-1/2).
     shift, floor: see `normalisation`.
-    FIRST: L and R are G, and stand for A = s (G + h I).
-    LAST: the product is multiplied by sqrt(s), which makes A^(-1/2) (G + h I)^(-1/2).
 
     One program makes a tile of one product; those from `views` on in the third grid axis are the second batch.
     """
@@ -83,29 +126,22 @@ def step_kernel(
     k = tl.where(second, batch - views, batch).to(tl.int64)
     left = tl.where(second, second_left_pointer, left_pointer) + k * side * side
     right = tl.where(second, second_right_pointer, right_pointer) + k * side * side
-    i_left = tl.where(second, tl.full([], second_left_identity, tl.float64), tl.full([], left_identity, tl.float64))
-    s_left = tl.where(second, tl.full([], second_left_scale, tl.float64), tl.full([], left_scale, tl.float64))
-    i_right = tl.where(second, tl.full([], second_right_identity, tl.float64), tl.full([], right_identity, tl.float64))
-    s_right = tl.where(second, tl.full([], second_right_scale, tl.float64), tl.full([], right_scale, tl.float64))
-    if FIRST or LAST:
-        size, h = normalisation(squares_pointer + k * count, count, shift, floor, 64)
-    if FIRST:
-        i_left, s_left = i_left + s_left * size * h, s_left * size
-        i_right, s_right = i_right + s_right * size * h, s_right * size
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     r = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
 
     sums = tl.zeros([BLOCK_P, BLOCK_P], ACC)
     for first in range(0, side, BLOCK_Q):
         q = first + tl.arange(0, BLOCK_Q)
-        x = affine(load_tile(left, p, side, side, q, side, 1, ACC), p, q, side, i_left.to(ACC), s_left.to(ACC))
-        y = affine(load_tile(right, q, side, side, r, side, 1, ACC), q, r, side, i_right.to(ACC), s_right.to(ACC))
+        x = load_tile(left, p, side, side, q, side, 1, ACC)
+        y = load_tile(right, q, side, side, r, side, 1, ACC)
         sums = tl.dot(x, y, sums, input_precision=PRECISION, out_dtype=ACC)
+    weight = tl.full([], scale, tl.float64)
     if LAST:
-        sums *= tl.sqrt(size).to(ACC)
+        size, _ = normalisation(squares_pointer + k * count, count, shift, floor, 64)
+        weight *= tl.sqrt(size)
+    sums = affine(sums, p, r, side, tl.full([], identity, tl.float64).to(ACC), weight.to(ACC))
     mask = (p < side)[:, None] & (r < side)[None, :]
-    output = output_pointer + batch.to(tl.int64) * side * side
-    tl.store(output + offsets(p, side, r, 1), sums, mask=mask)
+    tl.store(output_pointer + batch.to(tl.int64) * side * side + offsets(p, side, r, 1), sums, mask=mask)
 
 
 def inverse_root(gram: Tensor, shift: float, floor: float, steps: Sequence[tuple[float, float]]) -> Tensor:
@@ -119,33 +155,31 @@ def inverse_root(gram: Tensor, shift: float, floor: float, steps: Sequence[tuple
     """
     views, side, _ = gram.shape
     squares = spectral_sums(gram, None, identity=0.0, scale=1.0, trace_weight=0.0, square_weight=1.0, root_weight=0.0)
-    config = tile(side, views, gram.element_size())
-    tiles = triton.cdiv(side, config["BLOCK_P"])
-    both = [gram.new_empty(2, views, side, side) for _ in range(min(2, len(steps) - 1))]
-    residual, root = torch.empty_like(gram), torch.empty_like(gram)
+    blocks = tile(side, views, gram.element_size()) | {"PRECISION": precision(gram.dtype)}
+    tiles = triton.cdiv(side, blocks["BLOCK_P"])
+    sizes, normalised = (views, side, squares.shape[1]), (shift, floor)
+    t, root, both = torch.empty_like(gram), torch.empty_like(gram), gram.new_empty(2, 2, views, side, side)
 
-    def multiply(output: Tensor, *factors: tuple, first: bool = False, last: bool = False) -> None:
-        """Each of one or two products is L, i, s, R, i', s'."""
-        one, two = factors[0], factors[-1]
-        step_kernel[(tiles, tiles, len(factors) * views)](
-            one[0], one[3], two[0], two[3], squares, output, views, side, squares.shape[1], *one[1:3], *one[4:],
-            *two[1:3], *two[4:], shift, floor, FIRST=first, LAST=last, PRECISION=precision(gram.dtype), **config,
-        )  # fmt: skip
+    def multiply(
+        output: Tensor, *pairs: tuple[Tensor, Tensor], i: float = 0.0, s: float = 1.0, last: bool = False
+    ) -> None:
+        """i I + s L R for one or two (L, R)."""
+        step_kernel[(tiles, tiles, len(pairs) * views)](
+            *pairs[0], *pairs[-1], squares, output, *sizes, i, s, *normalised, LAST=last, **blocks
+        )
 
     with torch.cuda.device_of(gram):
-        for number, (a, b) in enumerate(steps):
-            first, last = number == 0, number == len(steps) - 1
-            if first:
-                # Y is A and Z is I, so that R is A, and none of them needs to be in memory.
-                y, z, t = (gram, 0.0, 1.0), (gram, 1.0, 0.0), (gram, a, b)
+        only = len(steps) == 1
+        first_step_kernel[(tiles, tiles, views)](
+            gram, squares, root if only else both[0], *sizes, *steps[0], *normalised, ONLY=only, **blocks
+        )
+        for number, (a, b) in enumerate(steps[1:], start=1):
+            y, z = both[(number - 1) % 2]
+            multiply(t, (y, z), i=a, s=b)
+            if number < len(steps) - 1:
+                multiply(both[number % 2], (t, y), (z, t))
             else:
-                y, z = ((matrix, 0.0, 1.0) for matrix in both[(number - 1) % 2])
-                multiply(residual, (*y, *z))
-                t = (residual, a, b)
-            if last:
-                multiply(root, (*z, *t), first=first, last=last)  # Y is not needed any more
-            else:
-                multiply(both[number % 2], (*t, *y), (*z, *t), first=first)
+                multiply(root, (z, t), last=True)  # Y is not needed any more
     return root
 
 
