@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from msbreg import kernels, linalg, reference
 from msbreg.distributed import all_reduce_sum, world_size
 from msbreg.linalg import Solver
-from msbreg.noise import brownian_directions
+from msbreg.noise import brownian_directions, check_integer, integer_on
 from msbreg.reference import Spectrum
 
 __all__ = [
@@ -173,8 +173,8 @@ def singular_value_loss(
             no harder than it.
         solver: how `"nuclear"` finds its inverse root, the others need none. `"newton_schulz"`: matrix products alone.
             `"eigh"`: of the Gram matrix. `"svd"`: of the embeddings, slow and most exact, one process alone. `"auto"`:
-            newton_schulz on CUDA, eigh elsewhere. Newton-Schulz wants true float32: near collapse the TF32 of
-            `torch.set_float32_matmul_precision("high")` is too coarse for it.
+            newton_schulz on CUDA, eigh elsewhere. The kernels keep all digits of float32; elsewhere
+            Newton-Schulz follows `torch.set_float32_matmul_precision`, whose TF32 is too coarse for it near collapse.
         group: process group over which the rows are spread, as many in each process; None for this process alone. The
             value is then that of all rows, and the gradient is scaled so that the *average* over processes, which
             DistributedDataParallel takes, is the gradient of one process with all rows.
@@ -243,7 +243,8 @@ def nuclear_norm(
         (K,), or a scalar for one tensor (N, D); float32, or float64 for float64 embeddings.
 
     Raises:
-        ValueError: a wrong shape, an empty tensor, an unknown solver, a negative smoothing, `"svd"` with a group.
+        ValueError: a wrong shape, an empty tensor, an unknown solver, a negative smoothing, `"svd"` with a group;
+            on a GPU more than 32,767 matrices.
         TypeError: not tensors, or not floating point.
     """
     z = _views(embeddings, "embeddings", one=True)
@@ -270,7 +271,8 @@ def coding_rate(
         that D / (N ε) MᵀM leaves nothing of I in that precision.
 
     Raises:
-        ValueError: a wrong shape, an empty tensor, a precision that is not positive.
+        ValueError: a wrong shape, an empty tensor, a precision that is not positive; on a GPU more than 32,767
+            matrices.
         TypeError: not tensors, or not floating point.
     """
     z = _views(embeddings, "embeddings", one=True)
@@ -318,11 +320,14 @@ def _losses(
 
         if z.shape[-1] <= ops.MAX_DIM:
             seed, step, first_image = noise or (None, None, 0)
+            if noise is not None:
+                check_integer(seed, "seed")
+                check_integer(step, "step")
             return ops.losses(
                 z,
                 None if targets is None else targets.detach(),
-                _scalar(seed, z),
-                _scalar(step, z),
+                None if seed is None else integer_on(z.device, seed),
+                None if step is None else integer_on(z.device, step),
                 first_image=first_image,
                 leave_one_out=leave_one_out,
                 per_view=per == "view",
@@ -339,13 +344,6 @@ def _losses(
     parts = (attraction.mean(), dispersion, push)
     total = sum((weight * part for weight, part in zip(weights, parts, strict=True) if weight), torch.zeros_like(push))
     return total, attraction, torch.stack(parts).detach()
-
-
-def _scalar(value: int | Tensor | None, z: Tensor) -> Tensor | None:
-    """One int64 on z's device."""
-    if value is None or isinstance(value, Tensor):
-        return None if value is None else value.to(z.device)
-    return torch.full((), value, dtype=torch.int64, device=z.device)
 
 
 class _Spectral(NamedTuple):
@@ -437,7 +435,9 @@ class _CodingRate(torch.autograd.Function):
             x = _raised(z)
             world, (_, rows, dim) = world_size(group), x.shape
             gram = all_reduce_sum(_products(x).gram(x, smaller=group is None), group)
-            values, weight = reference.coding_rate(gram, rows=rows * world, dim=dim, precision=precision)
+            values, weight = reference.coding_rate(
+                gram, rows=rows * world, dim=dim, precision=precision, gram_of=_products(x).gram
+            )
             ctx.save_for_backward(z, weight * world)
             return values
 

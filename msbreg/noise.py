@@ -6,7 +6,7 @@ from torch import Tensor
 from msbreg import kernels
 from msbreg.philox import WORD, normals, philox4x32
 
-__all__ = ["brownian_directions", "plain_directions"]
+__all__ = ["brownian_directions", "check_integer", "integer_on", "plain_directions"]
 
 WIDEST = 16384
 """Numbers in the widest row that the kernel draws."""
@@ -53,17 +53,14 @@ def brownian_directions(
     if not dtype.is_floating_point:
         raise TypeError(f"expected a floating-point dtype, got {dtype}")
     for name, value in (("seed", seed), ("step", step), ("first_image", first_image)):
-        _check_integer(value, name)
+        check_integer(value, name)
     where = torch.get_default_device() if device is None else torch.device(device)
     plain = torch.compiler.is_compiling() or isinstance(first_image, Tensor) or dim > WIDEST
     if plain or where.type != kernels.DEVICE_TYPE:
         return plain_directions(batch, dim, seed, step, first_image, views, device, dtype)
     from msbreg.kernels import philox  # needs triton
 
-    seed, step = (
-        value.to(where) if isinstance(value, Tensor) else torch.full((), value, dtype=torch.int64, device=where)
-        for value in (seed, step)
-    )
+    seed, step = integer_on(where, seed), integer_on(where, step)
     return philox.brownian_directions(
         batch, dim, seed=seed, step=step, first_image=first_image, views=views, dtype=dtype
     )
@@ -91,7 +88,15 @@ def plain_directions(
     return (n if views else n[0]).to(dtype)
 
 
-def _check_integer(value: int | Tensor, name: str) -> None:
+def integer_on(device: torch.device, value: int | Tensor) -> Tensor:
+    """A zero-dimensional int64 tensor there."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    return torch.full((), value, dtype=torch.int64, device=device)
+
+
+def check_integer(value: int | Tensor, name: str) -> None:
+    """Raises TypeError for what is neither an int nor a zero-dimensional int64 tensor."""
     if isinstance(value, Tensor):
         if value.dtype != torch.int64 or value.dim() != 0:
             raise TypeError(

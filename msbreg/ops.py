@@ -27,6 +27,9 @@ from msbreg.kernels.totals import spectral_sums, totals
 
 __all__ = ["MAX_DIM", "gram", "inverse_root", "losses", "multiply"]
 
+MAX_MATRICES = 2**15 - 1
+"""As many as the third axis of a grid can number, twice over: a step of the inverse root makes two of each."""
+
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """The weighted sum; the three losses, (3,); |ẑ - ĉ|², (K, B); and, for the way back, |z|, (K, B), the centroids,
 (B, D), the matrix that the singular value loss multiplies ẑ by, and the noise's seed and step, (2,), which their owner
@@ -82,7 +85,9 @@ class Dispersion(NamedTuple):
             )
             return sums, g
         if self.spectrum == "coding_rate":
-            rates, weight = reference.coding_rate(g, rows=self.rows, dim=self.dim, precision=reference.CODING_PRECISION)
+            rates, weight = reference.coding_rate(
+                g, rows=self.rows, dim=self.dim, precision=reference.CODING_PRECISION, gram_of=gram
+            )
             return -rates.double(), weight
         # Σ (sqrt(cλ + δ²) - 1)² = c trace(G) + pδ² - 2 sqrt(c) trace((G + shift I)^(1/2)) + p
         shift = self.smoothing**2 / self.c
@@ -354,6 +359,10 @@ _inverse_root_operator.register_fake(_inverse_root_fake)
 
 def gram(matrix: Tensor, *, smaller: bool = True) -> Tensor:
     """MᵀM, (K, D, D), or with `smaller` and N < D, M Mᵀ, (K, N, N); matrix is (K, N, D), any floating dtype."""
+    if matrix.shape[0] > MAX_MATRICES:
+        raise ValueError(
+            f"expected at most {MAX_MATRICES:,} matrices at once, got {matrix.shape[0]:,}; make several calls of it"
+        )
     return (_gram_operator if torch.compiler.is_compiling() else _gram)(matrix, smaller)
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from msbreg.linalg import finite_gram
+from msbreg.linalg import gram as plain_gram
 
 __all__ = [
     "Spectrum",
@@ -153,10 +154,13 @@ def nuclear_norm(
     return (roots - (gram.shape[-1] - min(rows, dim)) * smoothing).to(gram.dtype), inverse
 
 
-def coding_rate(gram: Tensor, *, rows: int, dim: int, precision: float) -> tuple[Tensor, Tensor]:
+def coding_rate(
+    gram: Tensor, *, rows: int, dim: int, precision: float, gram_of: Callable[..., Tensor] = plain_gram
+) -> tuple[Tensor, Tensor]:
     """½ log det(I + a G) of each matrix, (K,), for a = D / (N ε), and the weight W = a (I + a G)^(-1) of its gradient.
 
-    The arguments are those of `singular_value_loss`. NaN too where I is lost in the rounding of a G.
+    The arguments are those of `singular_value_loss`, and how to make a Gram matrix, as `linalg.gram` does. NaN too
+    where I is lost in the rounding of a G.
     """
     a = dim / (rows * precision)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -165,7 +169,7 @@ def coding_rate(gram: Tensor, *, rows: int, dim: int, precision: float) -> tuple
     value = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     # torch.cholesky_inverse would make the host wait for the device.
     inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-    weight = a * (inverse.mT @ inverse)
+    weight = a * gram_of(inverse, smaller=False)
     right = finite & (failed == 0)[..., None, None]
     return torch.where(right[..., 0, 0], value, torch.nan), torch.where(right, weight, torch.nan)
 

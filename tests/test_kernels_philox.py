@@ -21,6 +21,8 @@ NO_DEVICE = not INTERPRETED and not torch.cuda.is_available()
 def runs_kernels(test):
     """Marks a test that launches kernels."""
     reason = "Triton kernels need a GPU, or TRITON_INTERPRET=1 to run in Triton's interpreter"
+    if not INTERPRETED and not NO_DEVICE:
+        test = pytest.mark.gpu(test)
     return pytest.mark.interpreter(pytest.mark.skipif(NO_DEVICE, reason=reason)(test))
 
 
