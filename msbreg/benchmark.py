@@ -16,7 +16,7 @@ from msbreg.trainer import Trainer
 __all__ = ["benchmark"]
 
 
-def benchmark(config: Config, *, steps: int) -> str:
+def benchmark(config: Config, *, steps: int) -> str | None:
     """Times the loader alone, the step alone, both together, and the step's parts, one after the other.
 
     Args:
@@ -24,7 +24,10 @@ def benchmark(config: Config, *, steps: int) -> str:
         steps: how many of each are timed, after some that are not.
 
     Returns:
-        A Markdown table of images/s and views/s, and of the parts' shares of the step.
+        A Markdown table of images/s and views/s, and of the parts' shares of the step, on the first process alone.
+
+    Raises:
+        MSBRegError: whatever would keep the run from its first step.
     """
     config.validate()
     if steps < 1:
@@ -64,6 +67,8 @@ def benchmark(config: Config, *, steps: int) -> str:
             "moving average": seconds(lambda: step.method.after_step(1.0)),
         }
         trainer.loader.close()
+        if not processes.first:
+            return None
     images, views = config.data.batch_size, config.data.views
     rows = [
         (name, f"{1e3 * time_:.1f} ms  {images / time_:,.0f} images/s  {views * images / time_:,.0f} views/s")

@@ -1,13 +1,15 @@
-"""Checkpoints that survive a kill, a full disk and a cut file.
+"""Checkpoints that survive a kill, a full disk and a damaged file.
 
 A checkpoint is written to a temporary name, synced to the disk and renamed, so that `checkpoint.pt` is whole at every
 moment; the one before it stays as `checkpoint.previous.pt`.
 """
 
+import contextlib
+import errno
 import os
-import pickle
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,19 @@ import torch
 
 from msbreg.errors import MSBRegError
 
-__all__ = ["FORMAT", "holds_one", "load_checkpoint", "load_run", "save_checkpoint"]
+__all__ = ["FORMAT", "holds_one", "load_checkpoint", "load_run", "save_checkpoint", "whole_file"]
 
 FORMAT = 2
-NAME, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+NAME, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
+PARTS = {
+    "step": int, "images": int, "config": dict, "method": dict, "optimizer": dict, "unreadable": dict,
+    "seconds": float, "waited": float, "results": dict,
+}  # fmt: skip
+"""What every checkpoint holds, and of which type it is."""
+
+
+class DamagedError(MSBRegError):
+    """A checkpoint that is not there, or not with the bytes that were written."""
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -26,25 +37,25 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
     Args:
         folder: the run folder.
-        state: tensors, numbers, strings and containers of them: what `torch.load(weights_only=True)` takes.
+        state: PARTS and more: tensors, numbers, strings and containers of them, as `torch.load(weights_only=True)`
+            takes them.
 
     Raises:
         MSBRegError: where it cannot be written; the checkpoints that were there are untouched.
     """
-    newest, previous, temporary = folder / NAME, folder / PREVIOUS, folder / (NAME + ".partial")
+    newest, previous = folder / NAME, folder / PREVIOUS
     try:
-        with open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if newest.exists():
-            os.replace(newest, previous)
-        os.replace(temporary, newest)
+        with whole_file(newest) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save({"format": FORMAT, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if newest.exists():
+                os.replace(newest, previous)
         sync_folder(folder)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
+    except (MSBRegError, OSError) as error:
         kept = (
-            f"the checkpoint of an earlier step is intact in {folder}" if newest.exists() else "there was none before"
+            f"the checkpoint of an earlier step is intact in {folder}" if holds_one(folder) else "there was none before"
         )
         raise MSBRegError(
             f"cannot save the checkpoint {newest}: {reason(error)}; {kept}. "
@@ -56,19 +67,27 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads one checkpoint to the CPU, without running any code that it may carry.
 
     Raises:
-        MSBRegError: where the file is missing, damaged, or none of msbreg's.
+        MSBRegError: where the file is missing, damaged, unreadable, or none of msbreg's.
     """
     try:
+        with zipfile.ZipFile(path) as file:  # by its checksums, which torch.load does not look at
+            if file.testzip() is not None:
+                raise zipfile.BadZipFile
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise MSBRegError(f"there is no checkpoint {path}.") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        size = path.stat().st_size if path.is_file() else 0
-        raise MSBRegError(
-            f"{path} ({size:,} bytes) cannot be read as a checkpoint: it is cut short or damaged."
-        ) from error
+        raise DamagedError(f"there is no checkpoint {path}.") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged names, sizes and pickles make zipfile and torch raise nearly anything
+        # EINVAL is zipfile going to where a damaged directory points.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise MSBRegError(f"cannot read the checkpoint {path}: {error.strerror}.") from error
+        raise DamagedError(f"{path} cannot be read as a checkpoint: it is cut short or damaged.") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise MSBRegError(f"{path} is not a checkpoint of msbreg (format {FORMAT}).")
+    for name, kind in PARTS.items():
+        if not isinstance(state.get(name), kind):
+            raise MSBRegError(f"{path} is not a checkpoint of msbreg: its {name!r} is missing or no {kind.__name__}.")
     return state
 
 
@@ -77,27 +96,53 @@ def holds_one(folder: Path) -> bool:
     return (folder / NAME).exists() or (folder / PREVIOUS).exists()
 
 
-def load_run(folder: Path) -> dict[str, Any] | None:
+def load_run(folder: Path, *, to_go_on: bool = False) -> dict[str, Any] | None:
     """The newest whole checkpoint of a run folder, or None where it holds none.
 
     Falls back to the previous checkpoint, with a warning, where the newest is damaged.
 
+    Args:
+        folder: the run folder.
+        to_go_on: whether the run will save here: then a damaged newest one is moved aside, since the next save would
+            put it in the place of the previous one, which is good.
+
     Raises:
-        MSBRegError: where there are checkpoints and none can be read.
+        MSBRegError: where there are checkpoints and none can be read, or reading the newest fails.
     """
     newest, previous = folder / NAME, folder / PREVIOUS
     if not holds_one(folder):
         return None
     try:
         return load_checkpoint(newest)
-    except MSBRegError as error:
+    except DamagedError as error:
         if not previous.exists():
             raise MSBRegError(
                 f"{error} There is no earlier one in {folder}; delete it to start from the beginning."
             ) from error
         state = load_checkpoint(previous)
         warnings.warn(f"{error} Going on from the one before it, step {state['step']}.", stacklevel=2)
+        if to_go_on:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(newest, folder / DAMAGED)
         return state
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary name to write to; what is there at the end takes the place of `path`, unless there is an error.
+
+    Raises:
+        MSBRegError: where it cannot be written.
+    """
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
+        raise MSBRegError(f"cannot write {path}: {reason(error)}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
@@ -115,4 +160,4 @@ def reason(error: BaseException) -> str:
         if isinstance(error, OSError) and error.strerror:
             return error.strerror
         last, error = error, error.__cause__ or error.__context__
-    return str(last).splitlines()[0]
+    return (str(last).splitlines() or [type(last).__name__])[0]

@@ -9,7 +9,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 import msbreg
-from msbreg.config import Config, packaged_configs
+from msbreg.config import LIMITS, Config, packaged_configs, require_number
 from msbreg.errors import MSBRegError
 
 __all__ = ["main"]
@@ -25,9 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0 (also after a signal that let the run save itself), 2 for what the user can mend, 130 after a
         second Ctrl-C.
     """
-    options = build_parser().parse_args(name_configs(sys.argv[1:] if arguments is None else arguments))
     show_each_warning_once()
     try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
         return COMMANDS[options.command](options[options.command])
     except MSBRegError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -40,6 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 2
+
+
+def parse(arguments: list[str]) -> Namespace:
+    """The command and its options; ends the process where they are not of their types."""
+    try:
+        return build_parser().parse_args(name_configs(arguments))
+    except UnicodeDecodeError as error:
+        raise MSBRegError(f"the file of --config is not text: {error}.") from error
 
 
 def show_each_warning_once() -> None:
@@ -123,7 +131,7 @@ def name_configs(arguments: list[str]) -> list[str]:
     replaced = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         name = argument.removeprefix("--config=")
-        if (before == "--config" or name != argument) and name in recipes and not os.path.exists(name):
+        if (before == "--config" or name != argument) and name in recipes and not os.path.isfile(name):
             argument = argument[: len(argument) - len(name)] + str(recipes[name])
         replaced.append(argument)
     return replaced
@@ -132,6 +140,9 @@ def name_configs(arguments: list[str]) -> list[str]:
 def config_from(options: Namespace) -> Config:
     """The typed config that parsed options describe."""
     groups = vars(Config())
+    for name in groups:
+        if not isinstance(options[name], Namespace):
+            raise MSBRegError(f"{name} is {options[name]!r}, but must be a group of options, as in --{name}.OPTION.")
     return Config(**{name: type(group)(**vars(options[name])) for name, group in groups.items()})
 
 
@@ -139,12 +150,18 @@ def run_pretrain(options: Namespace) -> int:
     if options.dry_run:
         from msbreg.dry_run import dry_run
 
-        print(dry_run(config_from(options)))
+        show(dry_run(config_from(options)))
     else:
         from msbreg.trainer import pretrain
 
         pretrain(config_from(options))
     return 0
+
+
+def show(table: str | None) -> None:
+    """Prints what one of several processes alone has."""
+    if table is not None:
+        print(table)
 
 
 def run_eval(options: Namespace) -> int:
@@ -156,7 +173,11 @@ def run_eval(options: Namespace) -> int:
     from msbreg.processes import Processes
     from msbreg.trainer import open_images
 
-    state = read_run(Path(options.run))
+    refuse_peers("eval")
+    for name in ("k", "bank", "queries"):
+        require_number(f"--{name}", getattr(options, name), 0, LIMITS[f"eval.{name}"][1])
+    require_number("--threads", options.threads, *LIMITS["data.threads"])
+    state = read_run(Path(options.run).expanduser())
     config = config_of(state)
     config.data.path = options.data.path or config.data.path
     config.data.eval_path = options.data.eval_path or (None if options.data.path else config.data.eval_path)
@@ -183,9 +204,10 @@ def run_eval(options: Namespace) -> int:
 def run_export(options: Namespace) -> int:
     from msbreg.export import backbone_of, export_backbone
 
-    run = Path(options.run)
+    refuse_peers("export")
+    run = Path(options.run).expanduser()
     state = read_run(run)
-    folder = Path(options.out) if options.out else (run if run.is_dir() else run.parent)
+    folder = Path(options.out).expanduser() if options.out else (run if run.is_dir() else run.parent)
     backbone = state["config"]["model"]["backbone"]
     for file in export_backbone(
         backbone_of(state), folder, description=f"{backbone} pretrained by msbreg, {state['step']} steps"
@@ -197,7 +219,7 @@ def run_export(options: Namespace) -> int:
 def run_bench(options: Namespace) -> int:
     from msbreg.benchmark import benchmark
 
-    print(benchmark(config_from(options), steps=options.steps))
+    show(benchmark(config_from(options), steps=options.steps))
     return 0
 
 
@@ -206,6 +228,12 @@ def run_doctor(options: Namespace) -> int:
 
     print(report())
     return 0
+
+
+def refuse_peers(command: str) -> None:
+    """Raises MSBRegError where torchrun has started several processes, which would all do the same."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise MSBRegError(f"{command} is for one process, but torchrun has started several; run it without torchrun.")
 
 
 def read_run(path: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ The defaults are the embedded default run: images that the package renders, a sm
 cores. `msbreg/configs/*.yaml` hold the other recipes; `--config NAME` loads one and dotted options override it.
 """
 
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,25 @@ from typing import Any, Literal
 from msbreg import functional
 from msbreg.errors import MSBRegError
 
-__all__ = ["Config", "DataConfig", "EvalConfig", "MethodConfig", "ModelConfig", "OptimConfig", "RunConfig", "flatten"]
+__all__ = [
+    "LIMITS", "Config", "DataConfig", "EvalConfig", "MethodConfig", "ModelConfig", "OptimConfig", "RunConfig",
+    "flatten", "require_number",
+]  # fmt: skip
+
+MANY = 10**9
+LIMITS: dict[str, tuple[float, float]] = {
+    "run.seed": (0, 2**63 - 1), "run.threads": (0, 1024), "run.checkpoint_every": (1, MANY), "run.log_every": (1, MANY),
+    "run.timeout": (1, MANY),
+    "data.images": (0, MANY), "data.size": (8, 10_000), "data.views": (1, 1000), "data.batch_size": (2, 10**6),
+    "data.threads": (0, 1024), "data.prefetch": (1, 1000), "data.timeout": (0, MANY),
+    "model.hidden": (1, 10**5), "model.dim": (2, 10**5), "model.view_chunk": (0, 1000),
+    "method.lambda_s": (0, MANY), "method.lambda_b": (0, MANY), "method.tau": (0, 1),
+    "optim.lr": (0, 10**15), "optim.weight_decay": (0, 10**15), "optim.epochs": (0, 10**6), "optim.steps": (0, MANY),
+    "optim.warmup_epochs": (0, 10**6),
+    "eval.every": (0, 10**6), "eval.k": (1, MANY), "eval.temperature": (1e-9, MANY), "eval.bank": (1, MANY),
+    "eval.queries": (1, MANY),
+}  # fmt: skip
+"""The least and the most of every number. Most is far above any use: beyond it torch or Python fail in odd ways."""
 
 
 @dataclass
@@ -46,7 +63,9 @@ class DataConfig:
     path: str | None = None
     """Image folder, folder or pattern of tar shards, or index file; unset: images that msbreg renders itself."""
     eval_path: str | None = None
-    """Held-out images for evaluation; unset: val/ or test/ beside train/, else a tenth of labelled images."""
+    """Held-out images for evaluation; unset: val/ or test/ beside train/, else a tenth of labelled images. They are
+    classified where both they and the training images have labels of two classes or more, four a class; else each is
+    to be recognised again."""
     images: int = 0
     """Images of an epoch, for --dry-run where there is no --data.path to count; 0: as many as msbreg renders."""
     recipe: str = "auto"
@@ -177,33 +196,22 @@ class Config:
             raise MSBRegError("--method.disperse predictor needs --model.predictor true.")
         if self.method.name in ("byol", "simsiam") and not self.model.predictor:
             raise MSBRegError(f"{self.method.name} collapses without a predictor; leave --model.predictor true.")
-        for name, least in (
-            ("data.size", 8), ("data.batch_size", 2), ("data.prefetch", 1), ("model.hidden", 1), ("model.dim", 2),
-            ("run.checkpoint_every", 1), ("run.log_every", 1), ("run.timeout", 1), ("eval.k", 1),
-            ("eval.bank", 1), ("eval.queries", 1),
-        ):  # fmt: skip
-            if (value := flatten(self)[name]) < least:
-                raise MSBRegError(f"--{name} is {value}, but must be at least {least}.")
-        for name in (
-            "data.images", "data.threads", "data.timeout", "run.threads", "run.timeout", "model.view_chunk",
-            "optim.epochs", "optim.steps", "optim.warmup_epochs", "optim.lr", "optim.weight_decay", "eval.every",
-            "method.lambda_s", "method.lambda_b",
-        ):  # fmt: skip
-            if not 0 <= (value := flatten(self)[name]) < math.inf:
-                raise MSBRegError(f"--{name} is {value}, but must be 0 or more, and finite.")
+        options = flatten(self)
+        for name, (least, most) in LIMITS.items():
+            require_number(f"--{name}", options[name], least, most)
         if not (self.optim.steps or self.optim.epochs):
             raise MSBRegError("--optim.epochs and --optim.steps are both 0, which leaves nothing to do.")
-        if not 0 < self.eval.temperature < math.inf:
-            raise MSBRegError(f"--eval.temperature is {self.eval.temperature}, but must be above 0, and finite.")
         if self.model.cuda_graph and self.model.view_chunk:
             raise MSBRegError(
                 "--model.cuda_graph is for networks with memory to spare, and cannot record what --model.view_chunk "
                 "recomputes; leave out one of them."
             )
-        if not 0 <= self.method.tau <= 1:
-            raise MSBRegError(f"--method.tau is {self.method.tau}, but must lie between 0 and 1.")
-        if not 0 <= self.run.seed < 2**63:
-            raise MSBRegError(f"--run.seed is {self.run.seed}, but must lie between 0 and 2**63 - 1.")
+
+
+def require_number(name: str, value: float, least: float, most: float) -> None:
+    """Raises MSBRegError where a number is outside its limits, or none."""
+    if not least <= value <= most:
+        raise MSBRegError(f"{name} is {value}, but must lie between {least} and {most}.")
 
 
 def flatten(config: "Config | dict[str, Any]") -> dict[str, Any]:

@@ -42,7 +42,8 @@ class RecordedPass:
         if self._graph is None:
             self._views = [torch.empty_like(view, dtype=self._dtype) for view in views]
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):  # which runs nothing
+            # Runs nothing. Other threads may go on calling CUDA, as those that prepare the next batches do.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._out = self._work(self._views)
         torch._foreach_copy_(self._views, list(views))
         self._graph.replay()

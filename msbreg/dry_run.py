@@ -1,22 +1,25 @@
 """`msbreg pretrain --dry-run`: whether a config runs on this machine, in how much memory, and in how many hours."""
 
 import copy
-import math
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from msbreg.benchmark import synchronize
 from msbreg.config import Config
-from msbreg.data import ViewLoader, load_recipe, open_source, open_split, rendered
-from msbreg.errors import MSBRegError
+from msbreg.cuda_graph import WARM_UP
+from msbreg.data import ViewLoader, open_source, rendered
+from msbreg.data.loader import whole_batches
 from msbreg.machine import usable_cores
 from msbreg.monitor import markdown_table, memory_megabytes
+from msbreg.preflight import planned_steps, recipe_of, share_of_batch
 from msbreg.processes import Processes
 from msbreg.step import TrainingStep
+from msbreg.trainer import open_images
 
 __all__ = ["dry_run"]
 
@@ -24,93 +27,145 @@ RENDERED = 16
 """Different images; a larger batch has them several times."""
 PIXELS_ON_A_CPU = 400_000
 """Pixels of all views that a process steps on where there is no GPU: a whole batch of ImageNet takes a CPU minutes."""
+BATCHES_LOADED = 4
+"""Batches that the loader is timed on."""
 
 
-def dry_run(config: Config) -> str:
+class _Measured(NamedTuple):
+    """What was measured, each of the process that has most of it."""
+
+    steps: list[float]
+    """Seconds of each step."""
+    loading: float
+    """Seconds that the loader takes for a batch."""
+    memory: float
+    """MB at the peak, see `memory_megabytes`."""
+    gpu_memory: float
+    """MB of its GPU that are in use, by DALI and other programs too; 0 on a CPU."""
+    parameters: int
+    """Numbers that a step changes."""
+
+
+def dry_run(config: Config) -> str | None:
     """Takes two real steps of a run on rendered images; its run folder is not touched.
 
     Args:
         config: the run's options. The number of images comes from `data.path`, where it is given, or `data.images`.
 
     Returns:
-        A Markdown table: memory, seconds of both steps (the first one compiles, chooses algorithms and fills the
-        loader's queue), and the hours that the whole run would take at the pace of the second. A CPU steps on a few
-        images, and the table says so; the hours are then in proportion.
+        A Markdown table, on the first process alone: memory, the seconds of the first step (which compiles and chooses
+        algorithms) and of the last (the second, or the second that a CUDA graph replays), the seconds in which the
+        loader makes a batch of rendered images as large as a view, and the hours that the whole run would take. On a
+        GPU, which works while the loader does, the slower of step and loader sets the pace; a CPU's cores do both in
+        turn. A CPU steps on a few images, and the table says so; the hours are then in proportion.
 
     Raises:
-        MSBRegError: contradicting options, no images to project to, or a step that does not fit into the GPU's memory.
+        MSBRegError: whatever would keep the run from its first step, or a step that does not fit into memory.
     """
     config.validate()
-    images = _images(config)
     config = copy.deepcopy(config)
+    whole, views = config.data.batch_size, config.data.views
     with Processes(config.run.device) as processes, tempfile.TemporaryDirectory() as folder:
-        whole = config.data.batch_size
-        if whole % processes.world:
-            raise MSBRegError(f"--data.batch_size {whole} cannot be shared evenly by {processes.world} processes.")
-        mine = whole // processes.world
-        if processes.device.type == "cpu":
-            mine = min(mine, max(2, PIXELS_ON_A_CPU // (config.data.views * config.data.size**2)))
+        mine, gpu = share_of_batch(config, processes), processes.device.type == "cuda"
+        images, where = _images(config, processes)
+        steps = planned_steps(config, whole_batches(images, mine, processes.world, of=where))
+        if not gpu:
+            mine = min(mine, max(2, PIXELS_ON_A_CPU // (views * config.data.size**2)))
         config.data.batch_size = mine * processes.world
-        steps = config.optim.steps or max(1, math.ceil(config.optim.epochs * (images // whole)))
-        pictures = rendered.render(Path(folder) / "images", images=RENDERED, test_images=10, size=config.data.size)
-        source = open_source(pictures / "train")
-        loader = ViewLoader(
-            source.subset(np.arange(max(RENDERED, 2 * config.data.batch_size)) % RENDERED),
-            load_recipe(config.data.recipe, config.data.views, config.data.size),
-            mine,
-            seed=config.run.seed,
-            rank=processes.rank,
-            world_size=processes.world,
-            device=processes.device,
-            backend=config.data.backend,
-            threads=config.data.threads or max(1, usable_cores() // processes.local_world),
-            prefetch=config.data.prefetch,
-        )
-        try:
-            seconds, parameters = _two_steps(config, processes, loader, steps)
-        finally:
-            loader.close()
-        gpu = processes.device.type == "cuda"
-        device = torch.cuda.get_device_name(processes.device) if gpu else f"CPU, {usable_cores()} cores"
-        per_step = seconds[1] * whole / config.data.batch_size
-        measured = "" if config.data.batch_size == whole else f", measured with {config.data.batch_size}"
-        rows = [
-            ("device of each process", device),
-            ("processes", f"{processes.world}"),
-            ("images a step, of all processes", f"{whole:,}{measured}"),
-            ("views a step", f"{whole * config.data.views:,}"),
-            ("parameters trained", f"{parameters / 1e6:,.1f} M"),
-            ("first step, s", f"{seconds[0]:.1f}"),
-            ("second step, s", f"{seconds[1]:.3f}"),
-            (f"peak memory a process{measured}, MB", f"{memory_megabytes(processes.device):,.0f}"),
-            (f"steps of the run, {images:,} images", f"{steps:,}"),
-            ("hours of the run, projected", f"{steps * per_step / 3600:,.1f}"),
-        ]
+        measured = _measure(config, processes, Path(folder), steps)
+        if not processes.first:
+            return None
+    share = config.data.batch_size / whole
+    step, loading = measured.steps[-1] / share, measured.loading / share
+    hours = steps * (max(step, loading) if gpu else step + loading) / 3600
+    device = torch.cuda.get_device_name(processes.device) if gpu else f"CPU, {usable_cores()} cores"
+    part = "" if share == 1 else f", measured with {config.data.batch_size}"
+    rows = [
+        ("device of each process", device),
+        ("processes", f"{processes.world}"),
+        ("images a step, of all processes", f"{whole:,}{part}"),
+        ("views a step", f"{whole * views:,}"),
+        ("parameters trained", f"{measured.parameters / 1e6:,.1f} M"),
+        ("first step, s", f"{measured.steps[0]:.1f}"),
+        (f"step {len(measured.steps)}, s", f"{measured.steps[-1]:.3f}"),
+        (f"loading a batch of {config.data.size}-pixel images, s", f"{measured.loading:.3f}"),
+        (f"peak memory {'of torch in' if gpu else 'of'} a process{part}, MB", f"{measured.memory:,.0f}"),
+        (f"steps of the run, {images:,} images", f"{steps:,}"),
+        (f"hours of the run, projected from {'the slower' if gpu else 'the sum'} of step and loading", f"{hours:,.1f}"),
+    ]
+    if gpu:
+        rows.insert(-2, ("memory in use on its GPU, DALI and others included, MB", f"{measured.gpu_memory:,.0f}"))
     return markdown_table(rows, (f"dry run: {config.method.name}, {config.model.backbone}", "value"))
 
 
-def _images(config: Config) -> int:
-    """How many images an epoch of the run has."""
-    if config.data.path is not None:
-        return len(open_split(config.data.path)[0])
-    return config.data.images or rendered.IMAGES
+def _images(config: Config, processes: Processes) -> tuple[int, object]:
+    """How many images an epoch of the run has, and what to call where they are."""
+    if config.data.path is None:
+        return config.data.images or rendered.IMAGES, "--data.images" if config.data.images else "the rendered images"
+    source, _ = open_images(config, processes)
+    return len(source), source
 
 
-def _two_steps(config: Config, processes: Processes, loader: ViewLoader, steps: int) -> tuple[list[float], int]:
-    """The seconds of each step, and the number of parameters that it changes."""
-    step = TrainingStep(config, processes, steps=max(steps, 2), warmup_steps=0)
+def _measure(config: Config, processes: Processes, folder: Path, steps: int) -> _Measured:
+    """Takes some steps of a run of so many, then lets the loader work alone."""
+    pictures = rendered.render(folder / "images", images=RENDERED, test_images=10, size=config.data.size)
+    source = open_source(pictures / "train")
+    loader = ViewLoader(
+        source.subset(np.arange(max(RENDERED, 2 * config.data.batch_size)) % RENDERED),
+        recipe_of(config),
+        share_of_batch(config, processes),
+        seed=config.run.seed,
+        rank=processes.rank,
+        world_size=processes.world,
+        device=processes.device,
+        backend=config.data.backend,
+        threads=config.data.threads or max(1, usable_cores() // processes.local_world),
+        prefetch=config.data.prefetch,
+    )
+
+    def most(number: float) -> float:
+        return max(processes.gather(round(1e6 * number))) / 1e6
+
+    try:
+        seconds, parameters = _take_steps(config, processes, loader, steps)
+        loading = _load(loader, len(seconds))
+        return _Measured(
+            steps=[most(each) for each in seconds],
+            loading=most(loading),
+            memory=most(memory_megabytes(processes.device)),
+            gpu_memory=most(_memory_in_use(processes.device)),
+            parameters=parameters,
+        )
+    finally:
+        loader.close()
+
+
+def _take_steps(config: Config, processes: Processes, loader: ViewLoader, steps: int) -> tuple[list[float], int]:
+    """The seconds of each step, and how many numbers it changes. A CUDA graph has to be recorded before the last."""
+    taken = 2 + (WARM_UP if config.model.cuda_graph else 0)
+    step = TrainingStep(config, processes, steps=max(steps, taken), warmup_steps=0)
     step.train()
     seconds = []
-    try:
-        for number, batch in enumerate(loader.batches(0, 2)):
-            began = time.perf_counter()
-            step(batch, number)
-            synchronize(processes.device)
-            seconds.append(time.perf_counter() - began)
-    except torch.OutOfMemoryError as error:
-        raise MSBRegError(
-            f"a step on {config.data.batch_size // processes.world} images of {config.data.views} views does not fit "
-            f"into the memory of {torch.cuda.get_device_name(processes.device)}; use --model.view_chunk, a smaller "
-            "--data.batch_size, or more processes."
-        ) from error
+    for number, batch in enumerate(loader.batches(0, taken)):
+        synchronize(processes.device)
+        began = time.perf_counter()
+        step(batch, number)
+        synchronize(processes.device)
+        seconds.append(time.perf_counter() - began)
     return seconds, sum(weight.numel() for weight in step.method.parameters() if weight.requires_grad)
+
+
+def _load(loader: ViewLoader, first: int) -> float:
+    """The seconds that the loader, which has worked before, takes for a batch: none of them is prepared beforehand."""
+    began = time.perf_counter()
+    for _ in loader.batches(first, first + BATCHES_LOADED):
+        synchronize(loader.device)
+    return (time.perf_counter() - began) / BATCHES_LOADED
+
+
+def _memory_in_use(device: torch.device) -> float:
+    """MB of a GPU's memory that all programs have taken from it together; torch gives back nothing that it took."""
+    if device.type != "cuda":
+        return 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    return (total - free) / 2**20

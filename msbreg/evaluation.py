@@ -255,9 +255,9 @@ class OnlineProbe(nn.Module):
                 parameter.grad /= dist.get_world_size(self.group)
         self._optimizer.step()
 
-    def accuracy(self, backbone: nn.Module, loader: Iterable[LabelledBatch]) -> float:
-        """Top-1 accuracy in [0, 1] on a loader's images, with features as `extract_features` gives them."""
-        features, labels = extract_features(backbone, loader)
+    @torch.no_grad()
+    def accuracy(self, features: Tensor, labels: Tensor) -> float:
+        """Top-1 accuracy in [0, 1] on features (N, F) and labels (N,) as `extract_features` gives them."""
         return (self(features).argmax(dim=1) == labels).double().mean().item()
 
     def get_extra_state(self) -> dict[str, Any]:

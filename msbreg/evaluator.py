@@ -1,6 +1,7 @@
 """Held-out accuracy of a frozen backbone: what the trainer measures as it goes, and `msbreg eval` afterwards."""
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -57,7 +58,13 @@ class Evaluator:
         held_out: images that are not trained on, or None: then the task is to recognise training images.
         device: where features are computed.
         threads: decoding threads.
+
+    Attributes:
+        task: "labels" or "instances".
+        measured: features (N, F) of the queries by the backbone that was measured last, and their labels (N,).
     """
+
+    measured: tuple[Tensor, Tensor]
 
     def __init__(
         self,
@@ -72,6 +79,13 @@ class Evaluator:
         self.device = device
         self.k, self.temperature = config.eval.k, config.eval.temperature
         self.task = "labels" if held_out is not None and has_labels(train) and has_labels(held_out) else "instances"
+        if held_out is not None and has_labels(train) != has_labels(held_out):
+            few = f"{len(held_out):,} held-out" if has_labels(train) else f"{len(train):,} training"
+            warnings.warn(
+                f"images are recognised again instead of classified: the {few} images have labels of fewer than two "
+                f"classes, or fewer than {LABELLED_IMAGES_A_CLASS} a class.",
+                stacklevel=2,
+            )
         plain = evaluation(config.data.size)
 
         def images(source: Source, most: int, views: tuple = plain) -> Images:
@@ -106,8 +120,7 @@ class Evaluator:
 
     def _score(self, backbone: nn.Module, *, linear: bool) -> Accuracy:
         bank, bank_labels = extract_features(backbone, self.bank)
-        queries, query_labels = extract_features(backbone, self.queries)
-        self._queries = queries
+        queries, query_labels = self.measured = extract_features(backbone, self.queries)
         if self.task == "instances":
             return Accuracy(instance_accuracy(bank, queries))
         knn = knn_accuracy(bank, bank_labels, queries, query_labels, k=self.k, temperature=self.temperature)
@@ -121,7 +134,8 @@ class Evaluator:
             projector: features (N, F) of the backbone that was measured last to embeddings (N, D); it is left in the
                 mode it came in.
         """
-        features = self._queries[:: max(1, len(self._queries) // SPECTRUM_IMAGES)]
+        queries, _ = self.measured
+        features = queries[:: max(1, len(queries) // SPECTRUM_IMAGES)]
         mode = projector.training
         rows = torch.nn.functional.normalize(projector.eval()(features).float(), dim=-1)
         projector.train(mode)

@@ -1,13 +1,12 @@
 """The trained backbone in the two forms that other software loads."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from msbreg.checkpoint import reason
+from msbreg.checkpoint import reason, whole_file
 from msbreg.config import Config
 from msbreg.errors import MSBRegError
 
@@ -66,11 +65,9 @@ def export_backbone(backbone: nn.Module, folder: Path, *, description: str) -> l
     files = [folder / "backbone.safetensors", folder / "backbone.pt"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = [file.with_name(file.name + ".partial") for file in files]
-        temporary[0].write_bytes(save(weights, metadata={"format": "pt", "description": description}))
-        torch.save(weights, temporary[1])
-        for partial, file in zip(temporary, files, strict=True):
-            os.replace(partial, file)
-    except (OSError, RuntimeError) as error:
+        with whole_file(files[0]) as safetensors, whole_file(files[1]) as pickled:
+            safetensors.write_bytes(save(weights, metadata={"format": "pt", "description": description}))
+            torch.save(weights, pickled)
+    except (OSError, MSBRegError) as error:
         raise MSBRegError(f"cannot write the backbone to {folder}: {reason(error)}.") from error
     return files

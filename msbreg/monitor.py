@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from msbreg.checkpoint import whole_file
 from msbreg.errors import MSBRegError
 from msbreg.linalg import effective_rank, singular_values
 
@@ -33,10 +33,9 @@ class MetricsFile:
 
     def __init__(self, path: Path, last: dict[str, int] | None = None) -> None:
         self.path = path
-        kept = [row for row in read_metrics(path) if row["step"] <= last[row["event"]]] if last else []
-        temporary = path.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, path)
+        kept = [row for row in read_metrics(path) if row["step"] <= last.get(row["event"], -1)] if last else []
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def write(self, **row: Any) -> None:
         """Appends one line; numbers that are not finite become null, since JSON has none.
@@ -64,16 +63,14 @@ def finite(value: Any) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a last line cut by a kill is left out."""
+    """The events of a metrics file; lines that are none, as a last line cut by a kill, are left out."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
-        try:
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    return [row for row in rows if isinstance(row, dict) and "event" in row and isinstance(row.get("step"), int)]
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from msbreg.checkpoint import whole_file
+
 __all__ = ["draw_curves"]
 
 
@@ -63,7 +65,6 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
 
     for axes in (losses, accuracy, rank, spectrum):
         axes.grid(alpha=0.3)
-    temporary = path.with_suffix(".partial")
-    figure.savefig(temporary, dpi=120, format="png")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)
-    temporary.replace(path)

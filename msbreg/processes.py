@@ -26,8 +26,8 @@ class Processes:
             through NCCL, where torch itself ends the process (see `timeout` of `torch.distributed.init_process_group`).
 
     Raises:
-        MSBRegError: on entering, where the device cannot be used or the others do not come; on leaving, where a
-            collective failed because another rank is gone or did not answer.
+        MSBRegError: on entering, where the device cannot be used or the others do not come; on leaving, where memory
+            did not suffice, or a collective failed because another rank is gone or did not answer.
 
     Attributes:
         rank: 0 to world - 1 over all machines.
@@ -95,6 +95,13 @@ class Processes:
         # After an error the others may be waiting in a collective, where leaving the group would wait for them in turn.
         if kind is None and dist.is_initialized():
             dist.destroy_process_group()
+        if isinstance(error, RuntimeError) and is_of_memory(error):
+            where = f"GPU {self.device.index}" if self.device.type == "cuda" else "this machine"
+            (wanted,) = re.findall(r"ried to allocate ([\d.]+ \w+)", str(error))[:1] or ["more"]
+            raise MSBRegError(
+                f"the memory of {where} does not suffice for another {wanted}: lower --data.batch_size, --data.views "
+                "or --data.size, set --model.view_chunk, or start more processes."
+            ) from error
         if self.world > 1 and isinstance(error, RuntimeError) and is_of_a_collective(error):
             if "imed out" in str(error):
                 why = f"another one did not answer in {self.patience.total_seconds():g} s (--run.timeout)"
@@ -151,6 +158,11 @@ class Processes:
 def is_of_a_collective(error: RuntimeError) -> bool:
     """Whether torch could not talk to another rank; of gloo's errors only the text tells, by its source's path."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def is_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not allocate; of a CPU's errors only the text tells."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def first_sentence(error: BaseException) -> str:

@@ -21,6 +21,7 @@ from msbreg.errors import MSBRegError
 from msbreg.evaluation import OnlineProbe
 from msbreg.methods import StepOutput, build_method
 from msbreg.optim import build_optimizer
+from msbreg.preflight import require_sizes
 from msbreg.processes import Processes
 from msbreg.schedules import ema_tau, scaled_lr, warmup_cosine
 
@@ -36,6 +37,9 @@ class TrainingStep:
         steps: of the whole run.
         warmup_steps: those of them in which the learning rate rises.
         classes: of the linear probe that trains alongside; 0 for none.
+
+    Raises:
+        MSBRegError: the backbone is unknown or does not take the views' sizes, or a graph cannot be recorded here.
 
     Attributes:
         method: the networks and their loss.
@@ -56,6 +60,7 @@ class TrainingStep:
 
         torch.manual_seed(config.run.seed)  # the same weights on every rank
         method: nn.Module = build_method(config, processes.group)
+        require_sizes(method.online.backbone, config)
         method = method.to(self.device, memory_format=torch.channels_last)
         features = method.online.backbone.num_features
         self.probe = OnlineProbe(features, classes, group=processes.group).to(self.device) if classes else None

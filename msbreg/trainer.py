@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import gc
 import json
-import math
 import os
 import signal
 from collections.abc import Iterator
@@ -23,10 +22,10 @@ from torch import Tensor
 
 from msbreg import checkpoint
 from msbreg.config import Config, flatten
-from msbreg.data import Source, ViewLoader, load_recipe, open_source, open_split, with_classes_of
+from msbreg.data import Source, ViewLoader, open_source, open_split, with_classes_of
 from msbreg.errors import MSBRegError
 from msbreg.evaluator import Evaluator, has_labels, set_aside
-from msbreg.export import export_backbone
+from msbreg.export import config_of, export_backbone
 from msbreg.machine import usable_cores
 from msbreg.methods import StepOutput
 from msbreg.monitor import (
@@ -40,6 +39,7 @@ from msbreg.monitor import (
     read_metrics,
 )
 from msbreg.plots import draw_curves
+from msbreg.preflight import planned_steps, recipe_of, share_of_batch
 from msbreg.processes import Processes
 from msbreg.step import TrainingStep
 
@@ -68,8 +68,13 @@ def pretrain(config: Config) -> dict[str, Any]:
     """
     config.validate()
     patience = timedelta(seconds=config.run.timeout)
-    with Processes(config.run.device, patience=patience) as processes, run_folder(config, processes) as folder:
-        return Trainer(config, processes, folder).run()
+    # A signal while images are listed, networks built or other ranks awaited must end the run as cleanly as later ones.
+    with (
+        stop_signals() as stop,
+        Processes(config.run.device, patience=patience) as processes,
+        run_folder(config, processes) as folder,
+    ):
+        return Trainer(config, processes, folder).run(stop)
 
 
 class Trainer:
@@ -86,7 +91,7 @@ class Trainer:
         self.device = processes.device
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
-        state = checkpoint.load_run(folder) if config.run.resume else None
+        state = checkpoint.load_run(folder, to_go_on=processes.first) if config.run.resume else None
         processes.agree(-1 if state is None else state["step"], f"the run folder {folder}")
         if state is None and checkpoint.holds_one(folder):
             raise MSBRegError(f"{folder} holds a run already and --run.resume is false; choose another --run.dir.")
@@ -101,19 +106,7 @@ class Trainer:
                 f"the run in {folder} was trained on {state['images']:,} images, but there are {len(self.source):,} "
                 "now; choose another --run.dir, or the images it had."
             )
-        if config.data.batch_size % processes.world:
-            raise MSBRegError(
-                f"--data.batch_size is {config.data.batch_size} images over all processes, which {processes.world} "
-                "processes cannot share evenly."
-            )
-        self.recipe = load_recipe(config.data.recipe, config.data.views, config.data.size)
-        sizes = {view.size for view in self.recipe}
-        if len(sizes) > 1 and (config.method.leave_one_out or config.method.name != "msbreg"):
-            raise MSBRegError(
-                f"--data.recipe {config.data.recipe} has views of several sizes, and targets of the first size alone: "
-                "leave out --method.leave_one_out, and use --method.name msbreg."
-            )
-        self.batch = config.data.batch_size // processes.world
+        self.batch, self.recipe = share_of_batch(config, processes), recipe_of(config)
         self.loader = ViewLoader(
             self.source,
             self.recipe,
@@ -127,7 +120,7 @@ class Trainer:
             prefetch=config.data.prefetch,
             timeout=config.data.timeout,
         )
-        self.steps = config.optim.steps or max(1, math.ceil(config.optim.epochs * self.loader.steps_per_epoch))
+        self.steps = planned_steps(config, self.loader.steps_per_epoch)
         self.warmup_steps = min(self.steps, round(config.optim.warmup_epochs * self.loader.steps_per_epoch))
         self.eval_every = (
             max(1, round(config.eval.every * self.loader.steps_per_epoch)) if config.eval.every else self.steps
@@ -140,10 +133,10 @@ class Trainer:
             self._restore(state)
         self.logged = self.done
 
-    def run(self) -> dict[str, Any]:
-        """Trains from where the run stands to its end."""
+    def run(self, stop: list[int]) -> dict[str, Any]:
+        """Trains from where the run stands to its end, or until `stop` has a signal in it (see `stop_signals`)."""
         config, first = self.config, self.processes.first
-        with contextlib.ExitStack() as opened, stop_signals() as stop, collected_by_hand():
+        with contextlib.ExitStack() as opened, collected_by_hand():
             opened.callback(self.loader.close)
             self.progress = Progress(self.steps, self.done, shown=first)
             opened.callback(self.progress.close)
@@ -298,8 +291,7 @@ class Trainer:
         row = {"event": "eval", "step": self.done, "knn_top1": accuracy.knn}
         row["knn_top1_pixels"] = results["knn_top1_pixels"]
         if self.step.probe is not None and evaluator.task == "labels":
-            row["online_linear_top1"] = self.step.probe.accuracy(network.backbone, evaluator.queries)
-            results["online_linear_top1"] = row["online_linear_top1"]
+            results["online_linear_top1"] = row["online_linear_top1"] = self.step.probe.accuracy(*evaluator.measured)
         if accuracy.linear is not None:
             results["linear_top1"] = row["linear_top1"] = accuracy.linear
         row["spectrum"] = evaluator.spectrum(network.projector)
@@ -363,11 +355,12 @@ class Trainer:
         if not self.processes.first:
             return {"finished": True, "step": self.done}
         summary_file = self.folder / "summary.json"
-        again = before and summary_file.exists()
+        config, summary = self.config, self._summary()
+        written = read_json(summary_file) if before else {}
+        again = summary.keys() <= written.keys()
         if again:
-            summary = json.loads(summary_file.read_text())
+            summary = written
         else:
-            config, summary = self.config, self._summary()
             description = f"{config.model.backbone} pretrained by msbreg ({config.method.name}), {self.done} steps"
             export_backbone(self.step.method.online.backbone, self.folder, description=description)
             title = f"msbreg pretrain: {config.method.name}, {config.model.backbone}, K = {config.data.views}"
@@ -434,10 +427,10 @@ def open_images(config: Config, processes: Processes) -> tuple[Source, Source | 
             render(path, size=config.data.size)
         processes.wait()
     else:
-        path = config.data.path
+        path = os.path.expanduser(config.data.path)
     train, held_out = open_split(path)
     if config.data.eval_path is not None:
-        held_out = with_classes_of(train, open_source(config.data.eval_path))
+        held_out = with_classes_of(train, open_source(os.path.expanduser(config.data.eval_path)))
     elif held_out is None and has_labels(train):
         train, held_out = set_aside(train)
     return train, held_out
@@ -514,11 +507,11 @@ def collected_by_hand() -> Iterator[None]:
 
 def refuse_other_config(state: dict[str, Any], config: Config, folder: Path) -> None:
     """A run goes on only as it began: options that shape its result may not change in the middle."""
-    before, now = flatten(state["config"]), flatten(config)
-    changed = [name for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
+    before, now = flatten(config_of(state)), flatten(config)
+    changed = [name for name in now if name not in FREE_TO_CHANGE and before[name] != now[name]]
     changed = [name for name in changed if not name.startswith("eval.") or name == "eval.linear"]
     if changed:
-        differences = "; ".join(f"--{name} was {before.get(name)} and is now {now[name]}" for name in changed)
+        differences = "; ".join(f"--{name} was {before[name]} and is now {now[name]}" for name in changed)
         raise MSBRegError(
             f"{folder} holds a run with other options: {differences}. "
             "Give the options it had to go on with it, or another --run.dir to start anew."
@@ -536,6 +529,14 @@ def tensorboard(folder: Path, step: int) -> Any:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes a JSON file whole or not at all."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
+    with checkpoint.whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; empty where the file is missing, damaged or of something else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

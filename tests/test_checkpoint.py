@@ -1,35 +1,81 @@
 """Checkpoints: whole at every moment, and plain words where one is not."""
 
+import os
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from msbreg import checkpoint
 from msbreg.errors import MSBRegError
+from msbreg.monitor import MetricsFile
+
+
+def state(step: int, **more: Any) -> dict[str, Any]:
+    """What a run saves, without the networks."""
+    parts = {name: kind() for name, kind in checkpoint.PARTS.items()}
+    return {**parts, "step": step, **more}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def damage(path: Path) -> None:
+    """Changes one bit in the middle of a tensor, which torch.load would not notice."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+WEIGHTS = {"w": torch.arange(6000.0)}
 
 
 def test_what_is_saved_comes_back(tmp_path):
-    state = {"step": 3, "weights": {"w": torch.arange(6.0).view(2, 3)}, "name": "x", "list": [1, (2.5, None)]}
-    checkpoint.save_checkpoint(tmp_path, state)
+    saved = state(3, weights={"w": torch.arange(6.0).view(2, 3)}, name="x", list=[1, (2.5, None)])
+    checkpoint.save_checkpoint(tmp_path, saved)
     loaded = checkpoint.load_run(tmp_path)
-    assert loaded["step"] == 3 and loaded["list"] == state["list"]
-    torch.testing.assert_close(loaded["weights"]["w"], state["weights"]["w"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt"]
+    assert loaded["step"] == 3 and loaded["list"] == saved["list"]
+    torch.testing.assert_close(loaded["weights"]["w"], saved["weights"]["w"])
+    assert names(tmp_path) == ["checkpoint.pt"]
 
 
-def test_the_one_before_is_kept_and_steps_in_for_a_damaged_one(tmp_path):
+@pytest.mark.parametrize("harm", [damage, lambda path: os.truncate(path, 200)])
+def test_the_one_before_is_kept_and_steps_in_for_a_damaged_one(tmp_path, harm):
     for step in (1, 2):
-        checkpoint.save_checkpoint(tmp_path, {"step": step})
-    newest = tmp_path / "checkpoint.pt"
-    newest.write_bytes(newest.read_bytes()[:200])
+        checkpoint.save_checkpoint(tmp_path, state(step, method=WEIGHTS))
+    harm(tmp_path / "checkpoint.pt")
     with pytest.warns(UserWarning, match=r"cut short or damaged.*Going on from the one before it, step 1"):
         assert checkpoint.load_run(tmp_path)["step"] == 1
+    assert names(tmp_path) == ["checkpoint.previous.pt", "checkpoint.pt"]
+
+
+def test_a_damaged_one_never_takes_the_place_of_the_good_one(tmp_path):
+    for step in (1, 2):
+        checkpoint.save_checkpoint(tmp_path, state(step, method=WEIGHTS))
+    damage(tmp_path / "checkpoint.pt")
+    with pytest.warns(UserWarning, match="step 1"):
+        checkpoint.load_run(tmp_path, to_go_on=True)
+    checkpoint.save_checkpoint(tmp_path, state(3))
+    assert checkpoint.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+    assert checkpoint.load_checkpoint(tmp_path / "checkpoint.previous.pt")["step"] == 1
+
+
+def test_one_that_the_system_cannot_read_is_no_damaged_one(tmp_path):
+    (tmp_path / "checkpoint.pt").mkdir()
+    (tmp_path / "other").mkdir()
+    checkpoint.save_checkpoint(tmp_path / "other", state(1))
+    (tmp_path / "other" / "checkpoint.pt").rename(tmp_path / "checkpoint.previous.pt")
+    with pytest.raises(MSBRegError, match=r"cannot read the checkpoint .*: Is a directory"):
+        checkpoint.load_run(tmp_path)
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
-    checkpoint.save_checkpoint(tmp_path, {"step": 1})
+    checkpoint.save_checkpoint(tmp_path, state(1))
     (tmp_path / "checkpoint.pt").rename(tmp_path / "checkpoint.previous.pt")
     with pytest.warns(UserWarning, match="step 1"):
-        assert checkpoint.load_run(tmp_path)["step"] == 1
+        assert checkpoint.load_run(tmp_path, to_go_on=True)["step"] == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 and no more"])
@@ -39,7 +85,10 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path, content):
         checkpoint.load_run(tmp_path)
 
 
-@pytest.mark.parametrize("value", [{"weights": 1}, [1, 2]])
+WITHOUT_STEP = {name: value for name, value in state(1, format=checkpoint.FORMAT).items() if name != "step"}
+
+
+@pytest.mark.parametrize("value", [{"weights": 1}, [1, 2], WITHOUT_STEP, state(1, format=checkpoint.FORMAT, config=3)])
 def test_anothers_file_is_refused(tmp_path, value):
     torch.save(value, tmp_path / "checkpoint.pt")
     with pytest.raises(MSBRegError, match="not a checkpoint of msbreg"):
@@ -60,8 +109,17 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
 
 def test_a_failed_write_leaves_the_earlier_checkpoints_and_no_rubbish(tmp_path, file_size_limit):
-    checkpoint.save_checkpoint(tmp_path, {"step": 1})
+    checkpoint.save_checkpoint(tmp_path, state(1))
     with file_size_limit(100_000), pytest.raises(MSBRegError, match=r"cannot save the checkpoint.*is intact"):
-        checkpoint.save_checkpoint(tmp_path, {"step": 2, "weights": torch.zeros(100_000)})
+        checkpoint.save_checkpoint(tmp_path, state(2, weights=torch.zeros(100_000)))
     assert checkpoint.load_run(tmp_path)["step"] == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert names(tmp_path) == ["checkpoint.pt"]
+
+
+def test_other_files_are_written_whole_or_not_at_all(tmp_path, file_size_limit):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"event": "train", "step": 1}\n' * 100)
+    before = metrics.read_bytes()
+    with file_size_limit(1000), pytest.raises(MSBRegError, match=r"cannot write .*metrics\.jsonl: File too large"):
+        MetricsFile(metrics, {"train": 1})
+    assert names(tmp_path) == ["metrics.jsonl"] and metrics.read_bytes() == before

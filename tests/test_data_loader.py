@@ -230,9 +230,7 @@ def test_substitutes_do_not_depend_on_ranks_or_on_what_was_found_before(tmp_path
 def test_images_that_only_pillow_decodes_are_not_left_out(tmp_path, backend):
     for number in range(4):
         Image.open(io.BytesIO(picture(number))).save(tmp_path / f"{number}.gif")
-    buffer = io.BytesIO()
-    Image.open(io.BytesIO(picture(4))).save(buffer, "PNG")
-    (tmp_path / "4.png").write_bytes(buffer.getvalue()[:-14])  # all pixels, but neither checksum nor end marker
+    (tmp_path / "4.png").write_bytes(cut_png(4))
     loader = ViewLoader(ImageFolder(tmp_path), evaluation(24), 5, shuffle=False, backend=backend, threads=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -250,6 +248,42 @@ def test_nothing_but_bad_images_ends_with_an_error(tmp_path, backend, bad, count
     loader = ViewLoader(ImageFolder(tmp_path), evaluation(24), 4, shuffle=False, backend=backend, threads=1)
     with pytest.raises(DataError, match=r"none of the 4 images|1\d of the 40 images|20 of the 40 images"):
         list(loader.batches())
+    loader.close()
+
+
+def cut_png(seed):
+    """All pixels, but neither checksum nor end marker: Pillow decodes it, DALI does not."""
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(picture(seed))).save(buffer, "PNG")
+    return buffer.getvalue()[:-14]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_image_that_only_pillow_decodes_may_be_in_several_batches_under_way(tmp_path, backend):
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(cut_png(number))
+    loader = ViewLoader(ImageFolder(tmp_path), cifar(1, 24), 2, backend=backend, threads=1, prefetch=3)
+    assert [sorted(batch.index.tolist()) for batch in loader.batches(0, 6)] == 6 * [[0, 1]]
+    assert loader.unreadable == {}
+    loader.close()
+
+
+@pytest.mark.skipif("dali" not in BACKENDS, reason="DALI is not installed")
+def test_a_decoder_out_of_order_is_not_the_images_fault(pictures, monkeypatch):
+    """DALI itself, but given two bytes of each file alone; as where a GPU has no memory left, it decodes nothing."""
+    from nvidia.dali import fn, types
+
+    import msbreg.data.dali as dali
+
+    def decode(device: torch.device):
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+        return fn.decoders.image(encoded[:2], output_type=types.RGB)
+
+    monkeypatch.setattr(dali, "_decode", decode)
+    loader = ViewLoader(pictures, cifar(1, 24), 24, backend="dali", threads=1)
+    with pytest.raises(RuntimeError, match="decod"):
+        next(loader.batches())
+    assert loader.unreadable == {}
     loader.close()
 
 
@@ -465,6 +499,9 @@ def test_recipes_from_a_file(tmp_path):
         ("- area: 0.5", "block 1"),
         ("- size: big", "size is a number of pixels"),
         ("- flip: often", "block 1"),
+        ("- brightness: .inf", "brightness is a strength, 0 to 1000, not inf"),
+        ("- sigma: [0.1, .inf]", "sigma is a range .* <= 1000, not"),
+        ("- ratio: [0.5, .nan]", "ratio is a range"),
         ("blur: 1", "should be a list of blocks"),
         ("- just a word", "expected field: value pairs"),
         ("", "should be a list of blocks"),

@@ -80,6 +80,11 @@ def test_a_link_back_up_is_not_walked_for_ever(tmp_path):
         (lambda path: path / "list.txt", "no such file: .*list.txt"),
         (lambda path: fill(path, {"list.txt": b"# nothing\n\n"}) / "list.txt", "lists no images"),
         (lambda path: fill(path, {"list.csv": b"\xff\xd8\xff\x00"}) / "list.csv", "should be a text file"),
+        (lambda path: fill(path, {"list.csv": b"a.jpg\nb\x00.jpg\n"}) / "list.csv", "has a NUL character"),
+        (lambda path: fill(path, {"list.txt": "a.jpg".encode("utf-16-le")}) / "list.txt", "has a NUL character"),
+        (lambda path: fill(path, {"list.csv": b'a.jpg\n"b.jpg\n'}) / "list.csv", "not a whole .csv file, .*quotes"),
+        (lambda path: fill(path, {"list.csv": b'"' + 40_000 * b"a.jpg\n"}) / "list.csv", "not a whole .csv file"),
+        (lambda path: path / "x-{005..001}.tar", "names no shards: .*rising numbers"),
     ],
 )  # fmt: skip
 def test_what_holds_no_images_is_said_in_one_sentence(tmp_path, make, says):

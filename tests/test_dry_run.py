@@ -1,6 +1,11 @@
 """`msbreg pretrain --dry-run`: two steps, and what they say of a whole run."""
 
+import os
+import subprocess
+import sys
+
 import pytest
+import torch
 
 from msbreg.cli import main
 from msbreg.config import Config, packaged_configs
@@ -21,7 +26,8 @@ def test_the_default_runs_with_its_whole_batch(capsys, tmp_path, monkeypatch):
     rows = table(capsys.readouterr().out)
     assert rows["images a step, of all processes"] == "128"
     assert rows["steps of the run, 5,000 images"] == "312"
-    assert float(rows["second step, s"]) > 0 and float(rows["peak memory a process, MB"].replace(",", "")) > 100
+    assert float(rows["step 2, s"]) > 0 and float(rows["loading a batch of 32-pixel images, s"]) > 0
+    assert float(rows["peak memory of a process, MB"].replace(",", "")) > 100
     assert list(tmp_path.iterdir()) == []  # no run folder
 
 
@@ -50,13 +56,74 @@ def test_hours_are_those_of_the_whole_batch(swatches):
     rows = table(dry_run(config))
     with_images = PIXELS_ON_A_CPU // (4 * 64**2)
     assert rows["images a step, of all processes"] == f"200, measured with {with_images}"
-    hours = 5000 * float(rows["second step, s"]) * 200 / with_images / 3600
-    assert float(rows["hours of the run, projected"].replace(",", "")) == pytest.approx(hours, rel=0.02, abs=0.1)
+    seconds = float(rows["step 2, s"]) + float(rows["loading a batch of 64-pixel images, s"])
+    projected = rows["hours of the run, projected from the sum of step and loading"].replace(",", "")
+    assert float(projected) == pytest.approx(5000 * seconds * 200 / with_images / 3600, rel=0.02, abs=0.1)
     assert config.data.batch_size == 200
 
 
-def test_it_says_what_is_wrong():
+def test_images_that_the_run_sets_aside_do_not_count(swatches, capsys):
+    """A tenth of a labelled folder without held-out images beside it is kept for evaluation."""
+    path = str(swatches / "train")
+    options = ["--data.path", path, "--data.batch_size", "36", "--optim.epochs", "10"]
+    assert main(["pretrain", "--dry-run", *TINY, *options]) == 0
+    assert table(capsys.readouterr().out)["steps of the run, 216 images"] == "60"
+
+
+TWO_SIZES = "- {size: 16}\n- {size: 12}\n"
+
+
+@pytest.mark.parametrize("command", [["pretrain"], ["pretrain", "--dry-run"], ["bench", "--steps", "1"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data.path", "/nowhere/at/all"], "no such folder or file: /nowhere/at/all"),
+        (["--data.batch_size", "1000"], "a batch of 1,000 images cannot be filled from the 240 of "),
+        (["--data.recipe", "multi_crop", "--data.views", "4", "--method.leave_one_out", "true"], "several sizes"),
+        (["--data.recipe", "TWO_SIZES", "--method.name", "byol"], "several sizes"),
+        (["--model.backbone", "squeezenet1_1"], "squeezenet1_1 does not take images of 16 pixels"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_whatever_stops_the_run_stops_a_dry_run_too(command, options, words, tmp_path, small, capsys):
+    (tmp_path / "sizes.yaml").write_text(TWO_SIZES)
+    options = [str(tmp_path / "sizes.yaml") if option == "TWO_SIZES" else option for option in options]
+    assert main([*command, *small, "--run.dir", str(tmp_path / "run"), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line
+
+
+def test_an_epoch_of_too_few_images():
     config = Config()
-    config.data.path = "/nowhere/at/all"
-    with pytest.raises(MSBRegError, match="/nowhere/at/all"):
+    config.data.images, config.run.device = 100, "cpu"
+    with pytest.raises(MSBRegError, match=r"a batch of 128 images cannot be filled from the 100 of --data\.images"):
         dry_run(config)
+
+
+@pytest.mark.slow
+def test_the_first_process_alone_tells(small, free_port):
+    shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "msbreg", "pretrain", "--dry-run", *small],
+            env=os.environ | {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    first, second = (process.communicate(timeout=120)[0] for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
+    rows = table(first)
+    assert rows["processes"] == "2" and rows["images a step, of all processes"] == "32"
+    assert second == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
+def test_a_graph_is_recorded_before_the_last_step(small, capsys):
+    assert main(["pretrain", "--dry-run", *small, "--run.device", "cuda", "--model.cuda_graph", "true"]) == 0
+    rows = table(capsys.readouterr().out)
+    assert float(rows["step 5, s"]) < float(rows["first step, s"])
+    in_use = float(rows["memory in use on its GPU, DALI and others included, MB"].replace(",", ""))
+    assert in_use > float(rows["peak memory of torch in a process, MB"].replace(",", ""))

@@ -332,6 +332,12 @@ def test_timeouts_that_cannot_be(capsys, option, value):
     assert f"error: {option} is " in capsys.readouterr().err
 
 
+def test_memory_that_does_not_suffice_is_said():
+    words = "the memory of this machine does not suffice for another 1125899906842624 bytes: lower --data.batch_size"
+    with pytest.raises(MSBRegError, match=words), Processes("cpu"):
+        torch.empty(2**50, dtype=torch.uint8)
+
+
 # A full disk, on the rank that writes.
 
 

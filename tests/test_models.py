@@ -5,8 +5,10 @@ import torch
 import torchvision
 from torch import nn
 
+from msbreg.config import Config
 from msbreg.errors import MSBRegError
 from msbreg.models import ConvNet, build_backbone, mlp_head
+from msbreg.preflight import require_sizes
 
 
 def features(backbone: nn.Module, side: int) -> torch.Tensor:
@@ -106,6 +108,66 @@ def test_what_cannot_be_built_is_explained(name, stem, words):
         pytest.importorskip("timm")
     with pytest.raises(MSBRegError, match=words):
         build_backbone(name, stem=stem)
+
+
+def config_of(name: str, size: int) -> Config:
+    config = Config()
+    config.model.backbone, config.data.size = name, size
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "words"),
+    [
+        ("vit_b_32", 32, r"Wrong image height! Expected 224 but got 32!"),
+        ("squeezenet1_1", 16, r"Output size is too small"),
+        ("timm/vit_tiny_patch16_224", 32, r"Input height \(32\) doesn't match model \(224\)"),
+    ],
+)
+def test_a_size_that_the_network_does_not_take_is_one_sentence(name, size, words):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    backbone = build_backbone(name)
+    with pytest.raises(
+        MSBRegError, match=f"{name} does not take images of {size} pixels .*{words}.*use another"
+    ) as caught:
+        require_sizes(backbone, config_of(name, size))
+    assert "\n" not in str(caught.value)
+
+
+class Fixed(nn.Module):
+    """A network that takes one size alone, and says nothing of it."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.shape[-1] != self.size:
+            raise AssertionError
+        return images.mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize(("size", "refused"), [(16, 24), (24, 16), (20, 16)])
+def test_every_size_of_a_run_is_tried(tmp_path, size, refused):
+    """Both of the views', and that of the images for evaluation."""
+    (tmp_path / "sizes.yaml").write_text("- {size: 16}\n- {size: 24}\n")
+    config = config_of("fixed", 24)
+    config.data.recipe = str(tmp_path / "sizes.yaml")
+    with pytest.raises(MSBRegError, match=f"does not take images of {refused} pixels \\(AssertionError\\)"):
+        require_sizes(Fixed(size), config)
+    config.data.recipe, config.data.size = "cifar", 16
+    require_sizes(Fixed(16), config)
+
+
+def test_trying_a_size_changes_nothing():
+    backbone = build_backbone("resnet18")
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    random = torch.get_rng_state()
+    require_sizes(backbone, config_of("resnet18", 32))
+    assert backbone.training and all(layer.training for layer in backbone.modules())
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
 
 
 def test_the_head_is_linear_norm_relu_linear():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from msbreg.cli import main
+from msbreg.cli import main, name_configs
+from msbreg.config import Config
 from msbreg.monitor import read_metrics
+from msbreg.processes import Processes
+from msbreg.trainer import open_images
 
 TIMES = {
     "images_per_second", "views_per_second", "data_wait_ms", "step_ms", "memory_mb", "seconds", "processes",
@@ -104,6 +108,29 @@ def test_a_finished_run_says_so_and_changes_nothing(undisturbed, small, capsys):
     assert {name for name in before if before[name] != after[name]} <= {"metrics.jsonl"}
 
 
+@pytest.mark.parametrize("content", [b"", b'{"finished": true, "step"', b'{"finished": true, "step": 12}'])
+def test_a_finished_run_mends_its_summary(tmp_path, undisturbed, small, content):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "summary.json").write_bytes(content)
+    assert pretrain("--run.dir", tmp_path, *small) == 0
+    assert_same_outcome(tmp_path, undisturbed)
+
+
+def test_an_option_that_the_checkpoint_lacks_had_its_default(tmp_path, undisturbed, small, capsys):
+    state = torch.load(undisturbed / "checkpoint.pt", weights_only=True)
+    del state["config"]["method"]["leave_one_out"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert pretrain("--run.dir", tmp_path, *small) == 0
+    text = refusal(capsys, "--run.dir", tmp_path, *small, "--method.leave_one_out", "true")
+    assert "--method.leave_one_out was False and is now True" in text
+
+
+def test_lines_that_are_no_metrics_are_passed_over(tmp_path):
+    good = b'{"event": "train", "step": 2}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(good + b"\xff\xfe\n[3]\n7\n{}\n" + good + b'{"event": "tr')
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2, 2]
+
+
 def start(folder: Path, *options: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "msbreg", "pretrain", "--run.dir", str(folder), *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -153,6 +180,16 @@ def test_a_preemption_signal_saves_and_exits_cleanly(tmp_path, small, undisturbe
     assert_same_outcome(tmp_path, undisturbed_long)
 
 
+def test_a_signal_while_the_run_is_set_up_saves_and_exits_cleanly(tmp_path, small):
+    process = start(tmp_path, *small, *LONG)
+    while not (tmp_path / ".lock").exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGUSR1)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped by a signal at step 1 of 40" in errors, errors
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 1
+
+
 def test_another_seed_is_another_run(tmp_path, small, undisturbed):
     assert pretrain("--run.dir", tmp_path, *small, "--run.seed", "1") == 0
     assert outcome(tmp_path)[0] != outcome(undisturbed)[0]
@@ -184,6 +221,15 @@ def test_images_without_labels_are_recognised_again(tmp_path, small, swatches):
     assert pretrain("--run.dir", tmp_path / "run", *small, "--data.path", flat, "--optim.steps", "2") == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["task"] == "instances" and 0 < summary["knn_top1"] <= 1 and "linear_top1" not in summary
+
+
+def test_too_few_labels_to_hold_a_tenth_out_are_said(tmp_path, small, swatches, capsys):
+    for index, image in enumerate(sorted((swatches / "train").rglob("*.jpg"))[:40]):
+        (tmp_path / "images" / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / "ab"[index % 2] / f"{index}.jpg").symlink_to(image)
+    options = ["--data.path", str(tmp_path / "images"), "--optim.steps", "1"]
+    assert pretrain("--run.dir", tmp_path / "run", *small, *options) == 0
+    assert "recognised again instead of classified: the 4 held-out images have labels" in capsys.readouterr().err
 
 
 def test_processes_of_torchrun_train_as_one_does(tmp_path, small, undisturbed, free_port):
@@ -231,6 +277,20 @@ def test_doctor_names_versions_and_devices(capsys):
     assert main(["doctor"]) == 0
     report = capsys.readouterr().out
     assert f"torch {torch.__version__}" in report and "GPU" in report and "nvidia.dali" in report
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, swatches):
+    monkeypatch.setenv("HOME", str(swatches.parent))
+    config = Config()
+    config.data.path, config.data.eval_path = "~/swatches/train", "~/swatches/test"
+    train, held_out = open_images(config, Processes("cpu"))
+    assert (len(train), len(held_out)) == (240, 120)
+
+
+def test_a_folder_does_not_hide_the_recipe_of_its_name(monkeypatch, tmp_path):
+    (tmp_path / "cifar10-resnet18").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert name_configs(["--config", "cifar10-resnet18"])[1].endswith("cifar10-resnet18.yaml")
 
 
 # Bad input: one clear sentence, exit status 2, nothing lost.
@@ -289,6 +349,39 @@ def test_an_unknown_option_and_a_value_of_the_wrong_type(capsys):
         assert word in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("optim.epochs", "1e308"), ("eval.every", "1e308"), ("run.timeout", "1e300"), ("data.timeout", "1e10"),
+        ("optim.steps", "9" * 400), ("optim.lr", "1e300"), ("optim.weight_decay", "1e300"), ("model.dim", "1000000000"),
+        ("model.view_chunk", "1" + "0" * 18), ("run.threads", "1000000"), ("data.threads", "-1"), ("eval.k", "0"),
+    ],
+)  # fmt: skip
+def test_numbers_beyond_all_use(capsys, option, value):
+    assert f"--{option} is " in refusal(capsys, f"--{option}", value)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--k", "-1"), ("--threads", "-1"), ("--threads", "100000")])
+def test_numbers_that_eval_does_not_take(undisturbed, capsys, option, value):
+    assert main(["eval", str(undisturbed), option, value]) == 2
+    assert f"error: {option} is {value}, but must lie between 0 and " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["eval", "export"])
+def test_commands_that_are_for_one_process(undisturbed, monkeypatch, capsys, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([command, str(undisturbed)]) == 2
+    assert f"error: {command} is for one process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(b"data: null", "data is None"), (b"data: 3", "data is 3"), (b"\xff\xfe", "is not text")]
+)
+def test_a_config_file_that_is_none(tmp_path, capsys, content, words):
+    (tmp_path / "config.yaml").write_bytes(content)
+    assert words in refusal(capsys, "--config", tmp_path / "config.yaml")
+
+
 def test_a_run_folder_that_cannot_be_written(tmp_path, small, capsys):
     in_the_way = tmp_path / "file"
     in_the_way.write_text("")
@@ -336,13 +429,20 @@ def test_a_disk_that_fills_while_saving(tmp_path, small, undisturbed, capsys, fi
     assert_same_outcome(run, undisturbed)
 
 
+def test_a_disk_that_fills_while_exporting(tmp_path, undisturbed, capsys, file_size_limit):
+    with file_size_limit(10_000):
+        assert main(["export", str(undisturbed), "--out", str(tmp_path)]) == 2
+    assert f"cannot write the backbone to {tmp_path}: File too large" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_disk_that_fills_while_metrics_are_written(tmp_path, small, capsys, file_size_limit):
     with file_size_limit(800):
         text = refusal(capsys, "--run.dir", tmp_path, *small)
     assert "metrics.jsonl" in text and "run the same command again" in text
 
 
-RUINED = ["--optim.name", "sgd", "--optim.lr", "1e38", "--optim.warmup_epochs", "1"]
+RUINED = ["--optim.name", "sgd", "--optim.lr", "1e15", "--optim.warmup_epochs", "1"]
 """The first step of a warm-up changes nothing, the second ruins the weights."""
 
 

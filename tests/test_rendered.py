@@ -96,6 +96,20 @@ def test_interrupted_run_leaves_no_folder(tmp_path, monkeypatch):
     render(tmp_path / "images", images=20, test_images=10)
 
 
+def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path):
+    folders = [".images-0123abcd", ".images-4567cdef", ".images-0123abcd-outdated", ".images-mine", ".other-0123abcd"]
+    for name in folders:
+        (tmp_path / name / "train").mkdir(parents=True)
+        if name != ".images-4567cdef":  # another process may be at work in this one
+            os.utime(tmp_path / name, (0, 0))
+    folder = render(tmp_path / "images", images=20, test_images=10)
+    kept = [".images-4567cdef", ".images-mine", ".other-0123abcd", "images"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+    os.utime(tmp_path / ".images-4567cdef", (0, 0))
+    render(folder, images=20, test_images=10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept[1:]
+
+
 def test_another_process_may_finish_first(tmp_path, monkeypatch):
     finished = render(tmp_path / "first", images=20, test_images=10)
     rename = os.rename

@@ -33,7 +33,7 @@ from msbreg.data.sources import Source
 from msbreg.errors import DataError, MSBRegError
 from msbreg.machine import usable_cores
 
-__all__ = ["Batch", "ViewLoader"]
+__all__ = ["Batch", "ViewLoader", "whole_batches"]
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -134,15 +134,10 @@ class ViewLoader:
                 f"expected a rank below world_size, and one process where not shuffled; got {rank} of {world_size}"
             )
         images, self.global_batch = len(source), batch_size * world_size
-        if images == 0 or (shuffle and images < self.global_batch):
-            each = f" ({batch_size:,} on each of {world_size} processes)" if world_size > 1 else ""
-            raise DataError(
-                f"a batch of {self.global_batch:,} images{each} cannot be filled from the {images:,} of {source}; "
-                f"use a smaller batch or more images"
-            )
+        fillable = whole_batches(images, batch_size if shuffle else 1, world_size, of=source)
         self.source, self.recipe, self.batch_size, self.seed, self.shuffle = source, recipe, batch_size, seed, shuffle
         self.rank, self.prefetch, self.timeout, self.device = rank, prefetch, timeout, torch.device(device)
-        self.steps_per_epoch = images // self.global_batch if shuffle else -(-images // batch_size)
+        self.steps_per_epoch = fillable if shuffle else -(-images // batch_size)
         """Steps in which each image comes at most once."""
         self._reader = Reader(source)
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(images, seed=seed, epoch=epoch))
@@ -251,8 +246,11 @@ class ViewLoader:
             try:
                 return self._backend.receive()
             except UndecodableError as error:
-                for position in error.positions:
-                    self._wait(self._reading.submit(self._reader.distrust, decoding[0].samples[position].image))
+                refused = [decoding[0].samples[position] for position in error.positions]
+                if any(sample.plain for sample in refused):  # then it is not the images that something is wrong with
+                    raise error.__cause__ or error from None
+                for sample in refused:
+                    self._wait(self._reading.submit(self._reader.distrust, sample.image))
                 decoding[0] = self._wait(self._read(decoding[0].step))
                 for work in decoding:
                     self._submit(work)
@@ -270,6 +268,28 @@ class ViewLoader:
         """Names images found unreadable, from the caller's thread."""
         while self._reader.news:
             warnings.warn(self._reader.news.pop(0), stacklevel=3)
+
+
+def whole_batches(images: int, batch_size: int, world_size: int = 1, *, of: object) -> int:
+    """Global batches that so many images fill.
+
+    Args:
+        images: how many there are.
+        batch_size: images of each process in a batch.
+        world_size: processes.
+        of: what to call where the images are.
+
+    Raises:
+        DataError: they do not fill one.
+    """
+    batches = images // (batch_size * world_size)
+    if batches == 0:
+        each = f" ({batch_size:,} on each of {world_size} processes)" if world_size > 1 else ""
+        raise DataError(
+            f"a batch of {batch_size * world_size:,} images{each} cannot be filled from the {images:,} of {of}; use a "
+            "smaller batch or more images"
+        )
+    return batches
 
 
 class _Threads:

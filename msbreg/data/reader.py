@@ -26,6 +26,8 @@ class Sample(NamedTuple):
     """Pixels, upright."""
     width: int
     """Pixels, upright."""
+    plain: bool
+    """Whether it is such a PPM file, which any backend in working order decodes."""
 
 
 class Reader:
@@ -86,10 +88,11 @@ class Reader:
             if not header.common:
                 self._uncommon.add(index)
             self._sizes[index] = header.height, header.width
-        if index in self._uncommon:
+        plain = index in self._uncommon
+        if plain:
             data = as_ppm(data)
         height, width = self._sizes[index].tolist()
-        return Sample(index, np.frombuffer(data, np.uint8), height, width)
+        return Sample(index, np.frombuffer(data, np.uint8), height, width, plain)
 
     def _bytes(self, index: int) -> bytes:
         self._under_way[threading.get_ident()] = index
@@ -105,8 +108,6 @@ class Reader:
             DataError: too many images cannot be read.
         """
         try:
-            if index in self._uncommon:
-                raise UnreadableError("it cannot be decoded")
             decode(self._bytes(index))
             self._uncommon.add(index)
         except (UnreadableError, OSError) as error:

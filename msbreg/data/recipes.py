@@ -6,7 +6,6 @@ turn, multi-crop, or the plain centre crop that evaluation uses. Both backends r
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,8 @@ STD = (0.229, 0.224, 0.225)
 """Standard deviation that goes with `MEAN`."""
 
 WHOLE_IMAGE_BELOW = 96
+LARGEST = 1000.0
+"""Of a ratio, a strength or a blur in pixels: more has no meaning, and in the end no finite pixels."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,15 @@ class View:
             raise ValueError(f"size is a number of pixels, 1 or more, not {self.size!r}")
         for name, (low, high), most in (
             ("area", self.area, 1.0),
-            ("ratio", self.ratio, math.inf),
-            ("sigma", self.sigma, math.inf),
+            ("ratio", self.ratio, LARGEST),
+            ("sigma", self.sigma, LARGEST),
         ):
             if not 0 < low <= high <= most:
                 raise ValueError(f"{name} is a range [low, high] with 0 < low <= high <= {most:g}, not {[low, high]}")
         for name in ("jitter", "grayscale", "blur", "solarize", "flip"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability, 0 to 1, not {getattr(self, name)!r}")
-        for name, most in (("brightness", math.inf), ("contrast", math.inf), ("saturation", math.inf), ("hue", 0.5)):
+        for name, most in (("brightness", LARGEST), ("contrast", LARGEST), ("saturation", LARGEST), ("hue", 0.5)):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is a strength, 0 to {most:g}, not {getattr(self, name)!r}")
         if self.centre is not None and not 0 < self.centre <= 1:

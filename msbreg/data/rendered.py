@@ -10,11 +10,14 @@ A pattern is a signed distance function, negative on the ink, in units of its ow
 draws it with smooth edges at any size.
 """
 
+import contextlib
+import glob
 import io
 import json
 import math
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +37,7 @@ VERSION = 1  # part of the manifest: raise it when the pictures change, and old 
 JPEG_QUALITY = 90
 CHUNK = 64  # images rendered at a time; the stream of random numbers depends on it
 SATURATION = 0.75
+A_DAY = 86_400.0  # seconds; rendering takes minutes at the most
 
 IMAGES, TEST_IMAGES = 5000, 2000
 """Sized so that rendering takes seconds, and an epoch on a CPU too."""
@@ -229,6 +233,7 @@ def render(
         DataError: where the folder cannot be written, or exists and holds something else.
     """
     folder = Path(folder)
+    _sweep(folder)
     recipe = {"version": VERSION, "images": images, "test_images": test_images, "size": size, "seed": seed}
     if _recipe_of(folder) == recipe:
         return folder
@@ -247,6 +252,14 @@ def render(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed processes left beside the folder; what is young may be at work still."""
+    with contextlib.suppress(OSError):  # another process may sweep too
+        for leftover in folder.parent.glob(f".{glob.escape(folder.name)}-{8 * '[0-9a-f]'}*"):
+            if time.time() - leftover.stat().st_mtime > A_DAY:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _recipe_of(folder: Path) -> dict[str, int] | None:

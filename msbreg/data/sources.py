@@ -146,9 +146,14 @@ class IndexFile(_Files):
             raise DataError(f"no such file: {self.path}") from error
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{self.path} should be a text file with one image path a line: {error}") from error
+        if "\0" in text:  # which no path has
+            raise DataError(f"{self.path} should be a text file with one image path a line, but has a NUL character")
         lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
         if self.path.suffix.lower() == ".csv":
-            rows = [[field.strip() for field in row] for row in csv.reader(lines)]
+            try:
+                rows = [[field.strip() for field in row] for row in csv.reader(lines, strict=True)]
+            except csv.Error as error:
+                raise DataError(f"{self.path} is not a whole .csv file, see its quotes: {error}") from error
             rows = rows[1:] if rows and _ending(rows[0][0]) not in EXTENSIONS else rows
         else:
             rows = [_split_line(line.strip()) for line in lines]
@@ -177,6 +182,8 @@ class TarShards(Source):
     def __init__(self, path: str | Path) -> None:
         self.pattern = str(path)
         self.shards = _expand_shards(path)
+        if not self.shards:
+            raise DataError(f"{self.pattern} names no shards: expected tar files, or rising numbers as in {{000..127}}")
         with ThreadPoolExecutor(max_workers=min(8, len(self.shards))) as pool:
             found = list(pool.map(_scan_shard, self.shards))
         members = [(shard, *member) for shard, inside in enumerate(found) for member in inside]
