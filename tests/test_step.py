@@ -1,17 +1,21 @@
 """The training step: what it makes the host wait for, how it is compiled, how it is recorded."""
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msbreg.compilation import regions
 from msbreg.config import Config
-from msbreg.data import Batch
+from msbreg.data import Batch, ViewLoader
 from msbreg.errors import MSBRegError
 from msbreg.models import build_backbone, mlp_head
-from msbreg.monitor import Stopwatch
+from msbreg.monitor import Stopwatch, read_metrics
 from msbreg.processes import Processes
 from msbreg.step import TrainingStep
+from msbreg.trainer import pretrain
 
 BATCH, VIEWS, STEPS = 6, 2, 8
 gpu = [
@@ -40,18 +44,50 @@ def batch(device: str = "cpu", *, seed: int = 1) -> Batch:
 
 
 class Reads(TorchDispatchMode):
-    """Notes operations by which the host reads a tensor's numbers, but for tensors that are on the CPU anyway."""
+    """Notes operations by which the host reads a tensor's numbers, but for tensors that are on the CPU anyway.
+
+    What would copy to the host reads nothing where the tensor is there already, and never gets as far as an operator:
+    `Copies` notes those.
+    """
 
     READING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "is_nonzero", "allclose")
 
-    def __init__(self, on_the_cpu: list[torch.Tensor]) -> None:
+    def __init__(self, on_the_cpu: Callable[[], list[torch.Tensor]]) -> None:
         super().__init__()
-        self.on_the_cpu = {tensor.data_ptr() for tensor in on_the_cpu}
-        self.found: list[str] = []
+        self.on_the_cpu, self.found = on_the_cpu, []
+        self.copies = Copies(self.found)
+
+    def __enter__(self):
+        self.copies.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        self.copies.__exit__(*exception)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        if name in self.READING and args[0].data_ptr() not in self.on_the_cpu:
+        masked = name.startswith("index") and any(
+            isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+            for index in (args[1] if isinstance(args[1], (list, tuple)) else [])
+        )
+        if masked or (name in self.READING and all(args[0].data_ptr() != one.data_ptr() for one in self.on_the_cpu())):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+class Copies(TorchFunctionMode):
+    """Notes methods that hand a tensor's numbers to the host."""
+
+    READING = ("cpu", "numpy", "tolist", "__array__")
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if name in self.READING or (name == "to" and "cpu" in [one for one in args[1:] if isinstance(one, str)]):
             self.found.append(name)
         return function(*args, **(kwargs or {}))
 
@@ -66,20 +102,57 @@ def counters(step: TrainingStep) -> list[torch.Tensor]:
 @pytest.mark.parametrize("method", ["msbreg", "byol", "simsiam"])
 def test_no_step_reads_a_number(method, optimizer):
     step = build(method__name=method, optim__name=optimizer)
-    step(batch(), 0)
-    with Reads(counters(step)) as reads:
-        step(batch(), 1)
+    images = batch()
+    step(images, 0)
+    with Reads(lambda: counters(step)) as reads:
+        step(images, 1)
     assert reads.found == []
 
 
-def test_a_read_would_be_seen(monkeypatch):
+READERS = {
+    "_local_scalar_dense": lambda weight: float(weight.isfinite().all()),
+    "index": lambda weight: weight[weight > 0],
+    "index_put_": lambda weight: weight.clone().index_put_((weight > 0,), torch.zeros(())),
+    "cpu": lambda weight: weight.cpu(),
+    "to": lambda weight: weight.to("cpu"),
+    "numpy": lambda weight: weight.numpy(),
+    "tolist": lambda weight: weight.tolist(),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_read_would_be_seen(monkeypatch, name):
     step = build()
     step(batch(), 0)
     after = step.method.after_step
-    monkeypatch.setattr(step.method, "after_step", lambda tau: after(tau * float(step.probe.weight.isfinite().all())))
-    with Reads(counters(step)) as reads:
+    monkeypatch.setattr(step.method, "after_step", lambda tau: (READERS[name](step.probe.weight.detach()), after(tau)))
+    with Reads(lambda: counters(step)) as reads:
         step(batch(), 1)
-    assert reads.found == ["_local_scalar_dense"]
+    assert name in reads.found
+
+
+def test_no_round_of_the_loop_reads_a_number(monkeypatch, tmp_path):
+    """The trainer's own part of a step: waiting for images, watching losses, looking for signals."""
+    config = Config()
+    config.run.dir, config.data.images, config.data.size = str(tmp_path), 24, 16
+    config.data.batch_size, config.data.backend, config.data.cache = BATCH, "torchvision", str(tmp_path / "images")
+    config.model.hidden, config.model.dim, config.eval.queries, config.eval.bank = 24, 8, 8, 8
+    config.optim.steps, config.run.log_every, config.run.checkpoint_every, config.eval.every = 6, 100, 100, 0
+    config.eval.linear, config.optim.name = False, "lars"  # neither a probe nor Adam, whose counters are on the CPU
+    rounds, batches = [], ViewLoader.batches
+
+    def watched(loader: ViewLoader, *steps: int) -> Iterator[Batch]:
+        for batch in batches(loader, *steps):
+            if not loader.shuffle:  # that of an evaluation
+                yield batch
+                continue
+            with Reads(lambda: []) as reads:
+                yield batch
+            rounds.append(reads.found)
+
+    monkeypatch.setattr(ViewLoader, "batches", watched)
+    pretrain(config)
+    assert rounds == [[]] * 5  # the sixth and last writes to metrics.jsonl
 
 
 @pytest.mark.parametrize("chunk", [0, 1])
@@ -102,6 +175,12 @@ def test_regions_are_blocks_or_whole_networks():
     assert regions(convnet) == [convnet.layers] and regions(perceptron) == [perceptron]
     method = build(model__backbone="resnet18").method
     assert len(regions(method)) == 2 * (8 + 1) + 1  # online and target: blocks and projector; the predictor
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_the_option_compiles_every_region(on):
+    found = regions(build(model__backbone="resnet18", model__compile=on).method)
+    assert {region._compiled_call_impl is not None for region in found} == {on}
 
 
 def test_a_graph_needs_a_gpu():
@@ -165,3 +244,18 @@ def test_compiled_regions_on_a_gpu(device):
     for number in range(3):
         images = batch(device, seed=number)
         torch.testing.assert_close(eager(images, number).loss, compiled(images, number).loss, rtol=2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+def test_a_run_records_its_graph_while_dali_is_at_work(device, tmp_path, swatches):
+    """DALI's threads go on calling CUDA for the batches ahead."""
+    pytest.importorskip("nvidia.dali")
+    config = Config()
+    config.run.dir, config.run.device, config.run.log_every = str(tmp_path), device, 1
+    config.data.path, config.data.size, config.data.backend = str(swatches), 96, "dali"
+    config.data.views, config.data.batch_size, config.data.prefetch = 8, 64, 4
+    config.model.hidden, config.model.dim, config.model.cuda_graph = 24, 8, True
+    config.optim.steps, config.eval.every, config.eval.linear = STEPS, 0, False
+    assert pretrain(config)["finished"]
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["event"] == "train"]
+    assert len({row["loss"] for row in rows}) == STEPS and None not in {row["loss"] for row in rows}
