@@ -3,9 +3,10 @@
     python bench/accuracy.py --data CIFAR10 --folder runs/accuracy --minutes 8.5 --json accuracy.json
 
 goes through a fixed list of runs, cheap ones first, and ends in time: the run at hand saves itself, and the same
-command goes on from there. Each call draws page and plot anew, beside the JSON, from all runs that have finished;
-`--report` does nothing else. What follows `--` are options of `msbreg pretrain` for every run; give those a `--folder`
-of their own. `--small` tries it all on a CPU: rendered images, a small network, one epoch of the cheaper methods.
+command goes on from there. Each call draws page and plot anew, beside the JSON, from all runs that have finished, and
+names those that failed, which the next call tries again; `--report` does nothing else. What follows `--` are options of
+`msbreg pretrain` for every run; give those a `--folder` of their own. `--small` tries it all on a CPU: rendered images,
+a small network, one epoch of the cheaper methods.
 
 Every run ends a schedule of its own; none is a checkpoint of a longer one. All methods share batch, heads, optimizer,
 learning rate and recipe of views, none of them tuned for these schedules. Accuracy is that of the backbone's 512
@@ -70,13 +71,10 @@ class Arm(NamedTuple):
     options: tuple[str, ...] = ()
 
 
-ABLATED = (
-    Arm("msbreg-k4-no-singular-value", "MSBReg, K = 4, no singular value loss", 4, ("--method.lambda_s", "0")),
-    Arm("msbreg-k4-no-brownian", "MSBReg, K = 4, no Brownian loss", 4, ("--method.lambda_b", "0")),
-)
 ARMS = (
     *(Arm(f"msbreg-k{views}", f"MSBReg, K = {views}", views) for views in (2, 4, 8, 16, 20)),
-    *ABLATED,
+    Arm("msbreg-k4-no-singular-value", "MSBReg, K = 4, no singular value loss", 4, ("--method.lambda_s", "0")),
+    Arm("msbreg-k4-no-brownian", "MSBReg, K = 4, no Brownian loss", 4, ("--method.lambda_b", "0")),
     Arm("byol", "BYOL", 2, ("--method.name", "byol")),
     Arm("simsiam", "SimSiam", 2, ("--method.name", "simsiam")),
 )
@@ -127,10 +125,10 @@ def plan(arms: Iterable[Arm], epochs: Iterable[float], views_seen: Iterable[floa
     Args:
         arms: ways to train.
         epochs: lengths of all of them.
-        views_seen: further lengths, in views of each image, of those that leave nothing out.
+        views_seen: further lengths of all of them, in views of each image.
         seeds: runs of each.
     """
-    lengths = {arm: {*epochs, *(seen / arm.views for seen in views_seen if arm not in ABLATED)} for arm in arms}
+    lengths = {arm: {*epochs, *(seen / arm.views for seen in views_seen)} for arm in arms}
     chosen = [Run(arm, length, seed) for arm in lengths for length in lengths[arm] for seed in range(seeds)]
     return sorted(chosen, key=lambda run: (run.cost, ARMS.index(run.arm), run.seed))
 
@@ -161,14 +159,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="CIFAR-10 as image files: train/CLASS/*, test/CLASS/*")
     parser.add_argument("--folder", type=Path, help="of the runs; default: runs/accuracy, or runs/accuracy-small")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which this call ends")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which this call ends; default: none")
     parser.add_argument(
         "--json", type=Path, help="results; page and plot go beside it; default: accuracy.json in FOLDER"
     )
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--small", action="store_true", help="the small case, for a CPU")
     parser.add_argument("--arms", nargs="+", choices=KEYS, metavar="ARM", help=f"only these, of {', '.join(KEYS)}")
-    parser.add_argument("--epochs", nargs="+", type=float, help="schedules of these lengths only")
+    parser.add_argument("--epochs", nargs="+", type=float, help="schedules of these lengths only; default: all")
     parser.add_argument("--seeds", type=int, help=f"runs of each; default: {SEEDS}, or 1 with --small")
     parser.add_argument("options", nargs="*", help="of msbreg pretrain, after --")
     options = parser.parse_args(arguments)
@@ -182,7 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
     arms = [arm for arm in ARMS if (arm.key in options.arms if options.arms else arm.views <= 4 or not small)]
     epochs = options.epochs or ((1.0,) if small else EPOCHS)
     views_seen = () if options.epochs or small else VIEWS_SEEN
-    todo = plan(arms, epochs, views_seen, options.seeds or (1 if small else SEEDS))
+    seeds = options.seeds or (1 if small else SEEDS)
+    todo = plan(arms, epochs, views_seen, seeds)
     good = True
     if not options.report:
         common = [*COMMON, *(SMALL if small else ()), *options.options]
@@ -190,15 +189,17 @@ def main(arguments: list[str] | None = None) -> int:
 
     records = [record for place in folder.glob("*") if (record := finished(place)) is not None]
     records.sort(key=lambda record: (KEYS.index(record["arm"]), record["epochs"], record["seed"]))
+    failed = {place.name: reason for place in sorted(folder.glob("*")) if (reason := runs.failed(place)) is not None}
     if not records:
         print(f"no run in {folder} has finished yet")
         return 0 if good else 1
     path = options.json or folder / "accuracy.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"runs": records}, indent=1) + "\n")
-    accuracy_report.draw(records, path, epochs=EPOCHS, views_seen=VIEWS_SEEN)
+    path.write_text(json.dumps({"runs": records, "failed": failed}, indent=1) + "\n")
+    accuracy_report.draw(records, failed, path, seeds=seeds, epochs=EPOCHS, views_seen=VIEWS_SEEN)
     left = sum(finished(folder / run.folder) is None for run in todo)
-    print(f"runs finished: {len(records)}, left of this list: {left}; {path.with_suffix('.md')}")
+    counts = f"runs finished: {len(records)}, failed: {len(failed)}, left of this list: {left}"
+    print(f"{counts}; {path.with_suffix('.md')}")
     return 0 if good else 1
 
 

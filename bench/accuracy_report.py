@@ -1,19 +1,21 @@
 """Tables and a plot of what bench/accuracy.py measured, beside the published figures."""
 
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runs import markdown, percent
 
-__all__ = ["Point", "draw", "equal_lengths", "equal_minutes", "one_line", "points"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-MARKS = [step * 10.0**power for power in range(-2, 4) for step in (1, 2, 5)]
-"""Minutes to compare at."""
+__all__ = ["Point", "draw", "equal_lengths", "equal_minutes", "one_line", "points"]
 
 
 class Point(NamedTuple):
@@ -30,6 +32,8 @@ class Point(NamedTuple):
     """Of training, data included, evaluation and saving not."""
     rates: tuple[float, ...] = ()
     """Views/s."""
+    asked: int = 1
+    """Seeds that there are to be."""
 
     @property
     def views_seen(self) -> float:
@@ -41,6 +45,16 @@ class Point(NamedTuple):
         """Over the seeds; infinite where they are not known."""
         return statistics.mean(self.minutes) if self.minutes else math.inf
 
+    @property
+    def mark(self) -> float:
+        """The least power of two, in minutes, that it ends within: it uses more than half of them."""
+        return 2.0 ** math.ceil(math.log2(self.mean_minutes))
+
+    def percent(self, shares: tuple[float, ...]) -> str:
+        """Mean and standard deviation of accuracies, in percent, with their number where seeds are missing."""
+        missing = f", n = {len(shares)}" if 0 < len(shares) < self.asked else ""
+        return percent(shares) + missing
+
 
 PUBLISHED = [  # https://github.com/tsb0601/EMP-SSL, README; bench/accuracy.py says how its protocol differs
     Point(name, views, epochs, (accuracy,))
@@ -50,6 +64,10 @@ PUBLISHED = [  # https://github.com/tsb0601/EMP-SSL, README; bench/accuracy.py s
     )
     for epochs, accuracy in zip((1.0, 10.0, 30.0), accuracies, strict=True)
 ]
+STYLES = {
+    "published: EMP-SSL, 20 patches": {"color": "black", "marker": "x", "linestyle": ":"},
+    "published: BYOL": {"color": "black", "marker": "+", "linestyle": ":"},
+}
 PUBLISHED_IMAGES = 50_000
 NOTE = """Published figures: README of [EMP-SSL](https://github.com/tsb0601/EMP-SSL), of another protocol. Ours probe
 the backbone's features of one whole image. EMP-SSL is probed at the 4096 features of its projector's first layer,
@@ -64,8 +82,13 @@ def one_line(summary: dict[str, Any]) -> str:
     return f"{accuracies}, {summary['seconds'] / 60:.2f} minutes, {summary['views_per_second']:,.0f} views/s"
 
 
-def points(records: Iterable[dict[str, Any]]) -> list[Point]:
-    """The records of the runs, all seeds together, in their order."""
+def points(records: Iterable[dict[str, Any]], seeds: int) -> list[Point]:
+    """The records of the runs, all seeds together, in their order.
+
+    Args:
+        records: of finished runs.
+        seeds: that there are to be of each.
+    """
     groups = defaultdict(list)
     for record in records:
         groups[record["name"], record["views"], record["epochs"]].append(record["summary"])
@@ -76,6 +99,7 @@ def points(records: Iterable[dict[str, Any]]) -> list[Point]:
             tuple(summary["knn_top1"] for summary in group),
             tuple(summary["seconds"] / 60 for summary in group),
             tuple(summary["views_per_second"] for summary in group),
+            seeds,
         )
         for key, group in groups.items()
     ]
@@ -124,29 +148,43 @@ def equal_lengths(shown: list[Point], lengths: Iterable[float], length: Callable
 
 
 def cells_of(point: Point) -> list[str]:
-    return [percent(point.linear), percent(point.knn), f"{point.mean_minutes:.2f}" if point.minutes else ""]
+    minutes = f"{point.mean_minutes:.2f}" if point.minutes else ""
+    return [point.percent(point.linear), point.percent(point.knn), minutes]
 
 
 def equal_minutes(found: list[Point]) -> str:
-    """A table of the linear accuracy after the longest schedule that ends within so many minutes, with its epochs."""
-    times = [point.mean_minutes for point in found]
-    marks = [mark for mark in MARKS if mark >= min(times)]
-    marks = marks[: 1 + sum(mark < max(times) for mark in marks)]
+    """A table of the linear accuracy after the longest schedule that uses a time up, with its epochs and minutes."""
+    marks = sorted({point.mark for point in found})
     rows = []
     for name, of_method in by_name(found).items():
-        fitting = [[point for point in of_method if point.mean_minutes <= mark] for mark in marks]
-        longest = [max(fit, key=lambda point: point.epochs, default=None) for fit in fitting]
-        rows.append([name, *(f"{percent(point.linear)} ({point.epochs:g})" if point else "" for point in longest)])
+        longest = {point.mark: point for point in sorted(of_method, key=lambda point: point.epochs)}
+        rows.append([name, *(timed(longest[mark]) if mark in longest else "" for mark in marks)])
     return markdown(["method", *(f"{mark:g} min" for mark in marks)], rows)
 
 
-def page(records: list[dict[str, Any]], plots: Iterable[str], epochs: Iterable[float], seen: Iterable[float]) -> str:
-    """The whole Markdown page, with the plots of those file names."""
-    found, known = points(records), published(records)
+def timed(point: Point) -> str:
+    return f"{point.percent(point.linear)} ({point.epochs:g}; {point.mean_minutes:.2f})"
+
+
+def shared_options(records: Iterable[dict[str, Any]]) -> str:
+    """What the command lines of all runs begin with, each option with its value."""
+    options = zip(*(re.split(" (?=--)", " ".join(record["options"])) for record in records), strict=False)
+    return " ".join(same[0] for same in takewhile(lambda same: len(set(same)) == 1, options))
+
+
+def page(
+    records: list[dict[str, Any]],
+    failed: dict[str, str],
+    plots: Iterable[str],
+    *,
+    seeds: int,
+    epochs: Iterable[float],
+    views_seen: Iterable[float],
+) -> str:
+    """The whole Markdown page, with the plots of those file names; the rest is as for `draw`."""
+    found, known = points(records, seeds), published(records)
     summaries = [record["summary"] for record in records]
     machines = [record["machine"] for record in records]
-    words = zip(*(record["options"] for record in records), strict=False)
-    shared = [same[0] for same in takewhile(lambda same: len(set(same)) == 1, words)]
     facts = {
         "trained on": [summary["device"] for summary in summaries],
         "driver": [machine.get("gpu", {}).get("driver_version", "") for machine in machines],
@@ -157,21 +195,25 @@ def page(records: list[dict[str, Any]], plots: Iterable[str], epochs: Iterable[f
         "commit": [record["commit"] for record in records],
         "date": [record["date"] for record in records],
         "images": [f"{summary['images']:,}" for summary in summaries],
-        "options of all runs": [f"`{' '.join(shared)}`"],
+        "options of all runs": [f"`{shared_options(records)}`"],
         "kNN of untrained networks, %": [percent([summary["knn_top1_untrained"] for summary in summaries])],
         "kNN of raw pixels, %": [percent([summary["knn_top1_pixels"]]) for summary in summaries],
     }
     sections = {
         "Equal epochs": equal_lengths([*found, *known], epochs, lambda point: point.epochs, "epochs"),
-        "Equal views of each image": equal_lengths([*found, *known], seen, lambda point: point.views_seen, "views"),
-        "Equal minutes": "Linear probe, %, after the longest schedule that ends within so many minutes, and its epochs."
-        f"\n\n{equal_minutes(found)}",
+        "Equal views of each image": equal_lengths(
+            [*found, *known], views_seen, lambda point: point.views_seen, "views"
+        ),
+        "Equal minutes": "Linear probe, %, after the longest schedule that ends within so many minutes and takes more "
+        f"than half of them; in brackets its epochs and its minutes.\n\n{equal_minutes(found)}",
+        "Failed runs": "\n".join(f"* {name}: {reason}" for name, reason in failed.items()),
         "All runs": everything(found),
     }
     parts = [
         "# Accuracy per minute of training",
-        "Drawn by `bench/accuracy.py` from the JSON beside it. Mean ± standard deviation over the seeds; minutes are "
-        "of training alone, data included, evaluation and saving not.",
+        "Drawn by `bench/accuracy.py` from the JSON beside it. Mean ± standard deviation over the seeds, "
+        f"with their number n where it is below {seeds}; minutes are of training alone, data included, evaluation and "
+        "saving not.",
         "\n".join(f"* {name}: {'; '.join(sorted(set(values)))}" for name, values in facts.items() if any(values)),
         *(f"![{plot}]({plot})" for plot in plots),
         *(f"## {title}\n\n{text}" for title, text in sections.items() if text),
@@ -180,49 +222,63 @@ def page(records: list[dict[str, Any]], plots: Iterable[str], epochs: Iterable[f
     return "\n\n".join(parts) + "\n"
 
 
-def plot(shown: list[Point], path: Path) -> None:
+def plot(shown: list[Point]) -> "Figure":
     """Linear accuracy against minutes of training, and against views of each image, with the published figures."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     canvas = Figure(figsize=(13, 5.5), layout="constrained")
     minutes, views = canvas.subplots(1, 2, sharey=True)
     for i, (name, of_method) in enumerate(by_name(shown).items()):
-        timed = bool(of_method[0].minutes)
-        style = {"color": f"C{i % 10}", "linewidth": 1} if timed else {"color": "black", "linestyle": ":"}
-        axes = {views: lambda point: point.views_seen} | ({minutes: lambda point: point.mean_minutes} if timed else {})
-        for axis, place in axes.items():
-            line = sorted(of_method, key=place)
-            accuracies = [[100 * share for share in point.linear] for point in line]
-            axis.errorbar(
-                [place(point) for point in line],
-                [statistics.mean(values) for values in accuracies],
-                [statistics.stdev(values) if len(values) > 1 else 0 for values in accuracies],
-                marker="osD^v<>pPX*"[i % 11],
-                label=name,
-                **style,
-            )
+        style = STYLES.get(name) or {"color": f"C{i % 10}", "marker": "osD^v<>pPX*"[i % 11]}
+        for axis, place in ((minutes, lambda point: point.mean_minutes), (views, lambda point: point.views_seen)):
+            line = sorted((point for point in of_method if math.isfinite(place(point))), key=place)
+            draw_line(axis, [place(point) for point in line], [point.linear for point in line], label=name, **style)
     for axis, label in ((minutes, "minutes of training"), (views, "views of each image")):
         axis.set(xlabel=label, xscale="log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.25, which="both")
-    minutes.set_ylabel("linear probe top-1, %")
+    minutes.set_ylabel("linear probe top-1, % (hollow: one seed)")
     canvas.legend(*views.get_legend_handles_labels(), loc="outside right upper", fontsize="small", frameon=False)
-    canvas.savefig(path, dpi=110)
+    return canvas
 
 
-def draw(records: list[dict[str, Any]], path: Path, *, epochs: Iterable[float], views_seen: Iterable[float]) -> None:
+def draw_line(axis: "Axes", places: list[float], shares: list[tuple[float, ...]], **style: Any) -> None:
+    """Means with their standard deviations; a hollow mark where there is one figure, which has none."""
+    means = [100 * statistics.mean(values) for values in shares]
+    spreads = [100 * statistics.stdev(values) if len(values) > 1 else 0 for values in shares]
+    axis.errorbar(places, means, spreads if any(spreads) else None, linewidth=1, **style)
+    single = [i for i, values in enumerate(shares) if len(values) == 1]
+    hollow = style | {"markerfacecolor": "white", "linestyle": "none", "label": None}
+    axis.plot([places[i] for i in single], [means[i] for i in single], zorder=3, **hollow)
+
+
+def draw(
+    records: list[dict[str, Any]],
+    failed: dict[str, str],
+    path: Path,
+    *,
+    seeds: int,
+    epochs: Iterable[float],
+    views_seen: Iterable[float],
+) -> None:
     """Writes the page and the plot beside the JSON.
 
     Args:
         records: of the finished runs, one or more.
+        failed: folder and last words of those that failed.
         path: the JSON.
+        seeds: that there are to be of each run.
         epochs: lengths that the table of equal epochs has columns for.
         views_seen: lengths, in views of each image, that the other one has.
     """
     plots = [path.with_suffix(".png").name]
     try:
-        plot([*points(records), *published(records)], path.with_suffix(".png"))
+        plot([*points(records, seeds), *published(records)]).savefig(path.with_suffix(".png"), dpi=110)
     except ModuleNotFoundError as error:
         print(f"No plot: {error}. pip install matplotlib")
         plots = []
-    path.with_suffix(".md").write_text(page(records, plots, epochs, views_seen), encoding="utf-8")
+    text = page(records, failed, plots, seeds=seeds, epochs=epochs, views_seen=views_seen)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")

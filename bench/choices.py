@@ -1,9 +1,9 @@
-"""Compares the choices that the MSBReg paper leaves open, on real images, and writes docs/choices.md.
+"""Compares the choices that the MSBReg paper leaves open, on real images; docs/choices.md is drawn by it.
 
-    python bench/choices.py --data CIFAR10_FOLDER --seeds 3 --jobs 2
+    python bench/choices.py --data CIFAR10_FOLDER --seeds 3 --jobs 2 --json choices.json --page docs/choices.md
 
 Every row is the same short run of `msbreg pretrain` with one option changed, so that rows compare with each other and
-with nothing else. Runs that a results folder holds already are not run again.
+with nothing else. Runs that the folder holds already are not run again.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
-from runs import ROOT, RunError, commit, markdown, percent, processor, train, versions
+from runs import RunError, commit, markdown, percent, processor, train, versions
 
 COMMON = [  # with the choices themselves, so that rows mean the same when a default changes
     "--method.leave_one_out", "false", "--method.disperse", "projector", "--method.spectrum", "nuclear",
@@ -37,14 +37,16 @@ ROWS = {
 }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="CIFAR-10 as image files: train/CLASS/*, test/CLASS/*")
-    parser.add_argument("--steps", type=int, default=240, help="optimizer steps of a run")
-    parser.add_argument("--seeds", type=int, default=2, help="runs of each row")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--folder", type=Path, default=Path("runs/choices"), help="where the runs are kept")
-    options = parser.parse_args()
+    parser.add_argument("--steps", type=int, default=240, help="optimizer steps of a run; default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=2, help="runs of each row; default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each; default: %(default)s")
+    parser.add_argument("--folder", type=Path, default=Path("runs/choices"), help="of the runs; default: %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the table there, with where it is from")
+    options = parser.parse_args(arguments)
 
     os.environ["OMP_NUM_THREADS"] = "1"
     common = [*COMMON, "--optim.steps", str(options.steps), "--optim.warmup_epochs", "0.1"]
@@ -70,10 +72,10 @@ def main() -> None:
         "common": ["--data.path", "CIFAR10_FOLDER", *common],
         "rows": {name: [summaries[name, seed] for seed in range(options.seeds)] for name in ROWS},
     }
-    results = ROOT / "bench" / "results" / "cpu" / result["date"]
-    results.mkdir(parents=True, exist_ok=True)
-    (results / "choices.json").write_text(json.dumps(result, indent=1) + "\n")
-    (ROOT / "docs" / "choices.md").write_text(page(result))
+    for path, text in ((options.json, json.dumps(result, indent=1) + "\n"), (options.page, page(result))):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
     print(table(result["rows"]))
 
 
@@ -106,7 +108,7 @@ within the spread mean nothing, and a short run of a small network is a hint, no
 
 {table(result["rows"])}
 
-This page is written by that command, from `bench/results/cpu/{result["date"]}/choices.json`.
+This page is written by that command with `--page`, the figures of each run with `--json`.
 """
 
 

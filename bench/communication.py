@@ -89,8 +89,13 @@ def count(views: int, batch: int, dim: int, calls: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=Path, metavar="FILE", help="count in real processes, and write JSON there")
-    parser.add_argument("--calls", type=int, default=20, help="calls that a count is the mean of")
+    parser.add_argument(
+        "--count",
+        type=Path,
+        metavar="FILE",
+        help="count in real processes, and write JSON there; default: print the table on paper",
+    )
+    parser.add_argument("--calls", type=int, default=20, help="calls that a count is the mean of; default: %(default)s")
     options = parser.parse_args()
     if options.count is None:
         print(table(8, 256, 256))

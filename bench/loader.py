@@ -9,7 +9,6 @@ CPU time is that of all processes and threads of a loader, and says more than th
 """
 
 import argparse
-import ctypes
 import io
 import json
 import math
@@ -28,7 +27,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from runs import markdown, provenance
+from runs import end_with_parent, markdown, provenance
 from timing import synchronize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
@@ -45,8 +44,6 @@ __all__ = ["LOADERS", "Case", "Loader", "Turn", "loaders", "rows", "table", "tur
 
 MANY = 10**9
 """Images that nobody comes to the end of."""
-PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl."""
 INTERPOLATION = {"cubic": v2.InterpolationMode.BICUBIC, "linear": v2.InterpolationMode.BILINEAR}
 BASES = {"torchvision": "torchvision", "torchvision-pillow-blur": "torchvision, Pillow's blur"}
 """What ratios are to, with the heading of the column."""
@@ -169,11 +166,6 @@ class TorchvisionLoader:
         del self._batches
 
 
-def end_with_parent(_worker: int) -> None:
-    """Has this process killed with its parent: while it is stopped, it could not see that nobody needs it any more."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def cpu_seconds_of(pid: int) -> float:
     """CPU time so far of another process."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -258,6 +250,15 @@ def loaders(recipe: Recipe) -> list[str]:
     return [name for name in LOADERS if blurred or name != "torchvision-pillow-blur"]
 
 
+def missing() -> dict[str, str]:
+    """Loaders that need a package that is not installed, with the reason."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        return {"msbreg": f"DALI cannot be imported ({error})"}
+    return {}
+
+
 class Turn(NamedTuple):
     """What a loader did in one round."""
 
@@ -281,11 +282,11 @@ def turn(loader: Loader, case: Case, *, seconds: float) -> Turn:
         return Turn(done, time.perf_counter() - began, loader.cpu_seconds() - used)
 
 
-def measure(case: Case, *, rounds: int, seconds: float) -> dict[str, list[Turn]]:
-    """Turns of all loaders, by name, after a short one that does not count."""
+def measure(case: Case, names: list[str], *, rounds: int, seconds: float) -> dict[str, list[Turn]]:
+    """Turns of these loaders, by name, after a short one that does not count."""
     with ExitStack() as stack:
         opened = {}
-        for name in loaders(case.recipe):
+        for name in names:
             opened[name] = LOADERS[name].open(case)
             stack.callback(opened[name].close)
         for loader in opened.values():
@@ -355,7 +356,9 @@ def table(result: dict[str, Any]) -> str:
         f"Views of {result['size']} pixels, recipe {result['recipe']}, batches of {result['batch']}, "
         f"{result['device_name']}, {result['threads']} threads, {result['processor']}"
     )
-    return "\n".join([heading, "", markdown(header, cells, text=2), "", *(f"* `{k}`: {v}" for k, v in about.items())])
+    notes = [f"Left out: {name}: {reason}." for name, reason in result["left_out"].items()]
+    lines = [heading, "", markdown(header, cells, text=2), "", *(f"* `{k}`: {v}" for k, v in about.items()), "", *notes]
+    return "\n".join(lines).strip()
 
 
 def facts(options: argparse.Namespace, source: Source) -> dict[str, Any]:
@@ -391,11 +394,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="of these at most; default: two batches, at least 128")
     parser.add_argument("--size", type=int, default=32, help="side of a view, pixels; default: %(default)s")
     parser.add_argument("--recipe", default="auto", help="byol, cifar, ...; default: auto, which goes by the size")
-    parser.add_argument("--views", type=int, nargs="+", default=[2, 4, 8], help="views of an image; default: 2 4 8")
+    parser.add_argument("--views", type=int, nargs="+", default=[2, 4, 8], help="of an image; default: 2 4 8")
     parser.add_argument("--batch", type=int, help="images; default: 256, from views of 96 pixels on 32")
-    parser.add_argument("--threads", type=int, default=usable_cores(), help="and cores; default: all")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="and cores; default: all, %(default)s")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if gpu else "cpu",
+        help="where the views are to be; default: cuda where there is a GPU, here %(default)s",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each loader; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=1.0, help="of a turn at least; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args()
@@ -419,11 +427,14 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             source = images(options, folder)
-            result = facts(options, source) | {"rows": []}
+            result = facts(options, source) | {"rows": [], "left_out": missing()}
+            for name, reason in result["left_out"].items():
+                print(f"{name} is left out: {reason}", file=sys.stderr, flush=True)
             for views in options.views:
                 recipe = load_recipe(options.recipe, views, options.size)
                 case = Case(source, recipe, options.batch, options.threads, torch.device(options.device))
-                result["rows"] += rows(case, measure(case, rounds=options.rounds, seconds=options.seconds))
+                names = [name for name in loaders(recipe) if name not in result["left_out"]]
+                result["rows"] += rows(case, measure(case, names, rounds=options.rounds, seconds=options.seconds))
                 print(f"{views} views: done", file=sys.stderr, flush=True)
                 if options.json is not None:
                     options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -43,6 +44,7 @@ from msbreg.data.rendered import render
 from msbreg.errors import MSBRegError
 from msbreg.machine import usable_cores
 from msbreg.models import build_backbone, mlp_head
+from msbreg.monitor import Stopwatch
 from msbreg.processes import Processes
 from msbreg.schedules import scaled_lr
 from msbreg.trainer import Trainer
@@ -56,6 +58,10 @@ MANY = 10**9
 CHECK_STEPS = 3
 WARM_UP = 3
 """Steps of a turn before its clock starts, at the least."""
+PREFETCH = 2
+"""Batches that each of a DataLoader's workers prepares ahead: torch's default."""
+SHARED = "/dev/shm"
+"""Where workers leave their batches."""
 
 
 class Case(NamedTuple):
@@ -79,9 +85,17 @@ class Case(NamedTuple):
 CASES = {
     "small": Case("resnet18", "cifar", 32, 256),
     # 448 x 448 is 0.2 megapixels, ImageNet's mean. Activations of 8 x 256 views at once are more than a GPU holds.
-    "imagenet": Case("resnet50", "imagenet", 224, 256, view_chunk=4, images=512, side=448),
+    "imagenet": Case("resnet50", "imagenet", 224, 256, view_chunk=4, images=256, side=448),
     "tiny": Case("convnet", "imagenet", 32, 16, hidden=64, dim=32, images=256),
 }
+CASE_OPTIONS = {
+    "batch": "images in a step",
+    "hidden": "width of the heads' hidden layer",
+    "dim": "D, dimension of the embeddings",
+    "view_chunk": "most views that msbreg takes through the networks at a time, more being recomputed in the backward "
+    "pass; 0: all",
+}
+"""What of a case the command line may set, and its meaning."""
 
 
 class Setting(NamedTuple):
@@ -105,6 +119,7 @@ class Peer:
     """A provider at work."""
 
     online: nn.Module
+    predictor: nn.Module
     target: nn.Module
     batches: Iterator[Any]
     step: Callable[[Any], Tensor]
@@ -144,6 +159,7 @@ def lightly_byol(setting: Setting) -> Peer:
     from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
     from torch.utils.data import DataLoader, RandomSampler
 
+    require_shared_memory(setting)
     case = setting.case
     first, second = load_recipe("auto", 2, case.size)
     transform = BYOLTransform(
@@ -156,6 +172,7 @@ def lightly_byol(setting: Setting) -> Peer:
         batch_size=case.batch,
         sampler=RandomSampler(dataset, replacement=True, num_samples=MANY),
         num_workers=setting.threads,
+        prefetch_factor=PREFETCH,
         drop_last=True,
         pin_memory=setting.device == "cuda",
     )
@@ -169,19 +186,31 @@ def lightly_byol(setting: Setting) -> Peer:
         lambda p, t: 0.5 * similarity(p, t),
         lambda online, target: update_momentum(online, target, m=TAU),
         (views for views, _, _ in loader),
-        ahead=loader.prefetch_factor * setting.threads,
+        ahead=PREFETCH * setting.threads,
         together=setting.threads,
     )
 
 
+def require_shared_memory(setting: Setting) -> None:
+    """Sees that the batches which a DataLoader's workers prepare have room: where they have not, a worker is killed.
+
+    Raises:
+        MSBRegError: they have not.
+    """
+    case = setting.case
+    needed = PREFETCH * setting.threads * case.batch * 2 * 3 * case.size**2 * 4  # two views, float32
+    free = shutil.disk_usage(SHARED).free
+    if free < needed:
+        raise MSBRegError(
+            f"the batches of {setting.threads} workers need {needed / 1e9:.1f} GB of shared memory, but {SHARED} has "
+            f"{free / 1e9:.1f} GB free; give it more (docker run --shm-size), or lower --threads"
+        )
+
+
 def solo_style_byol(setting: Setting) -> Peer:
     """BYOL in plain PyTorch, fed by DALI's own reader and random operators, in the manner of solo-learn."""
-    from nvidia.dali.plugin.pytorch import DALIGenericIterator
-
     case = setting.case
-    pipeline = dali_views(load_recipe("auto", 2, case.size), setting)
-    names = ["first", "second"]
-    iterator = DALIGenericIterator([pipeline], names)
+    batches = dali_batches(load_recipe("auto", 2, case.size), setting)
     backbone = build_backbone(case.backbone, stem=case.stem)
     online = nn.Sequential(backbone, mlp_head(backbone.num_features, case.hidden, case.dim))
 
@@ -196,7 +225,7 @@ def solo_style_byol(setting: Setting) -> Peer:
         mlp_head(case.dim, case.hidden, case.dim),
         squared_distance,
         follow,
-        ([batch[name] for name in names] for (batch,) in iterator),
+        batches,
         ahead=3,  # DALI's default of two, and the one that the iterator holds
     )
 
@@ -204,6 +233,15 @@ def solo_style_byol(setting: Setting) -> Peer:
 def squared_distance(p: Tensor, t: Tensor) -> Tensor:
     """2 - 2 cos, the mean over the rows."""
     return 2 - 2 * (normalize(p.float(), dim=-1) * normalize(t.float(), dim=-1)).sum(dim=-1).mean()
+
+
+def dali_batches(recipe: tuple[View, ...], setting: Setting) -> Iterator[list[Tensor]]:
+    """Batches without end, one tensor (B, 3, H, W) for each view."""
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+    names = [f"view{number}" for number in range(len(recipe))]
+    iterator = DALIGenericIterator([dali_views(recipe, setting)], names)
+    return ([batch[name] for name in names] for (batch,) in iterator)
 
 
 def dali_views(recipe: tuple[View, ...], setting: Setting) -> Any:
@@ -311,7 +349,7 @@ def byol(
         optimizer.zero_grad()
         return loss.detach()
 
-    return Peer(online, target, batches, step, ahead, together)
+    return Peer(online, predictor, target, batches, step, ahead, together)
 
 
 def ours(method: str, views: int, setting: Setting) -> Peer:
@@ -338,9 +376,11 @@ def ours(method: str, views: int, setting: Setting) -> Peer:
     opened.callback(trainer.loader.close)
     trainer.step.train()
     steps = iter(range(MANY))
+    networks = trainer.step.method
     return Peer(
-        trainer.step.method.online,
-        trainer.step.method.target,
+        networks.online,
+        networks.predictor,
+        networks.target,
         trainer.loader.batches(),
         lambda batch: trainer.step(batch, next(steps)).loss.clone(),  # the next step may overwrite it
         ahead=2 * config.data.prefetch,
@@ -366,13 +406,13 @@ def check(peer: Peer) -> None:
     """Takes a few steps and sees that they train.
 
     Raises:
-        MSBRegError: the loss is not finite, or a matrix or kernel of either network stays as it was.
+        MSBRegError: the loss is not finite, or a matrix or kernel of a network stays as it was.
     """
 
     def weights(network: nn.Module) -> dict[str, Tensor]:  # what batch normalisation makes of a bias is none
         return {name: weight for name, weight in network.named_parameters() if weight.ndim > 1}
 
-    networks = {"online": peer.online, "target": peer.target}
+    networks = {"online": peer.online, "predictor": peer.predictor, "target": peer.target}
     before = {kind: [weight.detach().clone() for weight in weights(one).values()] for kind, one in networks.items()}
     losses = [peer.step(next(peer.batches)) for _ in range(CHECK_STEPS)]
     if not torch.stack(losses).isfinite().all():
@@ -399,12 +439,11 @@ def turn(peer: Peer, device: torch.device, *, seconds: float, steps: int) -> dic
     synchronize(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    done, waited, energy, began = 0, 0.0, joules(device), time.perf_counter()
+    done, watch, energy, began = 0, Stopwatch(device), joules(device), time.perf_counter()
     while done < steps or time.perf_counter() - began < seconds:
         for _ in range(peer.together):
-            asked = time.perf_counter()
-            batch = next(peer.batches)
-            waited += time.perf_counter() - asked
+            with watch.waiting():
+                batch = next(peer.batches)
             loss = peer.step(batch)
         done += peer.together
     synchronize(device)
@@ -415,7 +454,7 @@ def turn(peer: Peer, device: torch.device, *, seconds: float, steps: int) -> dic
     return {
         "steps": done,
         "seconds": spent,
-        "data_wait_ms": 1e3 * waited / done,
+        "data_wait_ms": 1e3 * watch.waited / done,
         "memory_mb": memory_megabytes(device),
         "power_w": None if used is None else used / spent,
         "gpu": gpu_state(device),
@@ -603,7 +642,8 @@ def measure(names: list[str], setting: Setting, *, rounds: int, seconds: float, 
     """Starts the providers one by one, then lets them take turns.
 
     Yields:
-        After each round: rows; left_out, name to reason; failed, whether one is left out that should not have been.
+        Once all are built, and after each turn: rows of those that have had one; left_out, name to reason; failed,
+        whether one is left out that should not have been.
     """
     workers: dict[str, Worker] = {}
     left_out: dict[str, str] = {}
@@ -615,6 +655,10 @@ def measure(names: list[str], setting: Setting, *, rounds: int, seconds: float, 
         left_out[name] = str(error)
         print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
 
+    def measured() -> dict[str, Any]:
+        rows = [row(name, worker, setting.case.batch) for name, worker in workers.items() if worker.turns]
+        return {"rows": compared(rows), "left_out": left_out, "failed": failed}
+
     try:
         for name in names:
             began = time.perf_counter()
@@ -623,6 +667,7 @@ def measure(names: list[str], setting: Setting, *, rounds: int, seconds: float, 
                 print(f"{name} is ready after {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
             except LeftOutError as error:
                 leave_out(name, error)
+        yield measured()
         for number in range(1, rounds + 1):
             for name in list(workers):
                 try:
@@ -632,8 +677,7 @@ def measure(names: list[str], setting: Setting, *, rounds: int, seconds: float, 
                 except LeftOutError as error:
                     del workers[name]
                     leave_out(name, error)
-            rows = compared([row(name, worker, setting.case.batch) for name, worker in workers.items()])
-            yield {"rows": rows, "left_out": left_out, "failed": failed}
+                yield measured()
     finally:
         for worker in workers.values():
             worker.close()
@@ -648,20 +692,36 @@ def rendered(case: Case) -> Path:
 def parse() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, default="small" if gpu else "tiny", help="default: %(default)s")
-    parser.add_argument("--providers", default=",".join(PROVIDERS), help="names, with commas; default: all")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    cases = "; ".join(f"{name}: {case.backbone} at {case.size} pixels" for name, case in CASES.items())
+    parser.add_argument(
+        "--case", choices=CASES, default="small" if gpu else "tiny", help=f"{cases}; default: %(default)s"
+    )
+    parser.add_argument("--providers", default=",".join(PROVIDERS), help="names, with commas; default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each provider; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=8.0, help="of a turn at least; default: %(default)s")
     parser.add_argument("--steps", type=int, default=1, help="of a turn at least; default: %(default)s")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if gpu else "cpu",
+        help="that trains; default: cuda where there is a GPU, here %(default)s",
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 autocast on a GPU, fp32 on a CPU")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the networks of all")
-    parser.add_argument("--cuda-graph", action="store_true", help="msbreg's step as one CUDA graph")
-    parser.add_argument("--threads", type=int, default=usable_cores(), help="that load images; default: the cores")
-    for name in ("batch", "hidden", "dim", "view_chunk"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the case's")
-    parser.add_argument("--data", type=Path, help="image folder; default: images that msbreg renders")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, after each round")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks of all; default: off")
+    parser.add_argument("--cuda-graph", action="store_true", help="msbreg's step as one CUDA graph; default: off")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=usable_cores(),
+        help="that load images, a DataLoader's are processes; default: the cores, here %(default)s",
+    )
+    for name, meaning in CASE_OPTIONS.items():
+        usual = ", ".join(f"{getattr(case, name)} ({label})" for label, case in CASES.items())
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{meaning}; default: {usual}")
+    parser.add_argument(
+        "--data", type=Path, help="image folder; default: images that msbreg renders, kept in its cache"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, after each turn")
     options = parser.parse_args()
     options.providers = options.providers.split(",")
     if unknown := [name for name in options.providers if name not in PROVIDERS]:
@@ -676,7 +736,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    given = {name: getattr(options, name) for name in ("batch", "hidden", "dim", "view_chunk")}
+    given = {name: getattr(options, name) for name in CASE_OPTIONS}
     case = CASES[options.case]._replace(**{name: value for name, value in given.items() if value is not None})
     setting = Setting(
         case,

@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# Everything that a GPU machine has to say, in two parts of under nine minutes each:
+# Everything that a GPU machine has to say, in four parts of under nine minutes each:
 #   bench/run_gpu.sh             the tests that need a GPU, the loss benchmarks at the shapes that have targets
-#   bench/run_gpu.sh training    the loader, memory and step time of ImageNet configs, the step's parts, peers
+#   bench/run_gpu.sh training    memory and step time of every config; of ResNet-50 also compiled, and with 32 views
+#   bench/run_gpu.sh loader      the loader against torchvision's, and what loader, loss and optimizer are of a step
+#   bench/run_gpu.sh peers       training beside lightly and solo-learn's manner: ResNet-18 at 32, ResNet-50 at 224
 # Results are in bench/results/GPU/DATE/, and a short table comes last. The first part needs torch with CUDA, Triton and
-# the extras [test] and [bench]; the second one [train] too, and lightly where it is to be among the peers.
+# the extras [test] and [bench]; the others [train] too, and the last one lightly where it is to be among the peers.
+# Limits are seconds, and add up to less than nine minutes in each part. Comments are the seconds that a machine with one
+# H200 and 16 cores is expected to take, by count: none of it has run there yet. What runs over is interrupted as by
+# Ctrl-C, since pytest writes what it has by then, and nothing when it is terminated.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 part=${1:-losses}
-case $part in losses | training) ;; *)
-    echo "usage: bench/run_gpu.sh [losses | training]" >&2
+case $part in losses | training | loader | peers) ;; *)
+    echo "usage: bench/run_gpu.sh [losses | training | loader | peers]" >&2
     exit 2
     ;;
 esac
@@ -29,8 +34,8 @@ status=0
 
 losses() {
     # Triton's first compilations are part of both; neither may eat the time of the other.
-    timeout 230 "$python" -m pytest tests -m gpu 2>&1 | tee "$out/tests.txt" || status=$?
-    timeout 290 "$python" -m pytest bench --bench-device cuda --bench-shapes targets --bench-minutes 4 \
+    timeout -s INT -k 15 230 "$python" -m pytest tests -m gpu 2>&1 | tee "$out/tests.txt" || status=$?
+    timeout -s INT -k 15 290 "$python" -m pytest bench --bench-device cuda --bench-shapes targets --bench-minutes 4 \
         --benchmark-json "$out/losses.json" 2>&1 | tee "$out/losses.txt" || status=$?
     "$python" bench/report.py "$out/losses.json" --out "$out" >/dev/null || status=$?
 
@@ -39,27 +44,56 @@ losses() {
     "$python" bench/report.py "$out/losses.json" --short || status=$?
 }
 
-# Runs a command for so many seconds at the most, and writes what it prints to a file of the results too.
+# Runs a command for so many seconds at the most, and writes what it prints to the part's text too.
 keep() {
-    local seconds=$1 file=$2
-    shift 2
-    timeout "$seconds" "$python" "$@" 2>&1 | tee -a "$out/$file" || status=$?
+    local seconds=$1
+    shift
+    timeout -s INT -k 15 "$seconds" "$python" "$@" 2>&1 | tee -a "$out/$part.txt" || status=$?
+}
+
+dry_run() {
+    local seconds=$1
+    shift
+    keep "$seconds" -m msbreg pretrain --dry-run --data.batch_size 256 --config "$@"
+}
+
+# Images of 0.2 megapixels, ImageNet's mean, for views of 224: prints where they are, kept for the next time.
+photos() {
+    PYTHONPATH=bench timeout 60 "$python" -c 'import peers; print(peers.rendered(peers.CASES["imagenet"]))'
 }
 
 training() {
-    rm -f "$out/training.txt"
-    resnet50=(-m msbreg pretrain --dry-run --config imagenet-resnet50-100ep --data.batch_size 256)
-    keep 60 training.txt "${resnet50[@]}"
-    keep 90 training.txt "${resnet50[@]}" --model.compile true
-    keep 60 training.txt "${resnet50[@]}" --data.views 32 --model.view_chunk 4
-    keep 50 training.txt -m msbreg bench --config cifar10-resnet18 --optim.name lars
-    keep 50 training.txt -m msbreg bench --config cifar10-resnet18 --model.cuda_graph true
-    keep 50 training.txt bench/loader.py --rounds 2 --json "$out/loader.json"
-    keep 80 training.txt bench/peers.py --seconds 3 --rounds 2 --json "$out/peers-small.json"
-    keep 95 training.txt bench/peers.py --case imagenet --seconds 4 --rounds 1 --json "$out/peers-imagenet.json"
-    echo
-    grep '^|' "$out/training.txt"
+    dry_run 60 imagenet-resnet50-100ep                                           # 35
+    dry_run 150 imagenet-resnet50-100ep --model.compile true                     # 90
+    dry_run 90 imagenet-resnet50-100ep --data.views 32 --model.view_chunk 4      # 50
+    dry_run 60 imagenet-resnet50-300ep                                           # 30
+    dry_run 60 imagenet100-resnet18                                              # 25
+    dry_run 60 cifar10-resnet18                                                  # 25
 }
 
-"$part"
+loader() {
+    local images
+    images=$(photos) || status=$?                                                # 40
+    keep 80 bench/loader.py --rounds 2 --json "$out/loader-32.json"              # 55
+    keep 240 bench/loader.py --data "$images" --size 224 --batch 64 --rounds 2 --json "$out/loader-224.json"  # 170
+    keep 80 -m msbreg bench --config imagenet-resnet50-100ep --data.path "$images" --data.batch_size 256 \
+        --steps 10                                                               # 55: LARS, K = 4
+    keep 35 -m msbreg bench --config cifar10-resnet18                            # 25
+    keep 35 -m msbreg bench --config cifar10-resnet18 --model.cuda_graph true    # 25
+}
+
+peers() {
+    photos >/dev/null || status=$?                                               # 40
+    keep 160 bench/peers.py --seconds 3 --rounds 2 --json "$out/peers-small.json"                        # 125
+    keep 310 bench/peers.py --case imagenet --seconds 4 --rounds 2 --json "$out/peers-imagenet.json"     # 200
+}
+
+if [ "$part" != losses ]; then
+    rm -f "$out/$part.txt"
+    "$part"
+    echo
+    grep '^|' "$out/$part.txt"
+else
+    losses
+fi
 exit "$status"

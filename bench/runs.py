@@ -6,11 +6,13 @@ What ran to its end is not run again, and what was stopped goes on from its chec
 summary, metrics and curves; its weights, half a gigabyte for a ResNet-18 with its checkpoints, are deleted.
 """
 
+import ctypes
 import json
 import math
 import os
 import platform
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,9 +30,10 @@ import msbreg
 from msbreg.machine import usable_cores
 
 __all__ = [
-    "ROOT",
     "RunError",
     "commit",
+    "end_with_parent",
+    "failed",
     "finished",
     "markdown",
     "percent",
@@ -42,9 +45,13 @@ __all__ = [
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "run.json"
+FAILED = "failed.txt"
 CLOCK = time.monotonic
 GRACE = 20.0
 """Seconds that a run has to save itself once it is told to stop."""
+LIBC = ctypes.CDLL(None)  # loaded here, since between fork and exec a process should do little
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl."""
 
 
 class RunError(Exception):
@@ -55,6 +62,12 @@ def finished(place: Path) -> dict[str, Any] | None:
     """The record of the run in a folder: its options, where it ran, its summary; None where none has finished."""
     record = place / RECORD
     return json.loads(record.read_text()) if record.exists() else None
+
+
+def failed(place: Path) -> str | None:
+    """How the last try at the run in a folder failed; None where it did not, or was stopped."""
+    reason = place / FAILED
+    return reason.read_text() if reason.exists() and finished(place) is None else None
 
 
 def train(
@@ -76,19 +89,21 @@ def train(
         RunError: the run failed, or the folder holds one with other options.
     """
     record = finished(place)
-    if record is None and launch(place, [*options, *(["--data.path", data] if data else [])], deadline):
+    if record is None and launch(place, options, data, deadline):
         record = keep_record(place, options, about)
     if record is not None and record["options"] != options:
         raise RunError(f"{place} holds a run with other options; choose another folder")
     return record
 
 
-def launch(place: Path, options: list[str], deadline: float) -> bool:
-    """Starts a process that trains; whether it came to the end. Its words go to log.txt."""
+def launch(place: Path, options: list[str], data: str | None, deadline: float) -> bool:
+    """Starts a process that trains; whether it came to the end. Its words go to log.txt, a failure to `FAILED`."""
     place.mkdir(parents=True, exist_ok=True)
+    (place / FAILED).unlink(missing_ok=True)
     command = [sys.executable, "-m", "msbreg", "pretrain", "--run.dir", str(place), *options]
+    command += ["--data.path", data] if data else []
     with open(place / "log.txt", "ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=end_with_parent)
         try:
             while process.poll() is None and deadline > CLOCK():
                 time.sleep(0.1)
@@ -99,9 +114,20 @@ def launch(place: Path, options: list[str], deadline: float) -> bool:
     if process.returncode == 0 and (place / "summary.json").exists():
         return True
     if not stopped:
-        last = (place / "log.txt").read_text(errors="replace").strip().splitlines()[-1:]
-        raise RunError(f"{place} has not come to its end: {''.join(last)}")
+        said = (place / "log.txt").read_text(errors="replace").strip().splitlines()
+        reason = said[-1] if said and process.returncode >= 0 else f"its process ended with status {process.returncode}"
+        hidden = reason.replace(str(place), place.name)  # results say nothing of this machine's folders
+        (place / FAILED).write_text(hidden.replace(data, "IMAGES") if data else hidden)
+        raise RunError(f"{place} has not come to its end: {reason}")
     return False
+
+
+def end_with_parent(_worker: int = 0) -> None:
+    """Has this process killed when the thread that started it ends, in whatever way.
+
+    A run would go on by itself, beside the next one, and a worker that is stopped could not see that nobody needs it.
+    """
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -137,18 +163,17 @@ def keep_record(place: Path, options: list[str], about: dict[str, Any]) -> dict[
 
 
 def provenance(script: str, data: object, device: torch.device, packages: Sequence[str]) -> dict[str, Any]:
-    """Where the figures of this process are from, for a results file.
+    """Where the figures of this process are from, for a results file; nothing of this machine's folders.
 
     Args:
         script: which one it is.
-        data: what the command line calls the images; the record does not say where they are.
+        data: what the command line calls the images.
         device: that was measured.
         packages: whose versions matter, beside `versions`; None in the record for one that is not installed.
     """
     installed = {one.metadata["Name"]: one.version for one in metadata.distributions()}
-    arguments = ["IMAGES" if argument == str(data) else argument for argument in sys.argv[1:]]
     return {
-        "command": shlex.join(["python", script, *arguments]),
+        "command": shlex.join(["python", script, *(without_folder(word, str(data)) for word in sys.argv[1:])]),
         "date": date.today().isoformat(),
         "commit": commit(),
         "versions": versions() | {name: installed.get(name) for name in packages},
@@ -157,6 +182,16 @@ def provenance(script: str, data: object, device: torch.device, packages: Sequen
         "load_before": os.getloadavg(),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
+
+
+def without_folder(word: str, data: str) -> str:
+    """A word of a command line, of an absolute path only the name; where it is the images, IMAGES."""
+    option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    if value == data:
+        value = "IMAGES"
+    elif os.path.isabs(value):
+        value = Path(value).name
+    return f"{option}{equals}{value}"
 
 
 def commit() -> str:

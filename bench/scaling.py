@@ -35,16 +35,18 @@ DIM = 256
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 """Bytes of gradients that DistributedDataParallel sends together, by default."""
 # NCCL's own estimates for its protocol of low latency, in µs: to begin, and for a hop by NVLink and by the network. No
-# hop of a ring over machines takes less than the host takes to post a message. (src/graph/tuning.cc of version 2.30.)
+# hop of a ring over machines takes less than the host takes to post a message, for which NCCL has 1.0 on Intel's
+# processors, as NVIDIA's DGX H100 and H200 have, and 2.0 on AMD's. (src/graph/tuning.cc of version 2.30.)
 RING, TREE, POST = (6.6, 0.6, 2.7), (6.8, 0.6, 5.0), 1.0
 
 
 class Links(NamedTuple):
-    """GB/s of NVLink and of a port, and a factor on NCCL's latencies."""
+    """GB/s of NVLink and of a port, a factor on NCCL's latencies, and µs that a host takes to post a message."""
 
     nvlink: float = NVLINK
     port: float = PORT
     latency: float = 1.0
+    post: float = POST
 
     def all_gather(self, size: float, world: int) -> float:
         """Seconds until every process has all of the `size` bytes that they have together, around a ring."""
@@ -52,7 +54,7 @@ class Links(NamedTuple):
             return 0.0
         between = math.ceil(world / GPUS) - 1
         start, inside, network = RING
-        hops = (world - 1 - between) * max(inside, POST if between else 0.0) + between * network
+        hops = (world - 1 - between) * max(inside, self.post if between else 0.0) + between * network
         return 1e-6 * self.latency * (start + hops) + (world - 1) / world * size / self.rate(world)
 
     def all_reduce(self, size: float, world: int) -> float:
@@ -150,20 +152,26 @@ def table(counts: Counts, links: Links, *, views: int, batch: int, rate: float, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--views", type=int, default=4, help="K, views of an image")
-    parser.add_argument("--batch", type=int, default=256, help="images a GPU")
-    parser.add_argument("--views-per-second", type=float, help="of one GPU; unset: the supervised figure over the cost")
-    parser.add_argument("--loaded", type=float, default=LOADED, help="images/s that the loader gives each GPU")
-    parser.add_argument("--nvlink", type=float, default=NVLINK, help="GB/s in a machine, nccl-tests' bus bandwidth")
-    parser.add_argument("--port", type=float, default=PORT, help="GB/s of each GPU's network port")
-    parser.add_argument("--latency", type=float, default=1.0, help="factor on NCCL's estimates of its latencies")
+    for name, default, meaning in (
+        ("--views", 4, "K, views of an image"),
+        ("--batch", 256, "images a GPU"),
+        ("--loaded", LOADED, "images/s that the loader gives each GPU"),
+        ("--nvlink", NVLINK, "GB/s in a machine, nccl-tests' bus bandwidth"),
+        ("--port", PORT, "GB/s of each GPU's network port"),
+        ("--latency", 1.0, "factor on NCCL's estimates of its latencies"),
+        ("--post", POST, "µs that a host takes to post a message: NCCL has 1 for Intel's, 2 for AMD's"),
+    ):
+        parser.add_argument(name, type=type(default), default=default, help=f"{meaning}; default: %(default)s")
+    parser.add_argument(
+        "--views-per-second", type=float, help=f"of one GPU; default: {SUPERVISED:,.0f} over the cost of a view"
+    )
     options = parser.parse_args()
     counts = count()
     buckets = [f"{size / 1e6:.1f}" for size in counts.buckets]
     print(f"{sum(counts.buckets) / 1e6:.1f} MB of gradients in {len(buckets)} buckets: {', '.join(buckets)}")
     print(f"batch norm: {len(counts.gathered)} all-gathers forward, {len(counts.reduced)} all-reduces backward")
     print(f"a view costs {counts.cost:.3f} supervised images, {counts.backward:.1%} of it in the backward pass\n")
-    links = Links(options.nvlink, options.port, options.latency)
+    links = Links(options.nvlink, options.port, options.latency, options.post)
     rate = options.views_per_second or SUPERVISED / counts.cost
     print(table(counts, links, views=options.views, batch=options.batch, rate=rate, loaded=options.loaded))
 

@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import accuracy
 import accuracy_report
+import choices
 import runs
 
 from msbreg.data.rendered import render
@@ -35,7 +39,7 @@ def clock(monkeypatch):
 def test_time_is_up_in_the_middle_of_a_run_and_the_next_call_goes_on_with_it(tmp_path, clock, monkeypatch, capsys):
     images = render(tmp_path / "images", images=1280, test_images=100, size=16)
     folder = tmp_path / "runs"
-    command = ["--small", "--data", str(images), "--folder", str(folder), "--minutes", "1", "--epochs", "0.25", "1"]
+    command = ["--small", "--data", str(images), "--folder", str(folder), "--minutes", "60", "--epochs", "0.25", "1"]
     command += ["--arms", "msbreg-k2", "--", "--run.threads", "1", "--data.threads", "1"]
     first, second = folder / "msbreg-k2-epochs0.25-seed0", folder / "msbreg-k2-epochs1-seed0"
 
@@ -44,7 +48,7 @@ def test_time_is_up_in_the_middle_of_a_run_and_the_next_call_goes_on_with_it(tmp
     said = capsys.readouterr().out
     assert "MSBReg, K = 2, epochs 0.25, seed 0: linear" in said
     assert "MSBReg, K = 2, epochs 1, seed 0: time is up" in said
-    assert "runs finished: 1, left of this list: 1;" in said
+    assert "runs finished: 1, failed: 0, left of this list: 1;" in said
     steps = [row["step"] for row in read_metrics(second / "metrics.jsonl")]
     assert 10 <= steps[-1] < 80 and (second / "checkpoint.pt").exists() and runs.finished(second) is None
     assert "| MSBReg, K = 2 | 1 | 2 | 1 |" not in (folder / "accuracy.md").read_text()
@@ -66,19 +70,69 @@ def test_time_is_up_in_the_middle_of_a_run_and_the_next_call_goes_on_with_it(tmp
 
     logs = [(place / "log.txt").read_bytes() for place in (first, second)]
     assert accuracy.main(command) == 0
-    assert capsys.readouterr().out.startswith("runs finished: 2, left of this list: 0;")
+    assert capsys.readouterr().out.startswith("runs finished: 2, failed: 0, left of this list: 0;")
     assert [(place / "log.txt").read_bytes() for place in (first, second)] == logs
 
     assert accuracy.main([*command, "--method.lambda_b", "0.1"]) == 1
     assert capsys.readouterr().err.count("holds a run with other options") == 2
 
 
-def test_a_run_that_fails_is_told(tmp_path, swatches, capsys):
+def test_a_run_that_fails_is_told_and_stays_on_the_page(tmp_path, swatches, capsys):
     command = ["--small", "--data", str(swatches), "--folder", str(tmp_path), "--arms", "msbreg-k2"]
     assert accuracy.main([*command, "--", "--data.batch_size", "1000"]) == 1
     said = capsys.readouterr()
-    assert "a batch of 1,000 images cannot be filled from the 240" in said.err
-    assert "no run in" in said.out
+    reason = "a batch of 1,000 images cannot be filled from the 240"
+    assert reason in said.err and "no run in" in said.out
+
+    other = tmp_path / "msbreg-k4-epochs1-seed0"
+    other.mkdir()
+    (other / runs.RECORD).write_text(json.dumps({"arm": "msbreg-k4", **record("MSBReg, K = 4", 4, 1.0, 0.5, 1.0)}))
+    assert accuracy.main([*command, "--report"]) == 0
+    assert "runs finished: 1, failed: 1, left of this list: 1;" in capsys.readouterr().out
+    failed = json.loads((tmp_path / "accuracy.json").read_text())["failed"]
+    assert list(failed) == ["msbreg-k2-epochs1-seed0"] and reason in failed["msbreg-k2-epochs1-seed0"]
+    page = (tmp_path / "accuracy.md").read_text()
+    assert "## Failed runs\n\n* msbreg-k2-epochs1-seed0: error: a batch of 1,000 images" in page
+    assert str(swatches) not in page and str(tmp_path) not in page
+
+    accuracy.main([*command, "--minutes", "0.01"])  # stopped: nobody knows whether it would have failed again
+    assert json.loads((tmp_path / "accuracy.json").read_text())["failed"] == {}
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_for(condition, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not (met := condition()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return met
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status", "saved"), [(signal.SIGTERM, 143, True), (signal.SIGKILL, -9, False)])
+def test_a_signal_to_the_comparison_ends_the_run_at_hand(tmp_path, swatches, number, status, saved):
+    place = tmp_path / "msbreg-k2-epochs1000-seed0"
+    command = [sys.executable, accuracy.__file__, "--small", "--data", swatches, "--folder", tmp_path]
+    command += ["--arms", "msbreg-k2", "--epochs", "1000", "--", "--run.threads", "1", "--data.threads", "1"]
+    with subprocess.Popen(command) as process:
+        try:
+            assert wait_for(lambda: any(row["step"] >= 10 for row in read_metrics(place / "metrics.jsonl")), 120)
+            trainer = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
+            process.send_signal(number)
+            assert process.wait(30) == status
+            ended = wait_for(lambda: not lives(trainer), 5)
+            if not ended:
+                os.kill(trainer, signal.SIGKILL)
+            assert ended
+        finally:
+            process.kill()
+    assert (place / "checkpoint.pt").exists() == saved
+    assert not (place / runs.FAILED).exists()
 
 
 def test_no_time_and_no_data(tmp_path, capsys):
@@ -100,6 +154,21 @@ def test_a_run_that_does_not_save_itself_is_killed(monkeypatch):
     process.stdout.close()
 
 
+@pytest.mark.parametrize(
+    ("word", "kept"),
+    [
+        ("--json", "--json"),
+        ("/home/someone/x.json", "x.json"),
+        ("--json=/home/someone/x.json", "--json=x.json"),
+        ("results/x.json", "results/x.json"),
+        ("/data/a=b", "IMAGES"),
+        ("--data=/data/a=b", "--data=IMAGES"),
+    ],
+)
+def test_a_record_says_nothing_of_this_machines_folders(word, kept):
+    assert runs.without_folder(word, "/data/a=b") == kept
+
+
 def test_the_list_has_the_published_lengths_and_equal_views_and_begins_with_the_cheapest():
     listed = accuracy.plan(accuracy.ARMS, accuracy.EPOCHS, accuracy.VIEWS_SEEN, 3)
     names = [run.folder for run in listed]
@@ -108,9 +177,9 @@ def test_the_list_has_the_published_lengths_and_equal_views_and_begins_with_the_
         for epochs in (1, 10, 30):
             assert all(f"{arm.key}-epochs{epochs}-seed{seed}" in names for seed in range(3))
     for seen in (20, 60):
-        assert {run.arm.views for run in listed if run.arm.views * run.epochs == seen} == {2, 4, 8, 16, 20}
+        assert {run.arm for run in listed if run.arm.views * run.epochs == seen} == set(accuracy.ARMS)
     assert [run.arm.key for run in listed[:3]] == ["msbreg-k2", "byol", "simsiam"]
-    assert listed[-1].folder == "msbreg-k20-epochs30-seed2"
+    assert listed[-1].folder == "msbreg-k20-epochs30-seed2" and len(listed) == 114
 
 
 def test_short_schedules_have_short_warm_ups_and_short_memories():
@@ -136,6 +205,7 @@ RECORDS = [
     record("B", 20, 1.0, 0.80, 1.2),
     record("B", 20, 1.0, 0.82, 1.4, seed=1),
 ]
+LENGTHS = {"seeds": 2, "epochs": (1, 10, 30), "views_seen": (20, 60)}
 
 
 def rows(table: str) -> dict[str, list[str]]:
@@ -145,7 +215,7 @@ def rows(table: str) -> dict[str, list[str]]:
 
 
 def test_tables_compare_at_equal_epochs_equal_views_and_equal_minutes():
-    found = accuracy_report.points(RECORDS)
+    found = accuracy_report.points(RECORDS, 1)
     shown = [*found, *accuracy_report.published(RECORDS)]
     epochs = rows(accuracy_report.equal_lengths(shown, (1, 10, 30), lambda point: point.epochs, "epochs"))
     assert epochs["method"][0] == "epochs 1: linear, %" and len(epochs["method"]) == 6
@@ -156,14 +226,64 @@ def test_tables_compare_at_equal_epochs_equal_views_and_equal_minutes():
     assert views["A"] == ["70.0", "60.0", "1.50"] and views["B"] == ["81.0 ± 1.4", "71.0 ± 1.4", "1.30"]
     assert views["published: EMP-SSL, 20 patches"] == ["80.6", "", ""]
     assert views["published: BYOL"] == ["48.9", "", ""]
-    minutes = rows(accuracy_report.equal_minutes(found))
-    assert minutes["method"] == ["0.2 min", "0.5 min", "1 min", "2 min"]
-    assert minutes["A"] == ["50.0 (1)", "50.0 (1)", "50.0 (1)", "70.0 (10)"]
-    assert minutes["B"] == ["", "", "", "81.0 ± 1.4 (1)"]
+
+
+def test_equal_minutes_are_used_up_and_shown():
+    longer = record("A", 2, 9.0, 0.65, 1.1)
+    minutes = rows(accuracy_report.equal_minutes(accuracy_report.points([*RECORDS, longer], 1)))
+    assert minutes["method"] == ["0.25 min", "2 min"]
+    assert minutes["A"] == ["50.0 (1; 0.15)", "70.0 (10; 1.50)"]
+    assert minutes["B"] == ["", "81.0 ± 1.4 (1; 1.30)"]
+    exact = accuracy_report.points([record("A", 2, 1.0, 0.5, 0.5)], 1)
+    assert rows(accuracy_report.equal_minutes(exact))["method"] == ["0.5 min"]
+
+
+def test_missing_seeds_are_told_wherever_means_are_compared():
+    page = accuracy_report.page(RECORDS, {}, [], **LENGTHS)
+    assert page.count("| 50.0, n = 1 | 40.0, n = 1 |") == 1  # equal epochs
+    assert page.count("| 70.0, n = 1 | 60.0, n = 1 |") == 2  # equal epochs, equal views
+    assert "| 50.0, n = 1 (1; 0.15) | 70.0, n = 1 (10; 1.50) |" in page
+    assert "81.0 ± 1.4 |" in page and "81.0 ± 1.4, n" not in page and "80.6, n" not in page
+
+
+def test_the_plot_has_plain_minutes_hollow_single_seeds_and_one_style_for_what_is_published():
+    def lines(records):
+        found = [*accuracy_report.points(records, 2), *accuracy_report.published(records)]
+        figure = accuracy_report.plot(found)
+        figure.canvas.draw()
+        return figure, {box.get_label(): box.lines[0] for box in figure.axes[1].containers}
+
+    figure, drawn = lines(RECORDS)  # under two decades of minutes
+    for axis in figure.axes:
+        texts = [label.get_text() for label in (*axis.get_xticklabels(), *axis.get_xticklabels(minor=True))]
+        assert "$" not in "".join(texts) and len([text for text in texts if text]) >= 3
+    hollow = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())]
+    assert [list(line.get_xdata()) for line in hollow] == [[0.15, 1.5]]
+    _, fewer = lines(RECORDS[2:])
+    for name in accuracy_report.STYLES:
+        assert drawn[name].get_marker() == fewer[name].get_marker() != drawn["B"].get_marker()
 
 
 def test_the_page_says_what_all_runs_share():
-    page = accuracy_report.page(RECORDS, ["a.png"], (1, 10, 30), (20, 60))
-    assert "* options of all runs: `--data.size 32 --run.seed`" in page
+    page = accuracy_report.page(RECORDS, {}, ["a.png"], **LENGTHS)
+    assert "* options of all runs: `--data.size 32`\n" in page
     assert "* kNN of untrained networks, %: 30.0 ± 0.0" in page and "![a.png](a.png)" in page
     assert "| published: BYOL | 24.9 |" in page and "of another protocol" in page
+
+
+@pytest.mark.slow
+def test_the_choices_are_written_only_where_asked(tmp_path, swatches, monkeypatch, capsys):
+    monkeypatch.setattr(choices, "ROWS", {"no Brownian loss": ["--method.lambda_b", "0"]})
+    monkeypatch.setattr(choices, "COMMON", [*choices.COMMON, "--data.size", "16", "--data.batch_size", "16"])
+    monkeypatch.chdir(tmp_path)
+    page = runs.ROOT / "docs" / "choices.md"
+    before = page.read_text()
+    command = ["--data", str(swatches), "--steps", "2", "--seeds", "1"]
+    choices.main(command)
+    table = capsys.readouterr().out
+    assert "| no Brownian loss |" in table and [path.name for path in tmp_path.iterdir()] == ["runs"]
+    choices.main([*command, "--json", "new/choices.json", "--page", "new/choices.md"])
+    result = json.loads(Path("new/choices.json").read_text())
+    assert len(result["rows"]["no Brownian loss"]) == 1 and str(swatches) not in str(result)
+    assert table in Path("new/choices.md").read_text()
+    assert page.read_text() == before

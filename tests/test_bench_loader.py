@@ -16,13 +16,13 @@ pytest.importorskip("torchvision")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import loader as bench
+from torchvision.transforms import v2
 
 from msbreg.data import View, open_source
 from msbreg.data.recipes import MEAN, STD
 from msbreg.data.rendered import render
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "loader.py"
-pytestmark = pytest.mark.slow
 SIZE, BATCH = 32, 32
 RECIPE = (View(size=SIZE, sigma=(0.5, 2.0)), View(size=SIZE, blur=0.0, solarize=0.5, grayscale=0.5, area=(0.3, 0.6)))
 needs_dali = pytest.mark.skipif(importlib.util.find_spec("nvidia.dali") is None, reason="DALI is not installed")
@@ -86,6 +86,7 @@ def views_of(loader, batches=12):
     return [torch.cat(block) * std + mean for block in zip(*blocks, strict=True)], taken[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_views_are_those_of_the_recipe(opened, expected, name):
     blocks, batch = views_of(opened(name))
@@ -98,6 +99,7 @@ def test_views_are_those_of_the_recipe(opened, expected, name):
     assert describe(blocks[1])["dark"] - describe(blocks[0])["dark"] > 0.2  # half of them are solarized
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_a_loader_works_in_its_turn_and_rests_in_others(opened, case, name):
     others = set(multiprocessing.active_children())
@@ -118,6 +120,64 @@ def test_cpu_time_of_another_process():
         process.stdout.readline()
         assert 0.48 < bench.cpu_seconds_of(process.pid) < 0.7
         process.stdin.close()
+
+
+def parameters(chain):
+    """Those of each transform that something random goes into, with its probability."""
+    found = {}
+    for step in chain.transforms[:-4]:  # the last ones make a normalised tensor
+        inner = step.transforms[0] if isinstance(step, v2.RandomApply) else step
+        name, values = type(inner).__name__, vars(inner)
+        found[name] = {key: tuple(values[key]) if key == "sigma" else values[key] for key in NAMES[name]}
+        found[name] |= {"p": step.p} if hasattr(step, "p") else {}
+    return found
+
+
+NAMES = {
+    "RandomResizedCrop": ("size", "scale", "ratio", "interpolation", "antialias"),
+    "ColorJitter": ("brightness", "contrast", "saturation", "hue"),
+    "RandomGrayscale": (),
+    "GaussianBlur": ("kernel_size", "sigma"),
+    "PillowBlur": ("sigma",),
+    "RandomSolarize": ("threshold",),
+    "RandomHorizontalFlip": (),
+}
+OTHER = View(
+    size=16, area=(0.3, 0.6), ratio=(0.5, 2.5), interpolation="linear", jitter=0.7, brightness=0.3, contrast=0.15,
+    saturation=0.25, hue=0.05, grayscale=0.45, blur=0.35, sigma=(0.2, 1.1), solarize=0.55, flip=0.65,
+)  # fmt: skip
+
+
+def test_the_baseline_has_the_recipes_parameters_and_the_smallest_window():
+    cubic, linear = v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR
+    byol = {
+        "RandomResizedCrop": {
+            "size": (224, 224), "scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "interpolation": cubic, "antialias": True
+        },
+        "ColorJitter": {
+            "brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.8, 1.2), "hue": (-0.1, 0.1), "p": 0.8
+        },
+        "RandomGrayscale": {"p": 0.2},
+        "GaussianBlur": {"kernel_size": (13, 13), "sigma": (0.1, 2.0), "p": 1.0},
+        "RandomHorizontalFlip": {"p": 0.5},
+    }  # fmt: skip
+    assert parameters(bench.transform(View(), pillow_blur=False)) == byol
+    blurred = parameters(bench.transform(View(), pillow_blur=True))
+    assert blurred.pop("PillowBlur") == {"sigma": (0.1, 2.0), "p": 1.0}
+    assert blurred == {name: step for name, step in byol.items() if name != "GaussianBlur"}
+    assert parameters(bench.transform(OTHER, pillow_blur=False)) == {
+        "RandomResizedCrop": {
+            "size": (16, 16), "scale": (0.3, 0.6), "ratio": (0.5, 2.5), "interpolation": linear, "antialias": True
+        },
+        "ColorJitter": {
+            "brightness": (0.7, 1.3), "contrast": (0.85, 1.15), "saturation": (0.75, 1.25), "hue": (-0.05, 0.05),
+            "p": 0.7,
+        },
+        "RandomGrayscale": {"p": 0.45},
+        "GaussianBlur": {"kernel_size": (9, 9), "sigma": (0.2, 1.1), "p": 0.35},
+        "RandomSolarize": {"threshold": 128, "p": 0.55},
+        "RandomHorizontalFlip": {"p": 0.65},
+    }  # fmt: skip
 
 
 def test_only_what_a_recipe_asks_for_is_applied():
@@ -142,6 +202,7 @@ def test_figures_are_medians_and_ratios_within_a_round(case):
     assert torchvision["speed_over"]["torchvision"] == {"median": 1, "min": 1, "max": 1}
 
 
+@pytest.mark.slow
 @needs_dali
 def test_the_command_writes_what_it_measured(swatches, tmp_path):
     path = tmp_path / "results" / "loader.json"
@@ -156,11 +217,31 @@ def test_the_command_writes_what_it_measured(swatches, tmp_path):
     assert named == [(k, name) for k in (2, 3) for name in ("torchvision", "msbreg", "msbreg-torchvision")]
     assert all(len(row["turns"]) == 2 and row["cpu_ms_per_view"]["min"] > 0 for row in result["rows"])
     assert result["images"]["count"] == 48 and result["versions"]["torch"] == torch.__version__
-    assert "--data IMAGES --size 16" in result["command"] and str(swatches) not in path.read_text()
+    assert "--data IMAGES --size 16" in result["command"] and "--json loader.json" in result["command"]
+    assert str(swatches) not in path.read_text() and str(tmp_path) not in path.read_text()
+    assert result["left_out"] == {}
     assert done.stdout.strip() == bench.table(result)
     assert "| 3 | msbreg |" in done.stdout
 
 
+@pytest.mark.slow
+def test_without_dali_the_others_are_measured(swatches, tmp_path):
+    path = tmp_path / "loader.json"
+    hidden = "import runpy, sys; sys.modules['nvidia.dali'] = None; sys.path.insert(0, sys.argv[1]); del sys.argv[:2]"
+    command = [
+        sys.executable, "-c", f"{hidden}; runpy.run_path(sys.argv[0], run_name='__main__')", SCRIPT.parent, SCRIPT,
+        "--data", swatches, "--size", "16", "--batch", "16", "--images", "48", "--views", "2", "--threads", "1",
+        "--device", "cpu", "--rounds", "1", "--seconds", "0.01", "--json", path,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    assert [row["loader"] for row in result["rows"]] == ["torchvision", "msbreg-torchvision"]
+    assert "DALI cannot be imported" in result["left_out"]["msbreg"]
+    assert "Left out: msbreg: DALI cannot be imported" in done.stdout and "msbreg is left out" in done.stderr
+
+
+@pytest.mark.slow
 def test_the_command_says_what_is_wrong():
     done = subprocess.run([sys.executable, SCRIPT, "--data", "/nowhere"], capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and done.stderr.strip() == "no such folder or file: /nowhere"

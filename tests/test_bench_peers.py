@@ -1,12 +1,16 @@
 """The comparison with peers: all train, by the same mathematics and on the same kind of views, and are timed right."""
 
+import contextlib
 import copy
+import functools
 import json
+import math
 import multiprocessing
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,8 @@ pytest.importorskip("torchvision", reason="the comparison with peers needs torch
 
 import peers
 
+from msbreg.data import load_recipe
+from msbreg.data.recipes import MEAN, STD
 from msbreg.methods import BYOL, Encoder
 from msbreg.models import ConvNet, mlp_head
 
@@ -128,35 +134,125 @@ def test_views_go_on_after_an_epoch_and_are_not_the_same_ones(built):
     assert first.shape == last.shape and not torch.equal(first, last)
 
 
+RULER = 12
+"""Waves across and down each image of a kind."""
+
+
 @pytest.fixture(scope="module")
-def noise(tmp_path_factory):
-    """Images of coloured noise, in which blur shows."""
+def kinds(tmp_path_factory):
+    """Two folders of 60 images alike: `ruler`, a dark ramp with waves, shows how views are cut, and `grain`, which is
+    orange, what is done to their colours and sharpness.
+    """
     image = pytest.importorskip("PIL.Image", reason="images need Pillow")
-    folder, random = tmp_path_factory.mktemp("noise"), np.random.default_rng(0)
+    folder, random = tmp_path_factory.mktemp("kinds"), np.random.default_rng(0)
+    along = np.arange(96) / 96
+    waves = 6 * np.cos(2 * np.pi * RULER * along)
+    ruler = np.repeat((30 + 30 * along + waves + waves[:, None])[..., None], 3, axis=2)
     for number in range(60):
-        colour = random.integers(50, 206, 3)
-        (folder / f"{number % 2}").mkdir(exist_ok=True)
-        pixels = random.integers(colour - 50, colour + 50, (96, 96, 3)).astype(np.uint8)
-        image.fromarray(pixels).save(folder / f"{number % 2}" / f"{number}.png")
+        grain = np.array([168, 128, 88]) + random.integers(-50, 50, (96, 96, 3))
+        for kind, pixels in {"ruler": ruler, "grain": grain}.items():
+            place = folder / kind / f"{number % 2}"
+            place.mkdir(parents=True, exist_ok=True)
+            image.fromarray(pixels.astype(np.uint8)).save(place / f"{number}.png")
     return folder
 
 
-@pytest.mark.parametrize("size", [32, 96])
+def views_of(batches):
+    """384 of each of two blocks, (N, 3, S, S), values 0 to 1."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    taken = (next(batches) for _ in range(48))
+    blocks = [torch.cat([*(one if isinstance(one, list) else one.views)]).chunk(2) for one in taken]
+    return [torch.cat(block) * std + mean for block in zip(*blocks, strict=True)]
+
+
+def waves(lines):
+    """How many waves there are in each of the lines, (N, S), and how steep the ramp is beneath."""
+    size = lines.shape[1]
+    place = torch.linspace(-1, 1, size)
+    lines = lines - lines.mean(1, keepdim=True)
+    steep = (lines * place).sum(1) / place.square().sum()
+    level = (lines - steep[:, None] * place) * torch.hann_window(size, periodic=False)
+    power = torch.fft.rfft(level, n=1024).abs()
+    power[:, : 2 * 1024 // size] = 0  # fewer than two waves are what is left of the ramp
+    return power.argmax(1) * size / 1024, steep
+
+
+def looks(ruler, grain):
+    """What the views of a block are like: each of them (N, 3, S, S)."""
+    (across, steep), (down, _) = (waves(ruler.mean((1, axis))) for axis in (2, 3))
+    colour = grain.mean((2, 3))
+    coloured = (grain.amax(1) - grain.amin(1)).amax((1, 2)) > 0.02
+    green = colour[:, 1] - (colour[:, 0] + colour[:, 2]) / 2
+    return {
+        "flipped": float((steep < 0).float().mean()),
+        "area": float((across * down).mean() / RULER**2),
+        "spread of the ratio": float((across / down).log().std()),
+        "brightness": float(colour.mean()),
+        "spread of brightness": float(colour.mean(1).std()),
+        "spread of hue": float(green[coloured].std()),
+        "grey": 1 - float(coloured.float().mean()),
+        "dark": float((grain.amax((1, 2, 3)) < 127.6 / 255).float().mean()),
+        "sharpness": math.log(grain.diff(dim=3).abs().mean()),
+    }
+
+
+TOLERANCE = {"flipped": 0.12, "area": 0.06, "spread of the ratio": 0.04, "grey": 0.1, "dark": 0.13}
+TOLERANCE |= {"brightness": 0.04, "spread of brightness": 0.03, "spread of hue": 0.03, "sharpness": 0.35}
+"""Some three standard deviations of what 384 views show; linear interpolation, which is lightly's, blurs by 0.27."""
+
+
+def blocks(batches, kinds):
+    """How views of each block look; `batches` makes them of a folder of images."""
+    ruler, grain = (views_of(batches(kinds / kind)) for kind in ("ruler", "grain"))
+    return [looks(*pair) for pair in zip(ruler, grain, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def expected(kinds):
+    """A function that says how msbreg's views of a size look, which other tests compare with its recipe."""
+
+    def batches(size):
+        def of(images):
+            peer = peers.PROVIDERS["msbreg_byol"].build(setting(images, size=size))
+            closed.callback(peer.close)
+            return peer.batches
+
+        return of
+
+    with contextlib.ExitStack() as closed:
+        yield functools.cache(lambda size: blocks(batches(size), kinds))
+
+
+def differences(found, expected):
+    """What views of each block differ in."""
+    pairs = zip(found, expected, strict=True)
+    return [{key for key in TOLERANCE if abs(its[key] - should[key]) > TOLERANCE[key]} for its, should in pairs]
+
+
+@pytest.mark.parametrize("size", [32, 96])  # views of 96 pixels are blurred too
 @pytest.mark.parametrize("name", ["solo_style", "lightly"])
-def test_views_are_as_bright_rich_in_contrast_and_sharp_as_ours(name, size, built, noise):
-    """By 96 of each. Blur, which views of 96 pixels have, takes more than half of the sharpness of the first of two;
-    linear interpolation, which is lightly's, takes a quarter of that of either at the most.
-    """
+def test_views_are_those_of_our_recipe(name, size, built, kinds, expected):
+    torch.manual_seed(0)
+    found = blocks(lambda images: built(name, images, size=size).batches, kinds)
+    assert differences(found, expected(size)) == [set(), set()]
 
-    def statistics(batches, part):
-        views = torch.stack([part(next(batches)) for _ in range(12)])  # (12, 2, B, 3, H, W)
-        sharpness = views.diff(dim=5).abs().mean((0, 2, 3, 4, 5))
-        return views.mean((0, 1, 2, 4, 5)), views.std((0, 1, 2, 4, 5)), sharpness
 
-    ours = statistics(built("msbreg_byol", noise, size=size).batches, lambda batch: batch.views[0].unflatten(0, (2, 8)))
-    theirs = statistics(built(name, noise, size=size).batches, torch.stack)
-    torch.testing.assert_close(theirs[0], ours[0], atol=0.3, rtol=0)
-    torch.testing.assert_close(theirs[1:], ours[1:], atol=0, rtol=0.4)
+@pytest.mark.parametrize(("change", "size", "seen"), [
+    ({"jitter": 0.0}, 32, [{"spread of brightness", "spread of hue"}] * 2),
+    ({"brightness": 1e-5}, 32, [{"spread of brightness"}] * 2),
+    ({"hue": 1e-5}, 32, [{"spread of hue"}] * 2),
+    ({"grayscale": 0.0}, 32, [{"grey"}] * 2),
+    ({"flip": 0.0}, 32, [{"flipped"}] * 2),
+    ({"area": (0.5, 1.0)}, 32, [{"area"}] * 2),
+    ({"ratio": (0.99, 1.0)}, 32, [{"spread of the ratio"}] * 2),
+    ({"solarize": 0.0}, 32, [set(), {"dark"}]),
+    ({"blur": 0.0}, 96, [{"sharpness"}, set()]),
+])  # fmt: skip
+def test_views_of_another_recipe_are_told_apart(change, size, seen, kinds, expected):
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    other = tuple(replace(view, **change) for view in load_recipe("auto", 2, size))
+    found = blocks(lambda images: peers.dali_batches(other, setting(images, size=size)), kinds)
+    assert [must <= do for must, do in zip(seen, differences(found, expected(size)), strict=True)] == [True, True]
 
 
 def test_two_passes_are_byol(swatches):
@@ -169,29 +265,36 @@ def test_two_passes_are_byol(swatches):
 
 
 def broken(change):
-    network, target, optimised = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-    trained = optimised if change == "weights" else network
-    optimizer = torch.optim.SGD(trained.parameters(), 0.1)
+    """A tiny provider, with one thing wrong."""
+    online, predictor, target = (nn.Linear(4, 4) for _ in range(3))
+    trained = [one for name, one in {"online": online, "predictor": predictor}.items() if name != change]
+    optimizer = torch.optim.SGD(nn.ModuleList(trained).parameters(), 0.1)
 
     def step(batch):
-        loss = network(batch).square().mean()
+        loss = predictor(online(batch)).square().mean()
         loss.backward()
         optimizer.step()
         if change != "target":
             with torch.no_grad():
-                target.weight.lerp_(network.weight, 0.1)
+                target.weight.lerp_(online.weight, 0.1)
         return loss.detach() * (torch.nan if change == "loss" else 1)
 
-    return peers.Peer(network, target, iter(lambda: torch.ones(2, 4), None), step, ahead=0)
+    return peers.Peer(online, predictor, target, iter(lambda: torch.ones(2, 4), None), step, ahead=0)
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    ("weights", "weight of the online network"), ("target", "weight of the target network"), ("loss", "first losses"),
+    ("online", "weight of the online network"), ("predictor", "weight of the predictor network"),
+    ("target", "weight of the target network"), ("loss", "first losses"),
 ])  # fmt: skip
 def test_what_does_not_train_is_refused(change, said):
     peers.check(broken(None))
     with pytest.raises(peers.MSBRegError, match=said):
         peers.check(broken(change))
+
+
+def untrained():
+    """Networks for a provider of which they do not matter."""
+    return [nn.Linear(1, 1) for _ in range(3)]
 
 
 def test_a_turn_times_waiting_and_training_and_throws_away_what_was_ready():
@@ -208,12 +311,71 @@ def test_a_turn_times_waiting_and_training_and_throws_away_what_was_ready():
         time.sleep(0.03)
         return torch.zeros(())
 
-    peer = peers.Peer(nn.Linear(1, 1), nn.Linear(1, 1), batches(), step, ahead=6, together=4)
+    peer = peers.Peer(*untrained(), batches(), step, ahead=6, together=4)
     taken = peers.turn(peer, CPU, seconds=0, steps=5)
     assert taken["steps"] == 8  # two times the four that come together
     assert trained == list(range(6, 6 + 4 + 8)) and asked[-1] == trained[-1]
     assert 0.04 <= taken["seconds"] / 8 < 0.08 and 10 <= taken["data_wait_ms"] < 25
     assert peers.turn(peer, CPU, seconds=0.3, steps=1)["seconds"] >= 0.3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
+@pytest.mark.parametrize(("host", "sleeps", "least", "most"), [(0.01, 0, 0, 2), (0, 10_000_000, 4, 20)])
+def test_waiting_on_a_gpu_is_the_gpus(host, sleeps, least, most):
+    """It is busy while the host waits 10 ms; then the host does not wait, and the GPU does, for some 10^7 cycles."""
+
+    def batches():
+        while True:
+            time.sleep(host)
+            torch.cuda._sleep(sleeps)
+            yield None
+
+    def step(batch):
+        torch.cuda._sleep(40_000_000)
+        return torch.zeros(())
+
+    taken = peers.turn(peers.Peer(*untrained(), batches(), step, ahead=0), torch.device("cuda", 0), seconds=0, steps=20)
+    assert least <= taken["data_wait_ms"] <= most
+
+
+class Measured:
+    """A worker whose turns are known beforehand; its provider's name says when it fails."""
+
+    def __init__(self, name, setting):
+        self.name, self.turns, self.gpu_memory_mb = name, [], None
+        if name == "lightly":
+            raise peers.LeftOutError("it is not installed", failed=False)
+
+    def turn(self, seconds, steps):
+        if self.name == "msbreg_k4" and self.turns:
+            raise peers.LeftOutError("its process ended", failed=True)
+        self.turns.append({"steps": 2, "seconds": 1.0, "data_wait_ms": 0.0, "memory_mb": 1.0, "power_w": None})
+        return self.turns[-1]
+
+    def close(self):
+        """Nothing to end."""
+
+
+def test_there_is_a_result_after_every_turn(monkeypatch, swatches):
+    monkeypatch.setattr(peers, "Worker", Measured)
+    turns = peers.measure(["lightly", "msbreg_k2", "msbreg_k4"], setting(swatches), rounds=2, seconds=1, steps=1)
+    found = [({row["provider"]: len(row["turns"]) for row in one["rows"]}, dict(one["left_out"])) for one in turns]
+    without = {"lightly": "it is not installed"}
+    assert found == [
+        ({}, without),
+        ({"msbreg_k2": 1}, without),
+        ({"msbreg_k2": 1, "msbreg_k4": 1}, without),
+        ({"msbreg_k2": 2, "msbreg_k4": 1}, without),
+        ({"msbreg_k2": 2}, without | {"msbreg_k4": "its process ended"}),
+    ]
+
+
+def test_workers_that_would_have_no_room_for_their_batches_are_not_started(swatches):
+    wanted = setting(swatches)
+    peers.require_shared_memory(wanted)
+    with pytest.raises(peers.MSBRegError, match="of 1000000000 workers need"):
+        peers.require_shared_memory(wanted._replace(threads=10**9))
 
 
 def answer(name, wanted):

@@ -41,6 +41,10 @@ def test_collectives_by_hand():
     # Eight machines: 7 of the ring's 63 hops are between them; the tree has 3 levels of machines.
     assert LINKS.all_gather(0, 64) == pytest.approx(1e-6 * (6.6 + 56 * 1.0 + 7 * 2.7))
     assert LINKS.all_reduce(0, 64) == pytest.approx(1e-6 * (6.8 + 14 * 0.6 + 6 * 5.0))
+    # An AMD host takes twice as long to post a message, where it posts any.
+    amd = scaling.Links(post=2.0)
+    assert amd.all_gather(0, 64) == pytest.approx(1e-6 * (6.6 + 56 * 2.0 + 7 * 2.7))
+    assert amd.all_gather(0, 8) == LINKS.all_gather(0, 8) and amd.all_reduce(0, 64) == LINKS.all_reduce(0, 64)
     # A gigabyte: 370 GB/s in a machine, eight ports of 46 between machines.
     assert LINKS.all_reduce(1e9, 8) - LINKS.all_reduce(0, 8) == pytest.approx(1.75 / 370)
     assert LINKS.all_gather(1e9, 64) - LINKS.all_gather(0, 64) == pytest.approx(63 / 64 / 368)
@@ -97,6 +101,8 @@ def test_the_page_draws_its_conclusions_from_the_model(counts):
     sums = [1e6 * LINKS.all_reduce(8 * 256, world) for world in (8, 64, 1024)]
     few, more, most = (f"{gather:,.0f} and {total:.0f}" for gather, total in zip(gathers, sums, strict=True))
     example = 2470 / counts.cost
+    amd = scaling.Links(post=2.0)
+    posted = scaling.exposed(counts, amd, 1024, views=4, backward=1.0)["batch norm"]
     for sentence in (
         f"{few} µs on 8 GPUs, {more} on 64, {most} on 1,024",
         f"{example:,.0f} views/s, 1,024 GPUs keep {kept(counts, 1024, rate=example)} instead of {kept(counts, 1024)}",
@@ -104,6 +110,7 @@ def test_the_page_draws_its_conclusions_from_the_model(counts):
         f"hides behind a backward pass of {1e3 * counts.backward * 1024 / views:.0f} ms",
         f"each of its {len(counts.gathered)} all-gathers",
         f"would take {1e3 * summed:.1f} ms at 1,024 GPUs",
+        f"1,024 GPUs wait {1e3 * posted:.0f} ms and keep {kept(counts, 1024, links=amd)}.",
         f"4,096 on 64, which is 64 each, keep {kept(counts, 64, batch=64)}",
         f"at most {views / 4:,.0f} images/s, within the {scaling.LOADED:,.0f} assumed; at K = 2 it is {views / 2:,.0f}",
     ):
