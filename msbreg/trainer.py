@@ -154,6 +154,8 @@ class Trainer:
                 self._evaluate()
             elif self.done < self.steps:
                 self.progress.say(f"going on from step {self.done} of {self.steps} in {self.folder}")
+                if self.done % self.eval_every == 0 and self.results["evaluated"] < self.done:
+                    self._evaluate()  # during which it was killed
             self._train(stop)
             return self._finish() if self.done == self.steps else {"finished": False, "step": self.done}
 
@@ -172,6 +174,7 @@ class Trainer:
             if self.done == self.steps:
                 break
             if self.done % self.eval_every == 0:
+                self._save()  # evaluation may take long, and a scheduler may not wait for it
                 self._evaluate()
             if self._stopped(stop):
                 break

@@ -17,7 +17,7 @@ from msbreg.cli import main, name_configs
 from msbreg.config import Config
 from msbreg.monitor import read_metrics
 from msbreg.processes import Processes
-from msbreg.trainer import open_images
+from msbreg.trainer import Trainer, open_images
 
 TIMES = {
     "images_per_second", "views_per_second", "data_wait_ms", "step_ms", "memory_mb", "seconds", "processes",
@@ -177,6 +177,24 @@ def test_a_preemption_signal_saves_and_exits_cleanly(tmp_path, small, undisturbe
     step = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
     assert 10 <= step < 40
     assert pretrain("--run.dir", tmp_path, *small, *LONG) == 0
+    assert_same_outcome(tmp_path, undisturbed_long)
+
+
+def test_killed_during_an_evaluation_it_loses_no_step(tmp_path, small, undisturbed_long, monkeypatch):
+    measure = Trainer._measure
+
+    def dies(trainer: Trainer, *arguments, **options):
+        if trainer.done:
+            raise KeyboardInterrupt
+        return measure(trainer, *arguments, **options)
+
+    options = [*small, *LONG, "--run.checkpoint_every", "1000"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_measure", dies)
+        assert pretrain("--run.dir", tmp_path, *options) == 130
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert 0 == state["results"]["evaluated"] < state["step"]
+    assert pretrain("--run.dir", tmp_path, *options) == 0
     assert_same_outcome(tmp_path, undisturbed_long)
 
 
