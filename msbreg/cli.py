@@ -208,10 +208,7 @@ def run_export(options: Namespace) -> int:
     run = Path(options.run).expanduser()
     state = read_run(run)
     folder = Path(options.out).expanduser() if options.out else (run if run.is_dir() else run.parent)
-    backbone = state["config"]["model"]["backbone"]
-    for file in export_backbone(
-        backbone_of(state), folder, description=f"{backbone} pretrained by msbreg, {state['step']} steps"
-    ):
+    for file in export_backbone(backbone_of(state), folder):
         print(file)
     return 0
 

@@ -40,8 +40,8 @@ def backbone_of(state: dict[str, Any]) -> nn.Module:
     return backbone.eval()
 
 
-def export_backbone(backbone: nn.Module, folder: Path, *, description: str) -> list[Path]:
-    """Writes backbone.safetensors and backbone.pt.
+def export_backbone(backbone: nn.Module, folder: Path) -> list[Path]:
+    """Writes backbone.safetensors and backbone.pt, whose bytes depend on the weights alone.
 
     Both hold the backbone's state dict under torchvision's (or timm's) own names, so that
     `torchvision.models.resnet50().load_state_dict(weights, strict=False)` misses the classifier alone.
@@ -49,7 +49,6 @@ def export_backbone(backbone: nn.Module, folder: Path, *, description: str) -> l
     Args:
         backbone: any module.
         folder: where to; made if it is missing.
-        description: goes into the safetensors header.
 
     Returns:
         The two files.
@@ -66,7 +65,7 @@ def export_backbone(backbone: nn.Module, folder: Path, *, description: str) -> l
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(files[0]) as safetensors, whole_file(files[1]) as pickled:
-            safetensors.write_bytes(save(weights, metadata={"format": "pt", "description": description}))
+            safetensors.write_bytes(save(weights, metadata={"format": "pt"}))
             torch.save(weights, pickled)
     except (OSError, MSBRegError) as error:
         raise MSBRegError(f"cannot write the backbone to {folder}: {reason(error)}.") from error

@@ -364,8 +364,7 @@ class Trainer:
         if again:
             summary = written
         else:
-            description = f"{config.model.backbone} pretrained by msbreg ({config.method.name}), {self.done} steps"
-            export_backbone(self.step.method.online.backbone, self.folder, description=description)
+            export_backbone(self.step.method.online.backbone, self.folder)
             title = f"msbreg pretrain: {config.method.name}, {config.model.backbone}, K = {config.data.views}"
             draw_curves(read_metrics(self.folder / "metrics.jsonl"), self.folder / "curves.png", title=title)
             write_json(summary_file, finite(summary))

@@ -45,6 +45,8 @@ def assert_same_outcome(one: Path, other: Path) -> None:
     assert summary == summary_2
     for name, value in weights.items():
         assert torch.equal(value, weights_2[name]), name
+    for name in ("backbone.safetensors", "backbone.pt"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
 @pytest.fixture(scope="module")
