@@ -73,19 +73,19 @@ def first_step_kernel(
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     r = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     mask = (p < side)[:, None] & (r < side)[None, :]
-    place = offsets(p, side, r, 1)
-    t = affine(load_tile(gram, p, side, side, r, side, 1, ACC), p, r, side, t_identity, t_scale)
-    if ONLY:
-        tl.store(output_pointer + k * side * side + place, t * tl.sqrt(s).to(ACC), mask=mask)
-    else:
-        tl.store(output_pointer + (views + k) * side * side + place, t, mask=mask)
+    if not ONLY:
         y = tl.zeros([BLOCK_P, BLOCK_P], ACC)
         for first in range(0, side, BLOCK_Q):
             q = first + tl.arange(0, BLOCK_Q)
             left = affine(load_tile(gram, p, side, side, q, side, 1, ACC), p, q, side, t_identity, t_scale)
             right = affine(load_tile(gram, q, side, side, r, side, 1, ACC), q, r, side, (s * h).to(ACC), s.to(ACC))
             y = tl.dot(left, right, y, input_precision=PRECISION, out_dtype=ACC)
-        tl.store(output_pointer + k * side * side + place, y, mask=mask)
+        tl.store(output_pointer + k * side * side + offsets(p, side, r, 1), y, mask=mask)
+    t = affine(load_tile(gram, p, side, side, r, side, 1, ACC), p, r, side, t_identity, t_scale)
+    z = k if ONLY else views + k
+    if ONLY:
+        t *= tl.sqrt(s).to(ACC)
+    tl.store(output_pointer + z * side * side + offsets(p, side, r, 1), t, mask=mask)
 
 
 @triton.jit
