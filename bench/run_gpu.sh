@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Everything that a GPU machine has to say, in four parts of under nine minutes each:
-#   bench/run_gpu.sh             the tests that need a GPU, the loss benchmarks at the shapes that have targets
-#   bench/run_gpu.sh training    memory and step time of every config; of ResNet-50 also compiled, and with 32 views
-#   bench/run_gpu.sh loader      the loader against torchvision's, and what loader, loss and optimizer are of a step
-#   bench/run_gpu.sh peers       training beside lightly and solo-learn's manner: ResNet-18 at 32, ResNet-50 at 224
+# Everything that a GPU machine has to say, in five parts of under nine minutes each:
+#   bench/run_gpu.sh               the tests that need a GPU, the loss benchmarks at the shapes that have targets
+#   bench/run_gpu.sh training      memory and step time of every config; of ResNet-50 also compiled, and with 32 views
+#   bench/run_gpu.sh loader        the loader against torchvision's, and what loader, loss and optimizer are of a step
+#   bench/run_gpu.sh peers         training beside lightly and solo-learn's manner: ResNet-18 at 32, ResNet-50 at 224
+#   bench/run_gpu.sh alternatives  other ways to do what msbreg does: the inverse root in one launch, DALI's operators
 # Results are in bench/results/GPU/DATE/, and a short table comes last. The first part needs torch with CUDA, Triton and
-# the extras [test] and [bench]; the others [train] too, and the last one lightly where it is to be among the peers.
+# the extras [test] and [bench]; the others [train] too, and `peers` lightly where it is to be among them.
 # Limits are seconds, and add up to less than nine minutes in each part. Comments are the seconds that a machine with one
 # H200 and 16 cores is expected to take, by count: none of it has run there yet. What runs over is interrupted as by
 # Ctrl-C, since pytest writes what it has by then, and nothing when it is terminated.
@@ -14,8 +15,8 @@ cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 part=${1:-losses}
-case $part in losses | training | loader | peers) ;; *)
-    echo "usage: bench/run_gpu.sh [losses | training | loader | peers]" >&2
+case $part in losses | training | loader | peers | alternatives) ;; *)
+    echo "usage: bench/run_gpu.sh [losses | training | loader | peers | alternatives]" >&2
     exit 2
     ;;
 esac
@@ -86,6 +87,15 @@ peers() {
     photos >/dev/null || status=$?                                               # 40
     keep 160 bench/peers.py --seconds 3 --rounds 2 --json "$out/peers-small.json"                        # 125
     keep 310 bench/peers.py --case imagenet --seconds 4 --rounds 2 --json "$out/peers-imagenet.json"     # 200
+}
+
+alternatives() {
+    local images
+    images=$(photos) || status=$?                                                # 40
+    keep 120 bench/operators.py --data "$images" --json "$out/operators-224.json"                        # 70
+    keep 90 bench/operators.py --size 32 --json "$out/operators-32.json"                                 # 60
+    # Last, since programs that waited for each other in vain would hang until the limit.
+    keep 120 bench/one_launch.py --json "$out/one_launch.json"                                           # 60
 }
 
 if [ "$part" != losses ]; then

@@ -39,6 +39,50 @@ def normalisation(squares_pointer, count, shift, floor, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def first_step(
+    gram,
+    squares,
+    y_pointer,
+    z_pointer,
+    side,
+    count,
+    a,
+    b,
+    shift,
+    floor,
+    row,
+    column,
+    ONLY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """A tile of Y = T A and one of Z = T for T = a I + b A, where A = s (G + h I) is not in memory.
+
+    gram, y_pointer, z_pointer: [side, side], contiguous; squares: [count]; all of one view.
+    row, column: which tile.
+    """
+    ACC: tl.constexpr = z_pointer.dtype.element_ty
+    s, h = normalisation(squares, count, shift, floor, 64)
+    t_identity, t_scale = (a + b * s * h).to(ACC), (b * s).to(ACC)
+    p = row * BLOCK_P + tl.arange(0, BLOCK_P)
+    r = column * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask = (p < side)[:, None] & (r < side)[None, :]
+    if not ONLY:
+        y = tl.zeros([BLOCK_P, BLOCK_P], ACC)
+        for first in range(0, side, BLOCK_Q):
+            q = first + tl.arange(0, BLOCK_Q)
+            left = affine(load_tile(gram, p, side, side, q, side, 1, ACC), p, q, side, t_identity, t_scale)
+            right = affine(load_tile(gram, q, side, side, r, side, 1, ACC), q, r, side, (s * h).to(ACC), s.to(ACC))
+            y = tl.dot(left, right, y, input_precision=PRECISION, out_dtype=ACC)
+        tl.store(y_pointer + offsets(p, side, r, 1), y, mask=mask)
+    t = affine(load_tile(gram, p, side, side, r, side, 1, ACC), p, r, side, t_identity, t_scale)
+    if ONLY:
+        t *= tl.sqrt(s).to(ACC)
+    tl.store(z_pointer + offsets(p, side, r, 1), t, mask=mask)
+
+
+@triton.jit
 def first_step_kernel(
     gram_pointer,
     squares_pointer,
@@ -55,7 +99,7 @@ def first_step_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """Y = T A and Z = T for T = a I + b A, where A = s (G + h I) is not in memory.
+    """`first_step` of all views.
 
     gram_pointer: [views, side, side], G, contiguous.
     squares_pointer: [views, count], float64, which add up to |G|² of each view.
@@ -65,27 +109,59 @@ def first_step_kernel(
 
     One program makes a tile of Y and of Z.
     """
-    ACC: tl.constexpr = output_pointer.dtype.element_ty
     k = tl.program_id(2).to(tl.int64)
-    gram = gram_pointer + k * side * side
-    s, h = normalisation(squares_pointer + k * count, count, shift, floor, 64)
-    t_identity, t_scale = (a + b * s * h).to(ACC), (b * s).to(ACC)
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    r = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    mask = (p < side)[:, None] & (r < side)[None, :]
-    if not ONLY:
-        y = tl.zeros([BLOCK_P, BLOCK_P], ACC)
-        for first in range(0, side, BLOCK_Q):
-            q = first + tl.arange(0, BLOCK_Q)
-            left = affine(load_tile(gram, p, side, side, q, side, 1, ACC), p, q, side, t_identity, t_scale)
-            right = affine(load_tile(gram, q, side, side, r, side, 1, ACC), q, r, side, (s * h).to(ACC), s.to(ACC))
-            y = tl.dot(left, right, y, input_precision=PRECISION, out_dtype=ACC)
-        tl.store(output_pointer + k * side * side + offsets(p, side, r, 1), y, mask=mask)
-    t = affine(load_tile(gram, p, side, side, r, side, 1, ACC), p, r, side, t_identity, t_scale)
     z = k if ONLY else views + k
-    if ONLY:
-        t *= tl.sqrt(s).to(ACC)
-    tl.store(output_pointer + z * side * side + offsets(p, side, r, 1), t, mask=mask)
+    first_step(
+        gram_pointer + k * side * side,
+        squares_pointer + k * count,
+        output_pointer + k * side * side,
+        output_pointer + z * side * side,
+        side,
+        count,
+        a,
+        b,
+        shift,
+        floor,
+        tl.program_id(0),
+        tl.program_id(1),
+        ONLY,
+        PRECISION,
+        BLOCK_P,
+        BLOCK_Q,
+    )
+
+
+@triton.jit
+def affine_product(
+    left,
+    right,
+    output,
+    side,
+    identity,
+    scale,
+    row,
+    column,
+    PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """A tile of i I + s L R.
+
+    left, right, output: [side, side], L, R and the result, contiguous, all of one dtype.
+    identity, scale: i and s, float64.
+    row, column: which tile.
+    """
+    ACC: tl.constexpr = output.dtype.element_ty
+    p = row * BLOCK_P + tl.arange(0, BLOCK_P)
+    r = column * BLOCK_P + tl.arange(0, BLOCK_P)
+    sums = tl.zeros([BLOCK_P, BLOCK_P], ACC)
+    for first in range(0, side, BLOCK_Q):
+        q = first + tl.arange(0, BLOCK_Q)
+        x = load_tile(left, p, side, side, q, side, 1, ACC)
+        y = load_tile(right, q, side, side, r, side, 1, ACC)
+        sums = tl.dot(x, y, sums, input_precision=PRECISION, out_dtype=ACC)
+    sums = affine(sums, p, r, side, identity.to(ACC), scale.to(ACC))
+    tl.store(output + offsets(p, side, r, 1), sums, mask=(p < side)[:, None] & (r < side)[None, :])
 
 
 @triton.jit
@@ -120,28 +196,26 @@ def step_kernel(
 
     One program makes a tile of one product; those from `views` on in the third grid axis are the second batch.
     """
-    ACC: tl.constexpr = output_pointer.dtype.element_ty
     batch = tl.program_id(2)
     second = batch >= views
     k = tl.where(second, batch - views, batch).to(tl.int64)
-    left = tl.where(second, second_left_pointer, left_pointer) + k * side * side
-    right = tl.where(second, second_right_pointer, right_pointer) + k * side * side
-    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    r = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-
-    sums = tl.zeros([BLOCK_P, BLOCK_P], ACC)
-    for first in range(0, side, BLOCK_Q):
-        q = first + tl.arange(0, BLOCK_Q)
-        x = load_tile(left, p, side, side, q, side, 1, ACC)
-        y = load_tile(right, q, side, side, r, side, 1, ACC)
-        sums = tl.dot(x, y, sums, input_precision=PRECISION, out_dtype=ACC)
     weight = tl.full([], scale, tl.float64)
     if LAST:
         size, _ = normalisation(squares_pointer + k * count, count, shift, floor, 64)
         weight *= tl.sqrt(size)
-    sums = affine(sums, p, r, side, tl.full([], identity, tl.float64).to(ACC), weight.to(ACC))
-    mask = (p < side)[:, None] & (r < side)[None, :]
-    tl.store(output_pointer + batch.to(tl.int64) * side * side + offsets(p, side, r, 1), sums, mask=mask)
+    affine_product(
+        tl.where(second, second_left_pointer, left_pointer) + k * side * side,
+        tl.where(second, second_right_pointer, right_pointer) + k * side * side,
+        output_pointer + batch.to(tl.int64) * side * side,
+        side,
+        tl.full([], identity, tl.float64),
+        weight,
+        tl.program_id(0),
+        tl.program_id(1),
+        PRECISION,
+        BLOCK_P,
+        BLOCK_Q,
+    )
 
 
 def inverse_root(gram: Tensor, shift: float, floor: float, steps: Sequence[tuple[float, float]]) -> Tensor:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nvidia.dali import Pipeline
     from nvidia.dali.data_node import DataNode
 
-__all__ = ["DaliBackend"]
+__all__ = ["DaliBackend", "gaussian_row"]
 
 Bytes = NDArray[np.uint8]
 
@@ -159,13 +159,13 @@ def _inputs(view: View, draw: Draw, device: torch.device) -> dict[str, np.ndarra
     if view.blur > 0 and device.type == "cuda":
         inputs["sigma"], inputs["window"] = draw.sigma, 2 * draw.radius + 1
     elif view.blur > 0:
-        inputs["blur"] = [_gaussian(*each) for each in zip(draw.sigma.tolist(), draw.radius.tolist(), strict=True)]
+        inputs["blur"] = [gaussian_row(*each) for each in zip(draw.sigma.tolist(), draw.radius.tolist(), strict=True)]
     if view.solarize > 0:
         inputs["solarize"] = 255 * draw.solarize.astype(np.uint8)
     return inputs
 
 
-def _gaussian(sigma: float, radius: int) -> NDArray[np.float32]:
+def gaussian_row(sigma: float, radius: int) -> NDArray[np.float32]:
     """The window of `fn.gaussian_blur` as one row, (1, 2 radius + 1)."""
     offsets = np.arange(-radius, radius + 1)
     weights = np.exp(-0.5 * (offsets / sigma) ** 2) if radius else np.ones(1)

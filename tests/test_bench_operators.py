@@ -1,0 +1,84 @@
+"""`bench/operators.py`: what it times is what it says, and what msbreg's pipeline does."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+
+from msbreg.data import View, open_source
+from msbreg.data.dali import DaliBackend
+from msbreg.data.parameters import draw
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+import operators  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def ways(swatches) -> dict[str, operators.Operator]:
+    """By name, on four images."""
+    view = View(size=24, solarize=0.5, sigma=(0.5, 2.0))
+    return {way.name: way for way in operators.operators(open_source(swatches / "train"), view, 4, CPU)}
+
+
+def results(way, copies=1):
+    outputs = operators.pipeline(way, copies, CPU, threads=1).run()
+    return [[np.asarray(output.at(index)) for index in range(4)] for output in outputs]
+
+
+def test_the_steps_one_after_another_are_the_packages_pipeline(swatches, ways):
+    source, view = open_source(swatches / "train"), View(size=24, solarize=0.5, sigma=(0.5, 2.0))
+    encoded = [np.frombuffer(source.read(index), np.uint8) for index in range(4)]
+    backend = DaliBackend((view,), 4, CPU, threads=1)
+    backend.submit(encoded, draw((view,), np.arange(4), np.full((4, 2), 16), seed=0))
+    (expected,) = backend.receive()
+
+    x = ways["decoders.image"].inputs
+    for name in ("decoders.image", "resize, cubic", "coord_transform", "filter", "x ^ 255", "crop_mirror_normalize"):
+        (x,) = results(ways[name]._replace(inputs=x))
+    assert np.array_equal(np.stack(x), expected.permute(0, 2, 3, 1).numpy())
+    backend.close()
+
+
+def test_ways_to_do_the_same_do_the_same(ways):
+    (blurred,), (filtered,) = results(ways["gaussian_blur"]), results(ways["filter"])
+    difference = np.abs(np.stack(blurred).astype(int) - np.stack(filtered)).max()
+    assert difference <= 1 and np.abs(np.stack(blurred).astype(int) - np.stack(ways["filter"].inputs)).max() > 20
+    for name in ("color_twist", "resize, linear"):
+        (one,) = results(ways[name])
+        assert all(image.shape == (24, 24, 3) and image.dtype == np.uint8 for image in one)
+
+
+def test_copies_are_made_side_by_side_and_none_hands_out_the_input(ways):
+    copies = results(ways["coord_transform"], 3)
+    assert len(copies) == 3 and all(np.array_equal(copies[0], copy) for copy in copies)
+    (given,) = results(ways["coord_transform"], 0)
+    assert np.array_equal(given, ways["coord_transform"].inputs)
+
+
+def test_the_command_prints_and_keeps_its_figures(tmp_path):
+    file = tmp_path / "operators.json"
+    command = [sys.executable, BENCH / "operators.py", "--device", "cpu", "--size", "16", "--batch", "4"]
+    command += ["--rounds", "2", "--seconds", "0", "--json", file]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    steps = [row["step"] for row in result["rows"]]
+    order = ["decode", "crop and resize", "colours", "blur", "solarize", "flip and normalise"]
+    assert list(dict.fromkeys(steps)) == order
+    assert all(row["operator"] in done.stdout for row in result["rows"]) and result["batch"] == 4
+
+
+def test_bad_options_end_in_a_sentence(tmp_path):
+    for options, why in ((["--batch", "0"], "--batch: expected 1 or more"), (["--data", tmp_path / "none"], "none")):
+        command = [sys.executable, BENCH / "operators.py", *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.returncode != 0 and why in done.stderr and "Traceback" not in done.stderr
