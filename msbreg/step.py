@@ -29,7 +29,7 @@ __all__ = ["TrainingStep"]
 
 
 class TrainingStep:
-    """The networks of a run, and what a step does to them.
+    """The networks of a run, and what a step does to them. Sets how many threads torch uses in this process.
 
     Args:
         config: the run's options.
@@ -58,6 +58,8 @@ class TrainingStep:
         self.input_dtype = torch.bfloat16 if bf16 else torch.float32
         self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
         torch.manual_seed(config.run.seed)  # the same weights on every rank
         method: nn.Module = build_method(config, processes.group)
         require_sizes(method.online.backbone, config)

@@ -89,8 +89,6 @@ class Trainer:
     def __init__(self, config: Config, processes: Processes, folder: Path) -> None:
         self.config, self.processes, self.folder = config, processes, folder
         self.device = processes.device
-        if config.run.threads:
-            torch.set_num_threads(config.run.threads)
         state = checkpoint.load_run(folder, to_go_on=processes.first) if config.run.resume else None
         processes.agree(-1 if state is None else state["step"], f"the run folder {folder}")
         if state is None and checkpoint.holds_one(folder):

@@ -31,6 +31,17 @@ def test_the_default_runs_with_its_whole_batch(capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []  # no run folder
 
 
+def test_the_networks_have_as_many_threads_as_in_the_run():
+    config = Config()
+    config.run.threads, config.run.device = torch.get_num_threads() + 1, "cpu"
+    config.data.batch_size = config.model.hidden = config.model.dim = 8
+    try:
+        dry_run(config)
+        assert torch.get_num_threads() == config.run.threads
+    finally:
+        torch.set_num_threads(config.run.threads - 1)
+
+
 @pytest.mark.parametrize("name", packaged_configs())
 def test_every_packaged_recipe(name, capsys):
     """With a network that a CPU has time for; everything else is the recipe's."""
