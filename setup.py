@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 RUFF = "ruff==0.17.6"  # the same in .pre-commit-config.yaml: releases differ in what they ask for
+MYPY = "mypy==2.4.1"  # for the same reason
 
 
 def version() -> str:
@@ -46,7 +47,7 @@ setup(
     ],
     packages=[*find_packages(include=["msbreg", "msbreg.*"]), "msbreg.kernels"],
     package_dir={"msbreg": "msbreg", "msbreg.kernels": "kernels"},
-    package_data={"msbreg": ["configs/*.yaml"]},
+    package_data={"msbreg": ["configs/*.yaml", "py.typed"]},
     python_requires=">=3.10",
     # torch alone, for those who drop the losses into another trainer; its CUDA wheels bring their version of Triton.
     install_requires=["torch>=2.9"],
@@ -68,7 +69,7 @@ setup(
         ],
         # lightly is timed too where it is installed; it brings a dozen packages, so that it is left to its users.
         "bench": ["matplotlib>=3.7", "pytest>=8", "pytest-benchmark>=5", "torchvision>=0.24"],
-        "dev": [RUFF, "mypy>=1.11", "pre-commit>=3.5"],
+        "dev": [RUFF, MYPY, "numpy>=1.24", "pre-commit>=3.5"],
     },
     entry_points={"console_scripts": ["msbreg = msbreg.__main__:run"]},
 )

@@ -156,8 +156,9 @@ def sync_folder(folder: Path) -> None:
 
 def reason(error: BaseException) -> str:
     """The operating system's words where an error carries them."""
-    while error is not None:
-        if isinstance(error, OSError) and error.strerror:
-            return error.strerror
-        last, error = error, error.__cause__ or error.__context__
+    last, cause = error, error  # type: BaseException, BaseException | None
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        last, cause = cause, cause.__cause__ or cause.__context__
     return (str(last).splitlines() or [type(last).__name__])[0]

@@ -59,7 +59,7 @@ def show_each_warning_once() -> None:
             shown.add(str(message))
             print(f"warning: {message}", file=sys.stderr)
 
-    warnings.showwarning = show
+    warnings.showwarning = show  # type: ignore[assignment]  # takes more than it is given
 
 
 def build_parser() -> ArgumentParser:

@@ -247,12 +247,12 @@ class OnlineProbe(nn.Module):
         """
         known = (labels >= 0).sum().clamp(min=1)
         loss = cross_entropy(self(features), labels.clamp(min=-1), ignore_index=-1, reduction="sum") / known
-        self._optimizer.zero_grad()
-        loss.backward()
-        if self.group is not None:
-            for parameter in (self.weight, self.bias):
-                dist.all_reduce(parameter.grad, group=self.group)
-                parameter.grad /= dist.get_world_size(self.group)
+        parameters = (self.weight, self.bias)
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            if self.group is not None:
+                dist.all_reduce(gradient, group=self.group)
+                gradient /= dist.get_world_size(self.group)
+            parameter.grad = gradient
         self._optimizer.step()
 
     @torch.no_grad()

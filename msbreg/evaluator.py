@@ -103,7 +103,7 @@ class Evaluator:
             )
             return Images(loader, device)
 
-        if self.task == "labels":
+        if held_out is not None and self.task == "labels":
             self.bank, self.queries = images(train, config.eval.bank), images(held_out, config.eval.queries)
         else:
             source, most = train if held_out is None else held_out, min(INSTANCES, config.eval.queries)

@@ -5,6 +5,7 @@ gradients come back in the dtype of their tensor, and nothing waits for the devi
 `torch.compile(fullgraph=True)` and record in CUDA graphs. (The solvers `"eigh"` and `"svd"` wait inside torch.)
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -115,15 +116,15 @@ def msbreg_loss(
 
     dispersion = spectrum if lambda_s != 0 else None
     noise = (seed, step, first_image) if lambda_b != 0 else None
-    attract = {"targets": t, "leave_one_out": leave_one_out}
-    disperse = {"spectrum": dispersion, "smoothing": smoothing, "solver": solver, "group": group, "noise": noise}
-    disperse["per"] = per
+    disperse = functools.partial(
+        _losses, spectrum=dispersion, smoothing=smoothing, solver=solver, group=group, noise=noise, per=per
+    )
     if y is None:
-        total, _, parts = _losses(z, weights=(1.0, lambda_s, lambda_b), **attract, **disperse)
+        total, _, parts = disperse(z, weights=(1.0, lambda_s, lambda_b), targets=t, leave_one_out=leave_one_out)
     else:
-        total, _, parts = _losses(z, weights=(1.0, 0.0, 0.0), **attract)
+        total, _, parts = _losses(z, weights=(1.0, 0.0, 0.0), targets=t, leave_one_out=leave_one_out)
         if dispersion is not None or noise is not None:
-            other_total, _, other_parts = _losses(y, weights=(0.0, lambda_s, lambda_b), **disperse)
+            other_total, _, other_parts = disperse(y, weights=(0.0, lambda_s, lambda_b))
             total, parts = total + other_total, parts + other_parts
     return MSBRegOutput(total, parts[0], parts[1], parts[2])
 
@@ -189,8 +190,7 @@ def singular_value_loss(
     """
     z = _views(embeddings, "embeddings", one=True)
     _check_spectral(spectrum, smoothing)
-    options = {"spectrum": spectrum, "smoothing": smoothing, "solver": solver, "group": group}
-    return _losses(z, weights=(0.0, 1.0, 0.0), **options)[0]
+    return _losses(z, weights=(0.0, 1.0, 0.0), spectrum=spectrum, smoothing=smoothing, solver=solver, group=group)[0]
 
 
 def brownian_loss(
@@ -319,16 +319,18 @@ def _losses(
         from msbreg import ops  # needs triton
 
         if z.shape[-1] <= ops.MAX_DIM:
-            seed, step, first_image = noise or (None, None, 0)
+            seed: Tensor | None = None
+            step: Tensor | None = None
             if noise is not None:
-                check_integer(seed, "seed")
-                check_integer(step, "step")
+                check_integer(noise[0], "seed")
+                check_integer(noise[1], "step")
+                seed, step = integer_on(z.device, noise[0]), integer_on(z.device, noise[1])
             return ops.losses(
                 z,
                 None if targets is None else targets.detach(),
-                None if seed is None else integer_on(z.device, seed),
-                None if step is None else integer_on(z.device, step),
-                first_image=first_image,
+                seed,
+                step,
+                first_image=0 if noise is None else noise[2],
                 leave_one_out=leave_one_out,
                 per_view=per == "view",
                 each=each,

@@ -1,5 +1,7 @@
 """The losses as modules. `MSBRegLoss` is the whole method; the others are its parts."""
 
+from typing import TypedDict
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -35,6 +37,14 @@ class _Loss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.options)
 
 
+class _Noise(TypedDict):
+    """Where the noise comes from; arguments of `msbreg.functional.brownian_loss`."""
+
+    seed: int | Tensor
+    step: int | Tensor
+    first_image: int
+
+
 class _NoisyLoss(_Loss):
     """Holds the noise's seed and step as int64 buffers, so that a state_dict resumes the noise where it was saved.
 
@@ -51,7 +61,7 @@ class _NoisyLoss(_Loss):
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
         self.register_buffer("step", torch.tensor(0, dtype=torch.int64))
 
-    def _noise(self, views: Views, step: int | Tensor | None) -> dict[str, int | Tensor]:
+    def _noise(self, views: Views, step: int | Tensor | None) -> _Noise:
         return {
             "seed": self.seed,
             "step": self.step if step is None else step,

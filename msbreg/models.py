@@ -6,17 +6,25 @@ draws them.
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from msbreg.errors import MSBRegError
 
-__all__ = ["ConvNet", "build_backbone", "mlp_head"]
+__all__ = ["Backbone", "ConvNet", "build_backbone", "mlp_head"]
 
 TIMM = "timm/"
 
 
-class ConvNet(nn.Module):
+class Backbone(nn.Module):
+    """A network without its classifier, (B, 3, H, W) to (B, F): what type checkers go by, whatever class it is of."""
+
+    num_features: int
+    """F."""
+
+
+class ConvNet(Backbone):
     """A small network for CPUs: six 3x3 convolutions in three stages, then the mean over the image.
 
     Stages are `width`, 2 `width` and 4 `width` channels wide, two convolutions each, every one followed by batch
@@ -64,7 +72,7 @@ def mlp_head(in_features: int, hidden: int, out: int) -> nn.Sequential:
     )
 
 
-def build_backbone(name: str, *, stem: str = "imagenet") -> nn.Module:
+def build_backbone(name: str, *, stem: str = "imagenet") -> Backbone:
     """A network without its classifier, freshly initialised.
 
     Args:
@@ -82,7 +90,7 @@ def build_backbone(name: str, *, stem: str = "imagenet") -> nn.Module:
     if stem not in ("imagenet", "cifar"):
         raise MSBRegError(f"expected the stem imagenet or cifar, got {stem!r}.")
     if name == "convnet":
-        backbone: nn.Module = ConvNet()
+        backbone: Backbone = ConvNet()
     elif name.startswith(TIMM):
         backbone = _timm_backbone(name.removeprefix(TIMM))
     else:
@@ -92,7 +100,7 @@ def build_backbone(name: str, *, stem: str = "imagenet") -> nn.Module:
     return backbone
 
 
-def _torchvision_backbone(name: str) -> nn.Module:
+def _torchvision_backbone(name: str) -> Backbone:
     try:
         from torchvision import models
     except ImportError as error:
@@ -107,14 +115,14 @@ def _torchvision_backbone(name: str) -> nn.Module:
     return backbone
 
 
-def _timm_backbone(name: str) -> nn.Module:
+def _timm_backbone(name: str) -> Backbone:
     try:
         import timm
     except ImportError as error:
         raise MSBRegError(f"the backbone {TIMM + name!r} needs timm: pip install 'msbreg[timm]'.") from error
     if not timm.is_model(name):
         raise _unknown(TIMM + name, [TIMM + known for known in timm.list_models()])
-    backbone = timm.create_model(name, pretrained=False, num_classes=0)
+    backbone: Any = timm.create_model(name, pretrained=False, num_classes=0)
     backbone.num_features = backbone.head_hidden_size  # counts a last layer that some networks have after pooling
     return backbone
 

@@ -8,7 +8,7 @@ take, as those of `msbreg.linalg` in plain torch; they carry no gradient.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -111,7 +111,7 @@ def _group(name: str | None) -> dist.ProcessGroup | None:
         return None
     from torch.distributed.distributed_c10d import _resolve_process_group  # some builds of torch have none of it
 
-    return _resolve_process_group(name)
+    return _resolve_process_group(name)  # type: ignore[arg-type]  # a name is a str of its own kind in newer torch
 
 
 def _forward(
@@ -154,7 +154,7 @@ def _forward(
     )
     key = z.new_empty(0, dtype=torch.int64) if rows.key is None else rows.key
     outputs = (total, parts, rows.attraction, rows.norms, rows.centroid, weight)
-    return *(rows.norms.new_empty(0) if output is None else output for output in outputs), key
+    return cast("Outputs", (*(rows.norms.new_empty(0) if output is None else output for output in outputs), key))
 
 
 def _forward_fake(

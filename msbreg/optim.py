@@ -74,7 +74,7 @@ class LARS(Optimizer):
         torch._foreach_add_(weights, buffers, alpha=-group["lr"])
 
 
-def _trust_ratios(weights: Sequence[Tensor], updates: Sequence[Tensor], eta: float) -> Sequence[Tensor]:
+def _trust_ratios(weights: list[Tensor], updates: list[Tensor], eta: float) -> Sequence[Tensor]:
     """eta |w| / |u| for each pair, zero-dimensional; 1 where either norm is zero."""
     w, u = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(updates))
     return torch.where((w > 0) & (u > 0), eta * w / u, 1.0).unbind()

@@ -79,9 +79,9 @@ class Processes:
         if self.world > 1:
             try:
                 dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=self.patience)
-                self.group = dist.group.WORLD
+                self.group = dist.group.WORLD  # type: ignore[assignment]  # of a process that belongs to it
                 # Waits on the CPU, not in a GPU's queue.
-                self._control = dist.new_group(backend="gloo", timeout=self.patience)
+                self._control = dist.new_group(backend="gloo", timeout=self.patience)  # type: ignore[assignment]
             except (RuntimeError, ValueError) as error:
                 raise MSBRegError(
                     f"rank {self.rank} could not join the {self.world} processes of the run: {first_sentence(error)}. "

@@ -61,12 +61,14 @@ class TrainingStep:
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         torch.manual_seed(config.run.seed)  # the same weights on every rank
-        method: nn.Module = build_method(config, processes.group)
+        method = build_method(config, processes.group)
         require_sizes(method.online.backbone, config)
-        method = method.to(self.device, memory_format=torch.channels_last)
+        method = method.to(self.device).to(memory_format=torch.channels_last)
         features = method.online.backbone.num_features
         self.probe = OnlineProbe(features, classes, group=processes.group).to(self.device) if classes else None
-        self.method = method if processes.group is None else convert_sync_batchnorm(method, processes.group)
+        if processes.group is not None:
+            convert_sync_batchnorm(method, processes.group)
+        self.method = method
         if config.model.compile:
             compile_regions(self.method)
         self._model: nn.Module | DistributedDataParallel = (

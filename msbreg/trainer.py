@@ -126,7 +126,8 @@ class Trainer:
         classes = len(self.source.classes) if config.eval.linear and has_labels(self.source) else 0
         self.step = TrainingStep(config, processes, steps=self.steps, warmup_steps=self.warmup_steps, classes=classes)
         self.bad_losses = torch.zeros(2, dtype=torch.int64, device=self.device)  # in a row now, and the longest row
-        self.done, self.results, self.stopwatch = 0, {}, Stopwatch(self.device)
+        self.done, self.stopwatch = 0, Stopwatch(self.device)
+        self.results: dict[str, Any] = {}
         if state is not None:
             self._restore(state)
         self.logged = self.done
@@ -353,10 +354,10 @@ class Trainer:
             self.results["finished"] = True
             self._save()
             self.stopwatch.stop()
-        if not self.processes.first:
+        if self.evaluator is None:  # not the first rank
             return {"finished": True, "step": self.done}
         summary_file = self.folder / "summary.json"
-        config, summary = self.config, self._summary()
+        config, summary = self.config, self._summary(self.evaluator.task)
         written = read_json(summary_file) if before else {}
         again = summary.keys() <= written.keys()
         if again:
@@ -370,7 +371,7 @@ class Trainer:
         self._print_table(summary, again)
         return summary
 
-    def _summary(self) -> dict[str, Any]:
+    def _summary(self, task: str) -> dict[str, Any]:
         seconds = self.stopwatch.seconds
         images = self.done * self.config.data.batch_size
         names = ("knn_top1", "knn_top1_untrained", "knn_top1_pixels", "linear_top1", "online_linear_top1")
@@ -380,7 +381,7 @@ class Trainer:
             "backbone": self.config.model.backbone,
             "step": self.done,
             "images": len(self.source),
-            "task": self.evaluator.task,
+            "task": task,
             **{name: self.results[name] for name in names if name in self.results},
             "seconds": seconds,
             "images_per_second": images / seconds,
@@ -422,7 +423,7 @@ def open_images(config: Config, processes: Processes) -> tuple[Source, Source | 
     if config.data.path is None:
         from msbreg.data.rendered import render
 
-        path = rendered_folder(config)
+        path: str | Path = rendered_folder(config)
         if processes.local_rank == 0:
             render(path, size=config.data.size)
         processes.wait()

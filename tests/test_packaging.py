@@ -47,7 +47,8 @@ def test_the_wheel_holds_the_package_the_kernels_and_the_recipes(wheel):
     kernels = [f"msbreg/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")]
     recipes = [path.relative_to(ROOT).as_posix() for path in (ROOT / "msbreg" / "configs").glob("*.yaml")]
     assert recipes
-    assert set(package + kernels + recipes) == {name for name in wheel.namelist() if ".dist-info/" not in name}
+    typed = ["msbreg/py.typed"]  # without which type checkers pass over the annotations
+    assert set(package + kernels + recipes + typed) == {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert any(name.endswith("/LICENSE") for name in wheel.namelist())
 
 

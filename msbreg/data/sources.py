@@ -345,7 +345,7 @@ def _scan_shard(path: str) -> list[tuple[str, int, int, str | None]]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                tar.members.clear()  # which it would keep for a second pass
+                tar.members.clear()  # type: ignore[attr-defined]  # which it would keep for a second pass
                 folder, _, base = member.name.rpartition("/")
                 stem, _, ending = base.partition(".")
                 key, ending = f"{folder}/{stem}", ending.lower()
@@ -354,7 +354,8 @@ def _scan_shard(path: str) -> list[tuple[str, int, int, str | None]]:
                 if ending in EXTENSIONS and key not in images:
                     images[key] = (member.name, member.offset_data, member.size)
                 elif ending == "cls":
-                    labels[key] = tar.extractfile(member).read().decode("utf-8", "replace").strip()
+                    text = tar.extractfile(member).read()  # type: ignore[union-attr]  # a regular file has contents
+                    labels[key] = text.decode("utf-8", "replace").strip()
             # tarfile takes anything but a header for the end of the file, where there should be zeros alone.
             tar.fileobj.seek(tar.offset)
             if any(tar.fileobj.read(tarfile.BLOCKSIZE)):

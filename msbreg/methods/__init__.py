@@ -1,5 +1,8 @@
 """What a training step computes: MSBReg and the relatives it is compared with, one method a file."""
 
+import torch.distributed as dist
+from torch import nn
+
 from msbreg.config import Config
 from msbreg.losses import MSBRegLoss
 from msbreg.methods.byol import BYOL
@@ -14,7 +17,7 @@ __all__ = ["BYOL", "Encoder", "MSBReg", "SimSiam", "StepOutput", "build_method"]
 Method = MSBReg | SimSiam
 
 
-def build_method(config: Config, group: object | None = None) -> Method:
+def build_method(config: Config, group: dist.ProcessGroup | None = None) -> Method:
     """The networks and loss that a config names, freshly initialised from torch's current random state.
 
     Args:
@@ -24,11 +27,14 @@ def build_method(config: Config, group: object | None = None) -> Method:
     backbone = build_backbone(config.model.backbone, stem=config.model.stem)
     projector = mlp_head(backbone.num_features, config.model.hidden, config.model.dim)
     online = Encoder(backbone, projector, view_chunk=config.model.view_chunk)
-    predictor = mlp_head(config.model.dim, config.model.hidden, config.model.dim) if config.model.predictor else None
+
+    def predictor() -> nn.Module:
+        return mlp_head(config.model.dim, config.model.hidden, config.model.dim)
+
     if config.method.name == "byol":
-        return BYOL(online, predictor)
+        return BYOL(online, predictor())
     if config.method.name == "simsiam":
-        return SimSiam(online, predictor)
+        return SimSiam(online, predictor())
     criterion = MSBRegLoss(
         lambda_s=config.method.lambda_s,
         lambda_b=config.method.lambda_b,
@@ -37,4 +43,4 @@ def build_method(config: Config, group: object | None = None) -> Method:
         seed=config.run.seed,
         group=group,
     )
-    return MSBReg(online, predictor, criterion, disperse=config.method.disperse)
+    return MSBReg(online, predictor() if config.model.predictor else None, criterion, disperse=config.method.disperse)

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from msbreg.models import Backbone
+
 __all__ = ["Encoder"]
 
 
@@ -23,7 +25,7 @@ class Encoder(nn.Module):
             chunk's, and a step costs one more forward pass.
     """
 
-    def __init__(self, backbone: nn.Module, projector: nn.Module, *, view_chunk: int = 0) -> None:
+    def __init__(self, backbone: Backbone, projector: nn.Module, *, view_chunk: int = 0) -> None:
         super().__init__()
         self.backbone = backbone
         self.projector = projector
