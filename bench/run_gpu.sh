@@ -4,7 +4,7 @@
 #   bench/run_gpu.sh training      memory and step time of every config; of ResNet-50 also compiled, and with 32 views
 #   bench/run_gpu.sh loader        the loader against torchvision's, and what loader, loss and optimizer are of a step
 #   bench/run_gpu.sh peers         training beside lightly and solo-learn's manner: ResNet-18 at 32, ResNet-50 at 224
-#   bench/run_gpu.sh alternatives  other ways to do what msbreg does: the inverse root in one launch, DALI's operators
+#   bench/run_gpu.sh alternatives  other ways to do what msbreg does: the inverse root in one launch, pixels by a kernel
 # Results are in bench/results/GPU/DATE/, and a short table comes last. The first part needs torch with CUDA, Triton and
 # the extras [test] and [bench]; the others [train] too, and `peers` lightly where it is to be among them.
 # Limits are seconds, and add up to less than nine minutes in each part. Comments are the seconds that a machine with one
@@ -94,6 +94,7 @@ alternatives() {
     images=$(photos) || status=$?                                                # 40
     keep 120 bench/operators.py --data "$images" --json "$out/operators-224.json"                        # 70
     keep 90 bench/operators.py --size 32 --json "$out/operators-32.json"                                 # 60
+    keep 60 bench/pixels.py --json "$out/pixels.json"                                                    # 30
     # Last, since programs that waited for each other in vain would hang until the limit.
     keep 120 bench/one_launch.py --json "$out/one_launch.json"                                           # 60
 }
