@@ -5,9 +5,10 @@
 Every step of the iteration needs all tiles of the step before, so that a launch for each is the plain way. Here all
 programs are on the GPU at once, a cooperative launch, and wait for each other at a barrier in memory instead. What they
 compute is the same tiles by the same device functions. Before it is timed its result is held against float64, and must
-be the same bit for bit in many calls, which it would not be if a program did not wait long enough.
+be the same bit for bit in many calls on two inputs in turn: it would not if a program did not wait long enough.
 
-Times are of replayed CUDA graphs, both ways in turn, with the Gram matrices in the cache, as they are in training.
+Times are of replayed CUDA graphs of ten calls, both ways in turn, with the Gram matrices in the cache, as in training.
+Both have the launch for |G|² in front, and the one launch also the fill that sets its counter to zero.
 Needs a GPU. Whichever is faster is what `kernels/inverse_root.py` should do.
 """
 
@@ -39,10 +40,12 @@ __all__ = ["one_launch", "one_launch_kernel", "oracle_error", "refusal"]
 SHAPES = ((2, 256), (4, 128), (8, 128), (8, 256), (16, 256), (4, 512), (8, 512), (16, 512))
 """K and p."""
 REPEATS = 50
-"""Calls whose results are compared."""
+"""Calls on each input whose results are compared."""
+CALLS = 10
+"""Of a graph, so that its own beginning and end count little."""
 RESIDENT = 2
-"""Programs of a processor. Registers and shared memory let three of the 64 x 64 tiles run at once (`bench/
-compile_report.py`), but two give each of an H200's 132 processors its share of 256 tiles."""
+"""Programs of a processor. Its registers hold two of any kernel with four warps, and two for each of an H200's 132
+processors are enough for the 256 tiles of (8, 256)."""
 
 
 @triton.jit
@@ -114,9 +117,12 @@ def one_launch_kernel(
             left = tl.where(second, y + batch, tl.where(mixing, y, t))
             right = tl.where(second, t, tl.where(mixing, y + batch, y))
             output = tl.where(last, output_pointer, tl.where(mixing, t, tl.where(second, new + batch, new)))
-            size, _ = normalisation(squares_pointer + k * count, count, shift, floor, 64)
-            identity = tl.where(mixing, tl.load(weights_pointer + 2 * step), 0.0)
-            scale = tl.where(mixing, tl.load(weights_pointer + 2 * step + 1), tl.where(last, tl.sqrt(size), 1.0))
+            identity, scale = tl.full([], 0.0, tl.float64), tl.full([], 1.0, tl.float64)
+            if mixing:
+                identity, scale = tl.load(weights_pointer + 2 * step), tl.load(weights_pointer + 2 * step + 1)
+            if last:
+                size, _ = normalisation(squares_pointer + k * count, count, shift, floor, 64)
+                scale = tl.sqrt(size)
             affine_product(
                 left + k * matrix, right + k * matrix, output + k * matrix, side, identity, scale,
                 item // across % across, item % across, PRECISION, BLOCK_P, BLOCK_Q,
@@ -169,21 +175,28 @@ def refusal(errors: dict[str, float], repeatable: bool) -> str | None:
 def measure(views: int, side: int, device: torch.device, *, seconds: float, rounds: int) -> dict[str, Any]:
     """Both ways at one shape, on unit rows twice as many as dimensions."""
     generator = torch.Generator(device).manual_seed(0)
-    rows = torch.randn(views, 2 * side, side, device=device, generator=generator)
+    rows = torch.randn(2, views, 2 * side, side, device=device, generator=generator)
     rows = torch.nn.functional.normalize(rows, dim=-1)
-    gram = rows.mT @ rows
+    gram, other = rows.mT @ rows
     shift = SMOOTHING**2 * 2  # c = side / rows
     floor, steps = newton_schulz_plan(shift / (2 * side), gram.dtype)
-    ways: dict[str, Callable[[], Tensor]] = {
-        "sequence": lambda: inverse_root(gram, shift, floor, steps),
-        "one launch": lambda: one_launch(gram, shift, floor, steps),
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "sequence": lambda g: inverse_root(g, shift, floor, steps),
+        "one launch": lambda g: one_launch(g, shift, floor, steps),
     }
-    roots = {name: way() for name, way in ways.items()}
-    errors = {name: oracle_error(root, gram, shift) for name, root in roots.items()}
-    if why := refusal(errors, all(torch.equal(ways["one launch"](), roots["one launch"]) for _ in range(REPEATS))):
+    errors = {name: oracle_error(way(gram), gram, shift) for name, way in ways.items()}
+    one = ways["one launch"]
+    first = one(gram), one(other)
+    repeatable = all(
+        torch.equal(one(g), root) for _ in range(REPEATS) for g, root in zip((gram, other), first, strict=True)
+    )
+    if why := refusal(errors, repeatable):
         sys.exit(f"K = {views}, p = {side}: {why}")
-    clocks = {name: device_round(lambda way=way: [way], device, waits=False)[0] for name, way in ways.items()}
-    counts = {name: plan(clock, 1, seconds / rounds) for name, clock in clocks.items()}
+    clocks = {
+        name: device_round(lambda way=way: [lambda: way(gram)] * CALLS, device, waits=False)[0]
+        for name, way in ways.items()
+    }
+    counts = {name: plan(clock, CALLS, seconds / rounds) for name, clock in clocks.items()}
     medians: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, clock in clocks.items():

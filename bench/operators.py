@@ -3,9 +3,10 @@
     python bench/operators.py --data PHOTOS --size 224 --json bench/results/cpu/DATE/operators-224.json
 
 An operator is put several times side by side into a DALI pipeline, with the draws of msbreg's own recipe; its time is
-what that takes longer than a pipeline without it. The pipelines take turns, round after round, so that what else the
-machine does hits all alike. On a CPU DALI has one thread, and CPU time says more than the clock on a busy machine. On a
-GPU the clock counts, and decoding is tried with different shares of the images given to the hardware's decoder.
+what that takes longer than a pipeline that is fed alike and computes nothing. The pipelines take turns, round after
+round, so that what else the machine does hits all alike. On a CPU DALI has one thread, and CPU time says more than the
+clock on a busy machine. On a GPU the clock counts, and decoding is tried with different shares of the images given to
+the hardware's decoder.
 """
 
 import argparse
@@ -36,8 +37,8 @@ from msbreg.machine import usable_cores
 
 __all__ = ["Operator", "measure", "operators", "pipeline", "table"]
 
-SIDE_BY_SIDE = 4
-"""Of an operator in its pipeline."""
+SIDE_BY_SIDE = {"cpu": 4, "cuda": 16}
+"""Of an operator in its pipeline: many on a GPU, where feeding a pipeline takes longer than an operator."""
 DECODER_SHARES = (0.5, 0.65, 0.8, 0.9, 1.0)
 """Of the images, for the hardware's decoder; DALI's default is 0.65."""
 Batch = list[NDArray] | NDArray
@@ -53,7 +54,8 @@ class Operator(NamedTuple):
     name: str
     inputs: list[NDArray]
     """A batch of what it works on, uint8."""
-    apply: Callable[[Node, Argument], Node]
+    apply: Callable[[Node, Argument, int], Node]
+    """The number is that of those side by side: what is alike in them DALI computes once."""
 
 
 def operators(source: Source, view: View, batch: int, device: torch.device) -> list[Operator]:
@@ -79,36 +81,36 @@ def operators(source: Source, view: View, batch: int, device: torch.device) -> l
     jitter = random.uniform(0.6, 1.4, (3, batch)).astype(np.float32)
     hue = random.uniform(-36, 36, batch).astype(np.float32)
 
-    def decoder(x: Node, _: Argument, **options: float) -> Node:
+    def decoder(x: Node, _: Argument, copy: int, **options: float) -> Node:
         kind = "mixed" if gpu else "cpu"
         return fn.decoders.image(x, device=kind, output_type=types.RGB, jpeg_fancy_upsampling=True, **options)
 
-    def resize(x: Node, argument: Argument, interpolation: str) -> Node:
+    def resize(x: Node, argument: Argument, copy: int, interpolation: str) -> Node:
         start, end = argument(np.ascontiguousarray(box[:, :2])), argument(box[:, :2] + box[:, 2:])
         kind = getattr(types, f"INTERP_{interpolation}")
         size = [view.size, view.size]
         return fn.resize(x, size=size, roi_start=start, roi_end=end, interp_type=kind, antialias=True)
 
-    def matrix(x: Node, argument: Argument) -> Node:
+    def matrix(x: Node, argument: Argument, copy: int) -> Node:
         return fn.coord_transform(x, MT=argument(one.colour), dtype=types.UINT8)
 
-    def twist(x: Node, argument: Argument) -> Node:
+    def twist(x: Node, argument: Argument, copy: int) -> Node:
         brightness, contrast, saturation = map(argument, jitter)
         return fn.color_twist(x, brightness=brightness, contrast=contrast, saturation=saturation, hue=argument(hue))
 
-    def two_filters(x: Node, argument: Argument) -> Node:
+    def two_filters(x: Node, argument: Argument, copy: int) -> Node:
         row = argument(windows)
         row = row.gpu() if gpu else row
         return fn.filter(fn.filter(x, row), fn.transpose(row, perm=[1, 0]))
 
-    def gaussian_blur(x: Node, argument: Argument) -> Node:
+    def gaussian_blur(x: Node, argument: Argument, copy: int) -> Node:
         return fn.gaussian_blur(x, sigma=argument(one.sigma), window_size=argument(2 * one.radius + 1))
 
-    def solarize(x: Node, argument: Argument) -> Node:
+    def solarize(x: Node, argument: Argument, copy: int) -> Node:
         inverted = argument(255 * one.solarize.astype(np.uint8))
-        return x ^ (fn.cast(x >= 128, dtype=types.UINT8) * (inverted.gpu() if gpu else inverted))
+        return x ^ (fn.cast(x >= 128 + copy, dtype=types.UINT8) * (inverted.gpu() if gpu else inverted))
 
-    def normalise(x: Node, argument: Argument) -> Node:
+    def normalise(x: Node, argument: Argument, copy: int) -> Node:
         return fn.crop_mirror_normalize(
             x,
             mirror=argument(one.flip.astype(np.int32)),
@@ -136,8 +138,8 @@ def operators(source: Source, view: View, batch: int, device: torch.device) -> l
     ]
 
 
-def pipeline(operator: Operator, copies: int, device: torch.device, threads: int) -> Any:
-    """A DALI pipeline with so many of the operator side by side; 0 hands out what it is given."""
+def pipeline(operator: Operator, copies: int, device: torch.device, threads: int, *, works: bool = True) -> Any:
+    """A DALI pipeline with so many of the operator side by side; one that does not work hands out what it is given."""
     from nvidia.dali import Pipeline, fn, types
 
     def given(values: Batch, layout: str | None = None) -> Node:
@@ -151,7 +153,14 @@ def pipeline(operator: Operator, copies: int, device: torch.device, threads: int
         images = operator.inputs[0].ndim == 3
         x = given(operator.inputs, "HWC" if images else None)
         x = x.gpu() if images and device.type == "cuda" else x
-        built.set_outputs(*(operator.apply(x, given) for _ in range(copies))) if copies else built.set_outputs(x)
+        arguments: list[Node] = []
+
+        def argument(values: Batch) -> Node:
+            arguments.append(given(values))
+            return arguments[-1]
+
+        outputs = [operator.apply(x, argument, copy) for copy in range(copies)]
+        built.set_outputs(*(outputs if works else [x, *arguments]))  # what is not handed out, DALI does not compute
     built.build()
     return built
 
@@ -176,10 +185,10 @@ def turn(work: Any, device: torch.device, seconds: float) -> Turn:
 def measure(
     ways: list[Operator], device: torch.device, *, threads: int, rounds: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """A row for each: milliseconds of an image by the clock and of CPU time, over the rounds."""
-    copies = [1 if way.step == "decode" else SIDE_BY_SIDE for way in ways]
+    """A row for each: microseconds of an image by the clock and of CPU time, over the rounds."""
+    copies = [1 if way.step == "decode" else SIDE_BY_SIDE[device.type] for way in ways]
     pairs = [
-        (pipeline(way, 0, device, threads), pipeline(way, n, device, threads))
+        [pipeline(way, n, device, threads, works=works) for works in (False, True)]
         for way, n in zip(ways, copies, strict=True)
     ]
     for pair in pairs:
@@ -194,8 +203,8 @@ def measure(
         {
             "step": way.step,
             "operator": way.name,
-            "ms": spread([1e3 * one.seconds / len(way.inputs) for one in turns]),
-            "cpu_ms": spread([1e3 * one.cpu_seconds / len(way.inputs) for one in turns]),
+            "us": spread([1e6 * one.seconds / len(way.inputs) for one in turns]),
+            "cpu_us": spread([1e6 * one.cpu_seconds / len(way.inputs) for one in turns]),
         }
         for way, turns in zip(ways, taken, strict=True)
     ]
@@ -203,12 +212,15 @@ def measure(
 
 def table(result: dict[str, Any]) -> str:
     """Markdown: the median over the rounds, and the smallest and largest in brackets."""
-    rows = [[row["step"], row["operator"], cell(row["cpu_ms"], 3), cell(row["ms"], 3)] for row in result["rows"]]
+    digits = 0 if result["device_name"] == "cpu" else 2
+    rows = [
+        [row["step"], row["operator"], cell(row["cpu_us"], digits), cell(row["us"], digits)] for row in result["rows"]
+    ]
     heading = (
         f"Views of {result['size']} pixels, batches of {result['batch']}, {result['device_name']}, "
         f"{result['threads']} threads, {result['processor']}"
     )
-    return heading + "\n\n" + markdown(["step", "operator", "CPU ms an image", "ms an image"], rows, text=2)
+    return heading + "\n\n" + markdown(["step", "operator", "CPU µs an image", "µs an image"], rows, text=2)
 
 
 def parse() -> argparse.Namespace:

@@ -2,9 +2,10 @@
 
     python bench/pixels.py --json bench/results/GPU/DATE/pixels.json
 
-The kernel takes views as bytes, (N, H, W, 3), and does what the data pipeline does to them one operator after another:
-colours, solarize, flip, normalisation, joining the views in one tensor, and the cast to the network's dtype. (A blur
-would come before it; it commutes with the colours but for clipping.) It works on any batch of bytes, without DALI.
+The kernel takes bytes, (B, H, W, 3), of each of an image's four views, and does what the data pipeline does to them one
+operator after another: colours, solarize, flip, normalisation, joining the views in one tensor, and the cast to the
+network's dtype. (A blur would come before it; it commutes with the colours but for clipping.) It works on any batch of
+bytes, without DALI.
 
 Ways must agree within a level of 255 before they are timed by replayed CUDA graphs. What the package does instead is
 the sum of three steps of `operators.py`, colours, solarize, and flip and normalise, and of the last row here, joining
@@ -15,7 +16,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ SHIFT = tuple(-mean / std for mean, std in zip(MEAN, STD, strict=True))
 TOLERANCE = 1.01 * max(SCALE)
 """A level of 255: the rounding of colours, and of the cast."""
 VIEWS_OF_AN_IMAGE = 4
-"""Tensors that are joined."""
+"""As many tensors come from DALI, and are joined."""
 
 
 class Views(NamedTuple):
@@ -97,26 +98,33 @@ def pixels_kernel(
         tl.store(target, x.to(output_pointer.dtype.element_ty), mask=inside)
 
 
-def pixels(views: Views, dtype: torch.dtype) -> Tensor:
-    """(N, 3, H, W) in channels_last, normalised by ImageNet's constants."""
-    count, height, width, _ = views.bytes.shape
-    output = torch.empty(views.bytes.shape, dtype=dtype, device=views.bytes.device)
+def pixels(parts: Sequence[Views], dtype: torch.dtype) -> Tensor:
+    """All views, joined: (N, 3, H, W) in channels_last, normalised by ImageNet's constants. One launch a part."""
+    _, height, width, _ = parts[0].bytes.shape
+    count = sum(len(views.bytes) for views in parts)
+    output = torch.empty(count, height, width, 3, dtype=dtype, device=parts[0].bytes.device)
+    first = 0
     with torch.cuda.device_of(output):
-        pixels_kernel[(triton.cdiv(height * width, 1024), count)](
-            *views, output, height * width, width, SCALE=SCALE, SHIFT=SHIFT, BLOCK=1024, num_warps=8,
-            enable_fp_fusion=True,
-        )  # fmt: skip
+        for views in parts:
+            pixels_kernel[(triton.cdiv(height * width, 1024), len(views.bytes))](
+                *views, output[first:], height * width, width, SCALE=SCALE, SHIFT=SHIFT, BLOCK=1024, num_warps=8,
+                enable_fp_fusion=True,
+            )  # fmt: skip
+            first += len(views.bytes)
     return output.permute(0, 3, 1, 2)
 
 
-def plain(views: Views, dtype: torch.dtype) -> Tensor:
-    """`pixels` in plain torch."""
+def plain(parts: Sequence[Views], normal: Tensor, dtype: torch.dtype) -> Tensor:
+    """`pixels` in plain torch; normal: SCALE and SHIFT, (2, 3), on the views' device."""
+    views = Views(*(torch.cat(each) for each in zip(*parts, strict=True)))
     x = views.bytes.float()
     x = torch.where(views.flip[:, None, None, None], x.flip(2), x)
-    x = torch.einsum("nhwc,ndc->nhwd", x, views.colour[:, :, :3]) + views.colour[:, None, None, :, 3]
+    colour = views.colour[:, None, None]  # (N, 1, 1, 3, 4)
+    # Not a matrix product, which torch.compile could not make part of one kernel.
+    x = sum((x[..., c : c + 1] * colour[..., c] for c in range(3)), colour[..., 3])
     x = (x.clamp(0, 255) + 0.5).floor()
     x = torch.where(views.solarize[:, None, None, None] & (x >= 128), 255 - x, x)
-    return (x * x.new_tensor(SCALE) + x.new_tensor(SHIFT)).to(dtype).permute(0, 3, 1, 2)
+    return (x * normal[0] + normal[1]).to(dtype).permute(0, 3, 1, 2)
 
 
 def random_views(count: int, size: int, device: torch.device) -> Views:
@@ -144,18 +152,20 @@ def refusal(result: Tensor, expected: Tensor) -> str | None:
 def measure(views: Views, dtype: torch.dtype, *, seconds: float, rounds: int) -> list[dict[str, Any]]:
     """A row for each way: microseconds of a view, over rounds in which the ways take turns."""
     device, count = views.bytes.device, len(views.bytes)
+    normal = torch.tensor([SCALE, SHIFT], device=device)
+    parts = [Views(*each) for each in zip(*(each.chunk(VIEWS_OF_AN_IMAGE) for each in views), strict=True)]
     compiled = torch.compile(plain, dynamic=False)
-    expected = plain(views, torch.float32)
+    expected = plain(parts, normal, torch.float32)
     ways: dict[str, Callable[[], Tensor]] = {
-        "kernel": lambda: pixels(views, dtype),
-        "torch": lambda: plain(views, dtype),
-        "torch compiled": lambda: compiled(views, dtype),
+        "kernel": lambda: pixels(parts, dtype),
+        "torch": lambda: plain(parts, normal, dtype),
+        "torch compiled": lambda: compiled(parts, normal, dtype),
     }
     for name, way in ways.items():
         if why := refusal(way(), expected):
             sys.exit(f"{name}: {why}")
-    parts = [part.clone() for part in expected.to(torch.float16).chunk(VIEWS_OF_AN_IMAGE)]
-    ways["joining and cast alone"] = lambda: torch.cat(parts).to(dtype)
+    made = [part.clone() for part in expected.to(torch.float16).chunk(VIEWS_OF_AN_IMAGE)]
+    ways["joining and cast alone"] = lambda: torch.cat(made).to(dtype)
     clocks = {name: device_round(lambda way=way: [way], device, waits=False)[0] for name, way in ways.items()}
     rounds_of = {name: plan(clock, 1, seconds / rounds) for name, clock in clocks.items()}
     times: dict[str, list[float]] = {name: [] for name in ways}

@@ -92,8 +92,8 @@ peers() {
 alternatives() {
     local images
     images=$(photos) || status=$?                                                # 40
-    keep 120 bench/operators.py --data "$images" --json "$out/operators-224.json"                        # 70
-    keep 90 bench/operators.py --size 32 --json "$out/operators-32.json"                                 # 60
+    keep 120 bench/operators.py --data "$images" --json "$out/operators-224.json"                        # 90
+    keep 120 bench/operators.py --size 32 --json "$out/operators-32.json"                                # 80
     keep 60 bench/pixels.py --json "$out/pixels.json"                                                    # 30
     # Last, since programs that waited for each other in vain would hang until the limit.
     keep 120 bench/one_launch.py --json "$out/one_launch.json"                                           # 60

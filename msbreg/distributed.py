@@ -84,7 +84,11 @@ class CrossRankBatchNorm(_BatchNorm):
 
 
 class _CrossRankNormalise(torch.autograd.Function):
-    """x̂ = (x - mean) / sqrt(variance + eps) * weight + bias with statistics of all processes, two sums over them."""
+    """x̂ = (x - mean) / sqrt(variance + eps) * weight + bias with statistics of all processes, two sums over them.
+
+    Its output comes from an operation that makes a new tensor: torch.compile of torch 2.11 loses the gradient of one
+    that was changed in place, or cast to the dtype that it has.
+    """
 
     @staticmethod
     def forward(
@@ -101,13 +105,13 @@ class _CrossRankNormalise(torch.autograd.Function):
         inverse = torch.rsqrt(variance + eps)
         output = centred * _channels(inverse, x)
         if weight is not None:
-            output *= _channels(weight, x)
+            output = output * _channels(weight, x)
         if bias is not None:
-            output += _channels(bias, x)
+            output = output + _channels(bias, x)
         ctx.save_for_backward(x, weight, bias, mean, inverse, count)
         ctx.group = group
         ctx.mark_non_differentiable(mean, variance, count)
-        return output.to(x.dtype), mean, variance, count
+        return output if output.dtype == x.dtype else output.to(x.dtype), mean, variance, count
 
     @staticmethod
     @once_differentiable

@@ -403,7 +403,8 @@ def _spectral_loss(z_hat: Tensor, options: _Spectral) -> tuple[Tensor, Tensor]:
         gram, inverse_root, rows=rows * world, dim=dim, spectrum=spectrum, smoothing=smoothing
     )
     # Each process has its rows' gradient of the one loss of all rows; DDP's average divides it by the world size.
-    return values.mean().to(z_hat.dtype), (weight * (world / views)).to(z_hat.dtype)
+    # Copies, since torch.compile of torch 2.11 loses the gradient of an output that is cast to the dtype it has.
+    return values.mean().to(z_hat.dtype, copy=True), (weight * (world / views)).to(z_hat.dtype)
 
 
 class _NuclearNorm(torch.autograd.Function):
@@ -417,7 +418,7 @@ class _NuclearNorm(torch.autograd.Function):
             gram, inverse_root = _gram(x, smoothing, solver, group)
             values, weight = reference.nuclear_norm(gram, inverse_root, rows=rows * world, dim=dim, smoothing=smoothing)
             ctx.save_for_backward(z, (weight * world).to(x.dtype))
-            return values.to(x.dtype)
+            return values.to(x.dtype, copy=True)
 
     @staticmethod
     @once_differentiable

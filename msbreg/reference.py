@@ -54,12 +54,13 @@ CODING_PRECISION = 0.2
 def unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
     """ẑ = z / |z|, (..., N, D), and |z|, (..., N, 1), which is at least EPS.
 
-    A row is divided by its largest entry first, because that entry's square may overflow.
+    A row is divided by its largest entry first, because that entry's square may overflow. Nothing is changed in place:
+    torch.compile of torch 2.11 loses the gradient of an autograd function's output that was.
     """
     largest = torch.maximum(z.amax(-1, keepdim=True), -z.amin(-1, keepdim=True)).clamp_min(EPS)
     z_hat = z / largest
     norms = (largest * torch.linalg.vector_norm(z_hat, dim=-1, keepdim=True)).clamp_min(EPS)
-    return z_hat.mul_(largest / norms), norms
+    return z_hat * (largest / norms), norms
 
 
 def tangent(g: Tensor, z_hat: Tensor, norms: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(BENCH))
 import pixels  # noqa: E402
 
 CPU = torch.device("cpu")
+NORMAL = torch.tensor([pixels.SCALE, pixels.SHIFT])
 interpreted = pytest.mark.skipif(not kernels.INTERPRETED, reason="TRITON_INTERPRET=1 runs Triton kernels without a GPU")
 compiled = pytest.mark.skipif(kernels.INTERPRETED, reason="Triton's interpreter does not compile")
 
@@ -28,6 +29,10 @@ def views() -> pixels.Views:
     views = pixels.random_views(6, 37, CPU)
     solarize, flip = torch.tensor([0, 1] * 3, dtype=torch.bool), torch.tensor([0, 0, 1] * 2, dtype=torch.bool)
     return views._replace(solarize=solarize, flip=flip)
+
+
+def plain(views):
+    return pixels.plain([views], NORMAL, torch.float32)
 
 
 def by_the_package(views):
@@ -48,20 +53,22 @@ def by_the_package(views):
 
 def test_plain_torch_is_the_packages_pipeline(views):
     expected = by_the_package(views)
-    assert pixels.refusal(pixels.plain(views, torch.float32), expected) is None
+    assert pixels.refusal(plain(views), expected) is None
     for change in ({"flip": ~views.flip}, {"solarize": ~views.solarize}, {"colour": 1.05 * views.colour}):
-        assert "off by more" in pixels.refusal(pixels.plain(views._replace(**change), torch.float32), expected)
+        assert "off by more" in pixels.refusal(plain(views._replace(**change)), expected)
 
 
 @interpreted
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_kernel_is_plain_torch(views, dtype):
-    result = pixels.pixels(views, dtype)
+    result = pixels.pixels(
+        [pixels.Views(*(each[:2] for each in views)), pixels.Views(*(each[2:] for each in views))], dtype
+    )
     assert result.dtype == dtype and result.shape == (6, 3, 37, 37)
     assert result.is_contiguous(memory_format=torch.channels_last)
-    assert pixels.refusal(result, pixels.plain(views, torch.float32)) is None
-    assert (result.float() - pixels.plain(views, torch.float32)).abs().mean() < 4e-3
+    assert pixels.refusal(result, plain(views)) is None
+    assert (result.float() - plain(views)).abs().mean() < 4e-3
 
 
 @compiled
@@ -71,7 +78,7 @@ def test_the_kernel_compiles():
     views = pixels.Views(
         torch.empty(2, 224, 224, 3, dtype=torch.uint8), torch.empty(2, 3, 4), *torch.empty(2, 2, dtype=torch.bool)
     )
-    (launch,) = report.recorded(lambda: pixels.pixels(views, torch.bfloat16))
+    (launch,) = report.recorded(lambda: pixels.pixels([views], torch.bfloat16))
     row = report.compiled(launch, report.target_of("90"))
     assert row.kernel == "pixels_kernel" and row.spilled_bytes == 0
     assert not [fault for fault in row.faults if "32 bits" in fault or "compile" in fault]
@@ -79,11 +86,11 @@ def test_the_kernel_compiles():
 
 @compiled
 def test_the_harness_measures_what_it_has_checked(monkeypatch, views):
-    monkeypatch.setattr(pixels, "pixels", pixels.plain)
+    monkeypatch.setattr(pixels, "pixels", lambda parts, dtype: pixels.plain(parts, NORMAL, dtype))
     rows = pixels.measure(views, torch.bfloat16, seconds=0, rounds=2)
     assert [row["way"] for row in rows] == ["kernel", "torch", "torch compiled", "joining and cast alone"]
     assert all(0 < row["microseconds_a_view"]["min"] <= row["microseconds_a_view"]["max"] for row in rows)
-    monkeypatch.setattr(pixels, "pixels", lambda views, dtype: -pixels.plain(views, dtype))
+    monkeypatch.setattr(pixels, "pixels", lambda parts, dtype: -pixels.plain(parts, NORMAL, dtype))
     with pytest.raises(SystemExit, match=r"kernel: .* are off by more"):
         pixels.measure(views, torch.bfloat16, seconds=0, rounds=1)
 

@@ -234,3 +234,21 @@ def test_layers_that_do_more_than_normalise_are_refused():
 
     with pytest.raises(MSBRegError, match=r"layer .1.*BatchNormAndMore"):
         convert_sync_batchnorm(nn.Sequential(nn.ReLU(), BatchNormAndMore(3)))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_compiled_batch_norm_has_the_same_gradients(free_port, affine):
+    torch._dynamo.reset()
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port}", rank=0, world_size=1)
+    try:
+        x = torch.randn(16, 5, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        weight = torch.linspace(-1, 2, x.numel()).view_as(x)
+        layer = CrossRankBatchNorm(5, affine=affine)
+        inputs = (x, *layer.parameters())
+        compiled, eager = (
+            torch.autograd.grad((run(x) * weight).sum(), inputs)
+            for run in (torch.compile(layer, backend="aot_eager"), layer)
+        )
+    finally:
+        dist.destroy_process_group()
+    assert all(torch.allclose(a, b, atol=1e-5) and b.abs().max() > 1e-3 for a, b in zip(compiled, eager, strict=True))
