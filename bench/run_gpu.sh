@@ -96,7 +96,7 @@ alternatives() {
     keep 120 bench/operators.py --size 32 --json "$out/operators-32.json"                                # 80
     keep 60 bench/pixels.py --json "$out/pixels.json"                                                    # 30
     # Last, since programs that waited for each other in vain would hang until the limit.
-    keep 120 bench/one_launch.py --json "$out/one_launch.json"                                           # 60
+    keep 100 bench/one_launch.py --json "$out/one_launch.json"                                           # 60
 }
 
 if [ "$part" != losses ]; then
