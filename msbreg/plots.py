@@ -8,18 +8,20 @@ from msbreg.checkpoint import whole_file
 __all__ = ["draw_curves"]
 
 
-def draw_curves(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
+def draw_curves(rows: list[dict[str, Any]], path: Path, *, title: str, score: str) -> None:
     """Draws losses, accuracy, effective rank and spectrum.
 
     Args:
         rows: the lines of metrics.jsonl.
         path: the PNG to write.
         title: a line above the panels.
+        score: what the accuracy is the accuracy of.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     train = [row for row in rows if row["event"] == "train"]
     evaluations = [row for row in rows if row["event"] == "eval"]
@@ -44,13 +46,13 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
     losses.legend(loc="upper right", fontsize=8)
 
     where = [row["step"] for row in evaluations]
-    accuracy.plot(where, [row["knn_top1"] for row in evaluations], "o-", label="kNN, this run")
+    accuracy.plot(where, [row["knn_top1"] for row in evaluations], "o-", label=f"{score}, this run")
     if evaluations:
         untrained, pixels = evaluations[0]["knn_top1"], evaluations[0]["knn_top1_pixels"]
-        accuracy.axhline(untrained, color="tab:gray", linestyle="--", label="kNN, untrained network")
-        accuracy.axhline(pixels, color="tab:brown", linestyle=":", label="kNN, raw pixels")
+        accuracy.axhline(untrained, color="tab:gray", linestyle="--", label=f"{score}, untrained network")
+        accuracy.axhline(pixels, color="tab:brown", linestyle=":", label=f"{score}, raw pixels")
     accuracy.set(title="Held-out accuracy", xlabel="step", ylim=(0, 1))
-    accuracy.legend(loc="lower right", fontsize=8)
+    accuracy.legend(fontsize=8)  # where it hides nothing
 
     rank.plot(steps, [row["effective_rank"] for row in train], color="tab:green")
     rank.set(title="Effective rank of a batch's embeddings", xlabel="step")
@@ -65,6 +67,8 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, *, title: str) -> None:
 
     for axes in (losses, accuracy, rank, spectrum):
         axes.grid(alpha=0.3)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     plt.close(figure)

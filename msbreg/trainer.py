@@ -365,7 +365,12 @@ class Trainer:
         else:
             export_backbone(self.step.method.online.backbone, self.folder)
             title = f"msbreg pretrain: {config.method.name}, {config.model.backbone}, K = {config.data.views}"
-            draw_curves(read_metrics(self.folder / "metrics.jsonl"), self.folder / "curves.png", title=title)
+            draw_curves(
+                read_metrics(self.folder / "metrics.jsonl"),
+                self.folder / "curves.png",
+                title=title,
+                score="kNN" if self.evaluator.task == "labels" else "image recognised again",
+            )
             write_json(summary_file, finite(summary))
         self.progress.close()
         self._print_table(summary, again)
