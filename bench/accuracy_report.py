@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from runs import markdown, percent
+from records import markdown, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

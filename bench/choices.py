@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
-from runs import RunError, commit, markdown, percent, processor, train, versions
+from records import commit, markdown, percent, processor, versions
+from runs import RunError, train
 
 COMMON = [  # with the choices themselves, so that rows mean the same when a default changes
     "--method.leave_one_out", "false", "--method.disperse", "projector", "--method.spectrum", "nuclear",

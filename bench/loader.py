@@ -10,7 +10,6 @@ CPU time is that of all processes and threads of a loader, and says more than th
 
 import argparse
 import io
-import json
 import math
 import multiprocessing
 import os
@@ -27,7 +26,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from runs import end_with_parent, markdown, provenance
+from records import cell, keep, markdown, provenance, spread
+from runs import end_with_parent
 from timing import synchronize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
@@ -324,15 +324,6 @@ def ratios(values: list[float], bases: list[float]) -> list[float]:
     return [value / base for value, base in zip(values, bases, strict=True)]
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def cell(values: dict[str, float] | None, digits: int) -> str:
-    """Median, smallest and largest."""
-    return "" if values is None else "{:,.{d}f} ({:,.{d}f} to {:,.{d}f})".format(*values.values(), d=digits)
-
-
 def table(result: dict[str, Any]) -> str:
     """Markdown: median over the rounds, and the smallest and largest in brackets."""
     found = result["rows"]
@@ -436,9 +427,7 @@ def main() -> None:
                 names = [name for name in loaders(recipe) if name not in result["left_out"]]
                 result["rows"] += rows(case, measure(case, names, rounds=options.rounds, seconds=options.seconds))
                 print(f"{views} views: done", file=sys.stderr, flush=True)
-                if options.json is not None:
-                    options.json.parent.mkdir(parents=True, exist_ok=True)
-                    options.json.write_text(json.dumps(result, indent=1) + "\n")
+                keep(result, options.json)
     except MSBRegError as error:
         sys.exit(str(error))
     print(table(result))

@@ -14,7 +14,6 @@ Needs a GPU. Whichever is faster is what `kernels/inverse_root.py` should do.
 
 import argparse
 import functools
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from runs import markdown, provenance
+from records import keep, markdown, provenance
 from timing import device_round, plan
 from torch import Tensor
 from usage import gpu_state
@@ -231,9 +230,7 @@ def main() -> None:
     result = provenance("bench/one_launch.py", None, device, ("triton",)) | {"gpu": gpu_state(device), "rows": []}
     for views, side in SHAPES:
         result["rows"].append(measure(views, side, device, seconds=options.seconds, rounds=options.rounds))
-        if options.json is not None:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        keep(result, options.json)
     print(table(result["rows"]))
 
 

@@ -10,7 +10,6 @@ the hardware's decoder.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -21,9 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from loader import cell, images, spread
+from loader import images
 from numpy.typing import NDArray
-from runs import markdown, provenance
+from records import cell, keep, markdown, provenance, spread
 from timing import synchronize
 from usage import gpu_state
 
@@ -260,9 +259,7 @@ def main() -> None:
     rows = measure(ways, device, threads=options.threads, rounds=options.rounds, seconds=options.seconds)
     result = provenance("bench/operators.py", options.data, device, ("nvidia-dali-cuda130", "nvidia-dali-cuda120"))
     result |= {"gpu": gpu_state(device), "size": options.size, "batch": batch, "threads": options.threads, "rows": rows}
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, options.json)
     print(table(result))
 
 

@@ -13,7 +13,6 @@ import contextlib
 import copy
 import ctypes
 import gc
-import json
 import math
 import multiprocessing
 import os
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from runs import markdown, provenance
+from records import keep, markdown, provenance
 from timing import synchronize
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -751,9 +750,7 @@ def main() -> None:
     turns = measure(options.providers, setting, rounds=options.rounds, seconds=options.seconds, steps=options.steps)
     for measured in turns:
         result |= measured
-        if options.json is not None:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        keep(result, options.json)
     print(table(result))
     sys.exit(int(result["failed"]))
 

@@ -13,7 +13,6 @@ and cast. Needs a GPU. If the kernel wins or is within a tenth, it belongs in `k
 """
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -24,8 +23,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from loader import cell, spread
-from runs import markdown, provenance
+from records import cell, keep, markdown, provenance, spread
 from timing import device_round, plan
 from torch import Tensor
 from usage import gpu_state
@@ -190,9 +188,7 @@ def main() -> None:
     rows = measure(views, torch.bfloat16, seconds=options.seconds, rounds=options.rounds)
     result = provenance("bench/pixels.py", None, device, ("triton",)) | {"gpu": gpu_state(device)}
     result |= {"size": options.size, "views": options.views, "rows": rows}
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    keep(result, options.json)
     print(f"{options.views} views of {options.size} pixels in bfloat16, {result['device_name']}\n")
     cells = [[row["way"], cell(row["microseconds_a_view"], 3)] for row in rows]
     print(markdown(["way", "µs a view"], cells))

@@ -166,7 +166,7 @@ def show(table: str | None) -> None:
 
 def run_eval(options: Namespace) -> int:
     from msbreg.data import load_recipe
-    from msbreg.evaluator import Evaluator
+    from msbreg.evaluator import TASKS, Evaluator
     from msbreg.export import backbone_of, config_of
     from msbreg.machine import usable_cores
     from msbreg.monitor import markdown_table
@@ -192,7 +192,7 @@ def run_eval(options: Namespace) -> int:
             config, train, held_out, recipe=recipe, device=processes.device, threads=options.threads or usable_cores()
         )
         accuracy = evaluator(backbone_of(state).to(processes.device), linear=True)
-        task = "kNN top-1" if evaluator.task == "labels" else "image recognised again"
+        task = TASKS[evaluator.task]
         rows = [(task, f"{accuracy.knn:.1%}"), (f"{task}, raw pixels", f"{evaluator.pixels():.1%}")]
         if accuracy.linear is not None:
             rows.insert(1, ("linear probe top-1", f"{accuracy.linear:.1%}"))

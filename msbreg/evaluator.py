@@ -15,7 +15,10 @@ from msbreg.data import Batch, Source, ViewLoader, evaluation
 from msbreg.evaluation import extract_features, instance_accuracy, knn_accuracy, linear_probe
 from msbreg.linalg import singular_values
 
-__all__ = ["Evaluator", "has_labels", "set_aside"]
+__all__ = ["TASKS", "Evaluator", "has_labels", "set_aside"]
+
+TASKS = {"labels": "kNN top-1", "instances": "image recognised again"}
+"""What `Evaluator.task` is called in tables and plots."""
 
 LABELLED_IMAGES_A_CLASS = 4
 INSTANCES = 1000

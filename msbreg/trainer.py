@@ -24,7 +24,7 @@ from msbreg import checkpoint
 from msbreg.config import Config, flatten
 from msbreg.data import Source, ViewLoader, open_source, open_split, with_classes_of
 from msbreg.errors import MSBRegError
-from msbreg.evaluator import Evaluator, has_labels, set_aside
+from msbreg.evaluator import TASKS, Evaluator, has_labels, set_aside
 from msbreg.export import config_of, export_backbone
 from msbreg.machine import usable_cores
 from msbreg.methods import StepOutput
@@ -369,7 +369,7 @@ class Trainer:
                 read_metrics(self.folder / "metrics.jsonl"),
                 self.folder / "curves.png",
                 title=title,
-                score="kNN" if self.evaluator.task == "labels" else "image recognised again",
+                score=TASKS[self.evaluator.task],
             )
             write_json(summary_file, finite(summary))
         self.progress.close()
@@ -399,7 +399,7 @@ class Trainer:
         }
 
     def _print_table(self, summary: dict[str, Any], again: bool) -> None:
-        task = "kNN top-1" if summary["task"] == "labels" else "image recognised again"
+        task = TASKS[summary["task"]]
         rows = [
             (f"{task}, this run", f"{summary['knn_top1']:.1%}"),
             (f"{task}, untrained network", f"{summary['knn_top1_untrained']:.1%}"),

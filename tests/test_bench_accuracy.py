@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import accuracy
 import accuracy_report
 import choices
+import records
 import runs
 
 from msbreg.data.rendered import render
@@ -166,7 +167,7 @@ def test_a_run_that_does_not_save_itself_is_killed(monkeypatch):
     ],
 )
 def test_a_record_says_nothing_of_this_machines_folders(word, kept):
-    assert runs.without_folder(word, "/data/a=b") == kept
+    assert records.without_folder(word, "/data/a=b") == kept
 
 
 def test_the_list_has_the_published_lengths_and_equal_views_and_begins_with_the_cheapest():
@@ -276,7 +277,7 @@ def test_the_choices_are_written_only_where_asked(tmp_path, swatches, monkeypatc
     monkeypatch.setattr(choices, "ROWS", {"no Brownian loss": ["--method.lambda_b", "0"]})
     monkeypatch.setattr(choices, "COMMON", [*choices.COMMON, "--data.size", "16", "--data.batch_size", "16"])
     monkeypatch.chdir(tmp_path)
-    page = runs.ROOT / "docs" / "choices.md"
+    page = records.ROOT / "docs" / "choices.md"
     before = page.read_text()
     command = ["--data", str(swatches), "--steps", "2", "--seeds", "1"]
     choices.main(command)
