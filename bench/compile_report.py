@@ -311,7 +311,7 @@ def report(cases: Iterable[Case], names: Sequence[str], say: Callable[[str], Non
 def cost_of(case: Case, call: str, launches: Sequence[Launch]) -> dict[str, Any]:
     """What a call moves and multiplies, and the time that it takes an H200 at least."""
     parts = [launch_cost.of(launch.kernel.__name__, launch.arguments) for launch in launches]
-    products = sum(part.flops for part in parts)
+    flops, half_flops = sum(part.flops for part in parts), sum(part.half_flops for part in parts)
     views = {"forward": 2, "backward": 2 + ("leave_one_out" in case.options)}.get(call, 1 / case.views)
     once = round(views * case.views * case.batch * case.dim * case.dtype.itemsize)
     return {
@@ -321,8 +321,10 @@ def cost_of(case: Case, call: str, launches: Sequence[Launch]) -> dict[str, Any]
         "once_bytes": once,
         "tensors_bytes": sum(part.minimal for part in parts),
         "moved_bytes": sum(part.loaded + part.stored for part in parts),
-        "product_flops": products,
-        "h200_microseconds": 1e6 * launch_cost.h200_seconds(len(parts), once, products, case.dtype == FP64),
+        "product_flops": flops,
+        "half_flops": half_flops,
+        "h200_microseconds": 1e6
+        * launch_cost.h200_seconds(len(parts), once, flops, half_flops, double=case.dtype == FP64),
     }
 
 
@@ -387,14 +389,14 @@ def cost_table(costs: Iterable[Mapping[str, Any]]) -> str:
     """One line for each call."""
     head = ["call", "case", "launches", "inputs and gradient, MB", "each launch's tensors, MB", "loaded and stored, MB"]
     return table(
-        [*head, "products, GFLOP", "H200 at least, µs"],
+        [*head, "products, GFLOP", "of halves, GFLOP", "H200 at least, µs"],
         (
             [
                 cost["call"],
                 cost["case"],
                 cost["launches"],
                 *(f"{cost[name] / 1e6:.2f}" for name in ("once_bytes", "tensors_bytes", "moved_bytes")),
-                f"{cost['product_flops'] / 1e9:.2f}",
+                *(f"{cost[name] / 1e9:.2f}" for name in ("product_flops", "half_flops")),
                 f"{cost['h200_microseconds']:.0f}",
             ]
             for cost in costs

@@ -17,9 +17,10 @@ LAUNCH = 3e-6
 """Seconds from one kernel's begin to the next's, at least."""
 TF32 = 495e12
 """Operations a second of an H200's tensor cores, dense, as its data sheet has them."""
+FP16 = 989e12
 FP64 = 67e12
-TF32_PRODUCTS = 3
-"""TF32 products for one of float32."""
+PRODUCTS = 3
+"""Of TF32, or of halves, for one of float32."""
 
 
 class Cost(NamedTuple):
@@ -31,29 +32,32 @@ class Cost(NamedTuple):
     minimal: int
     """Bytes of the tensors that it reads or writes, each once."""
     flops: int
-    """Of products of whole tiles, padding included: two for each multiplication."""
+    """Of products of whole tiles in float32 or float64, padding included: two for each multiplication."""
+    half_flops: int = 0
+    """Of products of halves."""
 
 
 def of(kernel: str, arguments: Mapping[str, Any]) -> Cost:
     """The cost of a launch of the kernel of that name with these arguments, by name."""
-    loaded, stored, flops = FORMULAS[kernel](**arguments)
+    loaded, stored, *flops = FORMULAS[kernel](**arguments)
     tensors = {name: value for name, value in arguments.items() if hasattr(value, "element_size")}
     if kernel == "step_kernel" and not arguments["LAST"]:
         del tensors["squares_pointer"]  # passed, but not read
     places = {tensor.data_ptr(): size(tensor) for tensor in tensors.values()}
-    return Cost(loaded, stored, sum(places.values()), flops)
+    return Cost(loaded, stored, sum(places.values()), *flops)
 
 
-def h200_seconds(launches: int, moved: int, flops: int, double: bool = False) -> float:
+def h200_seconds(launches: int, moved: int, flops: int, half_flops: int = 0, *, double: bool = False) -> float:
     """The time that a call takes at least: its launches, and the longer of its copying and its multiplying.
 
     Args:
         launches: how many.
         moved: bytes of the call's inputs and outputs, each once; all else may stay in the cache.
-        flops: of its matrix products.
-        double: whether those are in float64, not in float32 by TF32.
+        flops: of its matrix products in float32 or float64.
+        half_flops: of its products of halves.
+        double: whether flops are in float64, not in float32 by TF32.
     """
-    multiplying = flops / FP64 if double else TF32_PRODUCTS * flops / TF32
+    multiplying = (flops / FP64 if double else PRODUCTS * flops / TF32) + half_flops / FP16
     return launches * LAUNCH + max(moved / COPY, multiplying)
 
 
@@ -117,27 +121,26 @@ def gram(
     return loaded, size(gram_pointer), 2 * programs * BLOCK_P**2 * BLOCK_Q * cdiv(inner, BLOCK_Q)
 
 
-def first_step(
-    *, gram_pointer, squares_pointer, output_pointer, side, count, ONLY, BLOCK_P, BLOCK_Q, **_: Any
+def first_factors(
+    *, gram_pointer, squares_pointer, a_pointer, t_pointer, side, width, count, BLOCK, **_: Any
 ) -> tuple[int, int, int]:
-    """G once for Z, and both factors of Y by each of the T tiles of a side; |G|² by each tile."""
-    views, tiles = gram_pointer.numel() // side**2, cdiv(side, BLOCK_P)
-    loaded = (1 if ONLY else 1 + 2 * tiles) * size(gram_pointer)
-    loaded += views * tiles**2 * count * squares_pointer.element_size()
-    flops = 0 if ONLY else 2 * views * tiles**2 * BLOCK_P**2 * BLOCK_Q * cdiv(side, BLOCK_Q)
-    return loaded, (1 if ONLY else 2) * size(gram_pointer), flops
+    """G once, and |G|² by each tile."""
+    views, tiles = gram_pointer.numel() // side**2, cdiv(width, BLOCK)
+    loaded = size(gram_pointer) + views * tiles**2 * count * squares_pointer.element_size()
+    return loaded, size(a_pointer) + size(t_pointer), 0
 
 
 def step(
-    *, left_pointer, squares_pointer, output_pointer, side, count, LAST, BLOCK_P, BLOCK_Q, **_: Any
-) -> tuple[int, int, int]:
+    *, left_pointer, squares_pointer, output_pointer, side, width, count, LAST, PARTS, BLOCK_P, BLOCK_Q, **_: Any
+) -> tuple[int, int, int, int]:
     """Of each product, both factors by each of the T tiles of a side; in the last step |G|² by each tile."""
-    products, tiles = output_pointer.numel() // side**2, cdiv(side, BLOCK_P)
-    loaded = products * 2 * tiles * side**2 * left_pointer.element_size()
+    matrix = side**2 if LAST else PARTS * width**2
+    products, tiles = output_pointer.numel() // matrix, cdiv(width, BLOCK_P)
+    loaded = products * 2 * tiles * PARTS * width**2 * left_pointer.element_size()
     if LAST:
         loaded += products * tiles**2 * count * squares_pointer.element_size()
-    flops = 2 * products * tiles**2 * BLOCK_P**2 * BLOCK_Q * cdiv(side, BLOCK_Q)
-    return loaded, size(output_pointer), flops
+    flops = 2 * products * tiles**2 * BLOCK_P**2 * BLOCK_Q * cdiv(width, BLOCK_Q)
+    return loaded, size(output_pointer), *((flops, 0) if PARTS == 1 else (0, PRODUCTS * flops))
 
 
 def product(
@@ -169,14 +172,14 @@ def brownian_directions(*, output_pointer, seed_pointer, views, batch, BLOCK_ROW
     return 16 * cdiv(views * batch, BLOCK_ROWS), size(output_pointer), 0
 
 
-FORMULAS: dict[str, Callable[..., tuple[int, int, int]]] = {
+FORMULAS: dict[str, Callable[..., tuple[int, ...]]] = {
     f"{formula.__name__}_kernel": formula
     for formula in (
-        rows_forward, image_gradient, view_gradient, gram, first_step, step, product, spectral_sums, totals,
+        rows_forward, image_gradient, view_gradient, gram, first_factors, step, product, spectral_sums, totals,
         brownian_directions,
     )
 }  # fmt: skip
-"""Bytes loaded, bytes stored and operations."""
+"""Bytes loaded, bytes stored, operations, and where there are any, operations on halves."""
 
 
 def size(tensor: Any) -> int:

@@ -29,8 +29,7 @@ from torch import Tensor
 from usage import gpu_state
 
 from msbreg.functional import SMOOTHING
-from msbreg.kernels.inverse_root import affine_product, first_step, inverse_root, normalisation, tile
-from msbreg.kernels.tiles import precision
+from msbreg.kernels.inverse_root import affine_product, first_factors, inverse_root, normalisation, tile
 from msbreg.kernels.totals import spectral_sums
 from msbreg.linalg import newton_schulz_plan
 
@@ -70,11 +69,12 @@ def one_launch_kernel(
     counter_pointer,
     views,
     side,
+    width,
     count,
     steps,
     shift: tl.float64,
     floor: tl.float64,
-    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
@@ -83,7 +83,8 @@ def one_launch_kernel(
     gram_pointer: [views, side, side], G, contiguous.
     squares_pointer: [views, count], float64, which add up to |G|² of each view.
     weights_pointer: [steps, 2], float64, a and b of each step; two steps or more.
-    work_pointer: [5, views, side, side], of G's dtype: Y and Z after the odd steps, those after the even ones, and T.
+    work_pointer: [5, views, PARTS, width, width], halves or float64: Y and Z after the even steps, those after the odd
+        ones, and T, where A is first.
     output_pointer: [views, side, side].
     counter_pointer: see `wait_for_all`.
     shift, floor: see `normalisation`.
@@ -91,60 +92,67 @@ def one_launch_kernel(
     All programs run at once; each makes some tiles of every product.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
-    across = tl.cdiv(side, BLOCK_P)
+    across = tl.cdiv(width, BLOCK_P)
     tiles = views * across * across
-    matrix = tl.full([], side, tl.int64) * side
+    matrix = tl.full([], width, tl.int64) * width * PARTS
     batch = views * matrix
+    t = work_pointer + 4 * batch
     for item in range(program, tiles, programs):
         k = (item // (across * across)).to(tl.int64)
-        first_step(
-            gram_pointer + k * matrix, squares_pointer + k * count, work_pointer + k * matrix,
-            work_pointer + batch + k * matrix, side, count, tl.load(weights_pointer), tl.load(weights_pointer + 1),
-            shift, floor, item // across % across, item % across, False, PRECISION, BLOCK_P, BLOCK_Q,
+        first_factors(
+            gram_pointer + k * side * side, squares_pointer + k * count, t + k * matrix,
+            work_pointer + batch + k * matrix, side, width, count, tl.load(weights_pointer),
+            tl.load(weights_pointer + 1), shift, floor, item // across % across, item % across, BLOCK_P,
         )  # fmt: skip
-    t = work_pointer + 4 * batch
-    # Two phases to each later step: T = a I + b Y Z; then T Y and Z T, of which the last step has the second alone.
-    for phase in range(2, 2 * steps):
-        wait_for_all(counter_pointer, (phase - 1) * programs)
+    # The first step's Y = T A, then two phases to each later step: T = a I + b Y Z; then T Y and Z T, of which the last
+    # step has the second alone.
+    for phase in range(1, 2 * steps):
+        wait_for_all(counter_pointer, phase * programs)
         step = phase // 2
-        mixing, last = phase % 2 == 0, phase == 2 * steps - 1
+        first, mixing, last = phase == 1, phase % 2 == 0, phase == 2 * steps - 1
         y = work_pointer + (step + 1) % 2 * 2 * batch  # Z comes behind it
         new = work_pointer + step % 2 * 2 * batch
-        for item in range(program, tl.where(mixing | last, tiles, 2 * tiles), programs):
+        for item in range(program, tl.where(first | mixing | last, tiles, 2 * tiles), programs):
             second = last | (item >= tiles)
             k = (item % tiles // (across * across)).to(tl.int64)
-            left = tl.where(second, y + batch, tl.where(mixing, y, t))
-            right = tl.where(second, t, tl.where(mixing, y + batch, y))
-            output = tl.where(last, output_pointer, tl.where(mixing, t, tl.where(second, new + batch, new)))
+            left = tl.where(first, new + batch, tl.where(second, y + batch, tl.where(mixing, y, t)))
+            right = tl.where(first | second, t, tl.where(mixing, y + batch, y))
+            output = tl.where(mixing, t, tl.where(second, new + batch, new))
             identity, scale = tl.full([], 0.0, tl.float64), tl.full([], 1.0, tl.float64)
             if mixing:
                 identity, scale = tl.load(weights_pointer + 2 * step), tl.load(weights_pointer + 2 * step + 1)
+            row, column = item // across % across, item % across
             if last:
                 size, _ = normalisation(squares_pointer + k * count, count, shift, floor, 64)
-                scale = tl.sqrt(size)
-            affine_product(
-                left + k * matrix, right + k * matrix, output + k * matrix, side, identity, scale,
-                item // across % across, item % across, PRECISION, BLOCK_P, BLOCK_Q,
-            )  # fmt: skip
+                affine_product(
+                    left + k * matrix, right + k * matrix, output_pointer + k * side * side, side, width, side,
+                    identity, tl.sqrt(size), row, column, BLOCK_P, BLOCK_Q,
+                )  # fmt: skip
+            else:
+                affine_product(
+                    left + k * matrix, right + k * matrix, output + k * matrix, side, width, width,
+                    identity, scale, row, column, BLOCK_P, BLOCK_Q,
+                )  # fmt: skip
 
 
 def one_launch(gram: Tensor, shift: float, floor: float, steps: Sequence[tuple[float, float]]) -> Tensor:
-    """What `msbreg.kernels.inverse_root.inverse_root` returns for the same arguments, of two steps or more."""
+    """What `msbreg.kernels.inverse_root.inverse_root` returns for the same arguments."""
     views, side, _ = gram.shape
     squares = spectral_sums(gram, None, identity=0.0, scale=1.0, trace_weight=0.0, square_weight=1.0, root_weight=0.0)
-    blocks = tile(side, views, gram.element_size())
-    tiles = views * triton.cdiv(side, blocks["BLOCK_P"]) ** 2
+    number, parts = (torch.float16, 2) if gram.dtype == torch.float32 else (gram.dtype, 1)
+    width = 16 * triton.cdiv(side, 16)
+    config = tile(width, views, gram.element_size())
+    tiles = views * triton.cdiv(width, config["BLOCK_P"]) ** 2
     # As many as are sure to run at once. In the interpreter, which needs no GPU, programs run one after another: the
     # first would wait for the second for ever.
     processors = torch.cuda.get_device_properties(gram.device).multi_processor_count if gram.is_cuda else 0
     programs = max(1, min(2 * tiles, RESIDENT * processors))
-    work, output = gram.new_empty(5, views, side, side), torch.empty_like(gram)
+    work, output = gram.new_empty(5, views, parts, width, width, dtype=number), torch.empty_like(gram)
     counter = torch.zeros(1, dtype=torch.int32, device=gram.device)
     with torch.cuda.device_of(gram):
         one_launch_kernel[(programs,)](
-            gram, squares, weights_of(tuple(steps), gram.device), work, output, counter, views, side,
-            squares.shape[1], len(steps), shift, floor, PRECISION=precision(gram.dtype),
-            launch_cooperative_grid=gram.is_cuda, **blocks,
+            gram, squares, weights_of(tuple(steps), gram.device), work, output, counter, views, side, width,
+            squares.shape[1], len(steps), shift, floor, PARTS=parts, launch_cooperative_grid=gram.is_cuda, **config,
         )  # fmt: skip
     return output
 

@@ -1,9 +1,13 @@
 """Inverse square roots of symmetric positive matrices, all views at once, by matrix products alone.
 
 The coupled Newton-Schulz iteration Y ← T Y, Z ← Z T with T = a I + b Y Z takes Y = A, Z = I to A^(1/2) and A^(-1/2).
-The first step is one launch, each later one two: T, then both products with it. The factors do not commute exactly once
-they are rounded, so their order is not free to change, and symmetry must not be made use of: mirroring one triangle of
-the iterates diverges, multiplying in another order loses digits near collapse.
+A step is two launches: T, then both products with it. The factors do not commute exactly once they are rounded, so
+their order is not free to change, and symmetry must not be made use of: mirroring one triangle of the iterates
+diverges, multiplying in another order loses digits near collapse.
+
+The iterates are in memory as tensor cores want them: of float32 matrices as pairs of halves (`halves`), [..., 2, w, w],
+where entries stay below 2 / sqrt(smallest eigenvalue of A), 2e3; of float64 as they are, [..., 1, w, w]. The width w is
+the side rounded up, so that rows begin at 16 bytes, and what is beyond the side is zero.
 """
 
 from collections.abc import Sequence
@@ -13,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.tiles import load_tile, offsets, precision
+from msbreg.kernels.halves import SCALE, store_number
+from msbreg.kernels.tiles import load_tile, offsets
 from msbreg.kernels.totals import spectral_sums, total_of
 
-__all__ = ["first_step_kernel", "inverse_root", "step_kernel"]
+__all__ = ["first_factors_kernel", "inverse_root", "step_kernel"]
 
 
 @triton.jit
@@ -39,12 +44,13 @@ def normalisation(squares_pointer, count, shift, floor, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def first_step(
+def first_factors(
     gram,
     squares,
-    y_pointer,
-    z_pointer,
+    a_pointer,
+    t_pointer,
     side,
+    width,
     count,
     a,
     b,
@@ -52,71 +58,60 @@ def first_step(
     floor,
     row,
     column,
-    ONLY: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """A tile of Y = T A and one of Z = T for T = a I + b A, where A = s (G + h I) is not in memory.
+    """A tile of A = s (G + h I) and of T = a I + b A.
 
-    gram, y_pointer, z_pointer: [side, side], contiguous; squares: [count]; all of one view.
+    gram: [side, side], contiguous; squares: [count]; a_pointer, t_pointer: [1 or 2, width, width]; all of one view.
     row, column: which tile.
     """
-    ACC: tl.constexpr = z_pointer.dtype.element_ty
+    ACC: tl.constexpr = gram.dtype.element_ty
     s, h = normalisation(squares, count, shift, floor, 64)
-    t_identity, t_scale = (a + b * s * h).to(ACC), (b * s).to(ACC)
-    p = row * BLOCK_P + tl.arange(0, BLOCK_P)
-    r = column * BLOCK_P + tl.arange(0, BLOCK_P)
-    mask = (p < side)[:, None] & (r < side)[None, :]
-    if not ONLY:
-        y = tl.zeros([BLOCK_P, BLOCK_P], ACC)
-        for first in range(0, side, BLOCK_Q):
-            q = first + tl.arange(0, BLOCK_Q)
-            left = affine(load_tile(gram, p, side, side, q, side, 1, ACC), p, q, side, t_identity, t_scale)
-            right = affine(load_tile(gram, q, side, side, r, side, 1, ACC), q, r, side, (s * h).to(ACC), s.to(ACC))
-            y = tl.dot(left, right, y, input_precision=PRECISION, out_dtype=ACC)
-        tl.store(y_pointer + offsets(p, side, r, 1), y, mask=mask)
-    t = affine(load_tile(gram, p, side, side, r, side, 1, ACC), p, r, side, t_identity, t_scale)
-    if ONLY:
-        t *= tl.sqrt(s).to(ACC)
-    tl.store(z_pointer + offsets(p, side, r, 1), t, mask=mask)
+    p = row * BLOCK + tl.arange(0, BLOCK)
+    r = column * BLOCK + tl.arange(0, BLOCK)
+    g = load_tile(gram, p, side, side, r, side, 1, ACC)
+    place, mask = offsets(p, width, r, 1), (p < width)[:, None] & (r < width)[None, :]
+    low = tl.full([], width, tl.int64) * width
+    store_number(a_pointer + place, low, affine(g, p, r, side, (s * h).to(ACC), s.to(ACC)), mask)
+    store_number(t_pointer + place, low, affine(g, p, r, side, (a + b * s * h).to(ACC), (b * s).to(ACC)), mask)
 
 
 @triton.jit
-def first_step_kernel(
+def first_factors_kernel(
     gram_pointer,
     squares_pointer,
-    output_pointer,
-    views,
+    a_pointer,
+    t_pointer,
     side,
+    width,
     count,
     a: tl.float64,
     b: tl.float64,
     shift: tl.float64,
     floor: tl.float64,
-    ONLY: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """`first_step` of all views.
+    """A = s (G + h I), where the iteration begins, and T of the first step.
 
     gram_pointer: [views, side, side], G, contiguous.
     squares_pointer: [views, count], float64, which add up to |G|² of each view.
-    output_pointer: [2, views, side, side], Y and Z, of G's dtype.
+    a_pointer, t_pointer: [views, PARTS, width, width], contiguous.
+    a, b: of T = a I + b A.
     shift, floor: see `normalisation`.
-    ONLY: no step follows: the output is [views, side, side], sqrt(s) T.
+    PARTS: 2 for halves, 1 for numbers as they are.
 
-    One program makes a tile of Y and of Z.
+    One program makes a tile of both.
     """
     k = tl.program_id(2).to(tl.int64)
-    z = k if ONLY else views + k
-    first_step(
+    matrix = k * PARTS * width * width
+    first_factors(
         gram_pointer + k * side * side,
         squares_pointer + k * count,
-        output_pointer + k * side * side,
-        output_pointer + z * side * side,
+        a_pointer + matrix,
+        t_pointer + matrix,
         side,
+        width,
         count,
         a,
         b,
@@ -124,10 +119,7 @@ def first_step_kernel(
         floor,
         tl.program_id(0),
         tl.program_id(1),
-        ONLY,
-        PRECISION,
-        BLOCK_P,
-        BLOCK_Q,
+        BLOCK,
     )
 
 
@@ -137,31 +129,39 @@ def affine_product(
     right,
     output,
     side,
+    width,
+    output_width,
     identity,
     scale,
     row,
     column,
-    PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
     """A tile of i I + s L R.
 
-    left, right, output: [side, side], L, R and the result, contiguous, all of one dtype.
+    left, right: [1 or 2, width, width], L and R, contiguous; output: [1 or 2, output_width, output_width].
     identity, scale: i and s, float64.
     row, column: which tile.
     """
-    ACC: tl.constexpr = output.dtype.element_ty
+    NUMBER: tl.constexpr = left.dtype.element_ty
+    ACC: tl.constexpr = tl.float32 if tl.float16 == NUMBER else NUMBER
+    low = tl.full([], width, tl.int64) * width
     p = row * BLOCK_P + tl.arange(0, BLOCK_P)
     r = column * BLOCK_P + tl.arange(0, BLOCK_P)
     sums = tl.zeros([BLOCK_P, BLOCK_P], ACC)
-    for first in range(0, side, BLOCK_Q):
+    sums_low = tl.zeros([BLOCK_P, BLOCK_P], ACC)
+    for first in range(0, width, BLOCK_Q):
         q = first + tl.arange(0, BLOCK_Q)
-        x = load_tile(left, p, side, side, q, side, 1, ACC)
-        y = load_tile(right, q, side, side, r, side, 1, ACC)
-        sums = tl.dot(x, y, sums, input_precision=PRECISION, out_dtype=ACC)
-    sums = affine(sums, p, r, side, identity.to(ACC), scale.to(ACC))
-    tl.store(output + offsets(p, side, r, 1), sums, mask=(p < side)[:, None] & (r < side)[None, :])
+        x = load_tile(left, p, width, width, q, width, 1, NUMBER)
+        y = load_tile(right, q, width, width, r, width, 1, NUMBER)
+        sums = tl.dot(x, y, sums, input_precision="ieee", out_dtype=ACC)
+        if tl.float16 == NUMBER:  # low times low is below the last bit
+            sums_low = tl.dot(x, load_tile(right + low, q, width, width, r, width, 1, NUMBER), sums_low)
+            sums_low = tl.dot(load_tile(left + low, p, width, width, q, width, 1, NUMBER), y, sums_low)
+    sums = affine(sums + sums_low / SCALE, p, r, side, identity.to(ACC), scale.to(ACC))
+    mask = (p < output_width)[:, None] & (r < output_width)[None, :]
+    store_number(output + offsets(p, output_width, r, 1), low, sums, mask)
 
 
 @triton.jit
@@ -174,24 +174,27 @@ def step_kernel(
     output_pointer,
     views,
     side,
+    width,
     count,
     identity: tl.float64,
     scale: tl.float64,
     shift: tl.float64,
     floor: tl.float64,
     LAST: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
     """One or two batches of products, i I + s L R.
 
-    left_pointer, right_pointer: [views, side, side], L and R of the first batch, contiguous, all of one dtype.
+    left_pointer, right_pointer: [views, PARTS, width, width], L and R of the first batch, contiguous.
     second_left_pointer, second_right_pointer: those of the second batch.
     squares_pointer: [views, count], float64, which add up to |G|² of each view.
-    output_pointer: [1 or 2, views, side, side].
+    output_pointer: [1 or 2, views, PARTS, width, width].
     identity, scale: i and s.
-    LAST: s is also multiplied by the square root of A's scale, which makes A^(-1/2) (G + h I)^(-1/2).
+    LAST: s is also multiplied by the square root of A's scale, which makes A^(-1/2) (G + h I)^(-1/2); the output is
+        [views, side, side], of G's dtype.
+    PARTS: 2 for halves, 1 for numbers as they are.
     shift, floor: see `normalisation`.
 
     One program makes a tile of one product; those from `views` on in the third grid axis are the second batch.
@@ -199,20 +202,22 @@ def step_kernel(
     batch = tl.program_id(2)
     second = batch >= views
     k = tl.where(second, batch - views, batch).to(tl.int64)
+    matrix = k * PARTS * width * width
     weight = tl.full([], scale, tl.float64)
     if LAST:
         size, _ = normalisation(squares_pointer + k * count, count, shift, floor, 64)
         weight *= tl.sqrt(size)
     affine_product(
-        tl.where(second, second_left_pointer, left_pointer) + k * side * side,
-        tl.where(second, second_right_pointer, right_pointer) + k * side * side,
-        output_pointer + batch.to(tl.int64) * side * side,
+        tl.where(second, second_left_pointer, left_pointer) + matrix,
+        tl.where(second, second_right_pointer, right_pointer) + matrix,
+        output_pointer + (k * side * side if LAST else batch.to(tl.int64) * PARTS * width * width),
         side,
+        width,
+        side if LAST else width,
         tl.full([], identity, tl.float64),
         weight,
         tl.program_id(0),
         tl.program_id(1),
-        PRECISION,
         BLOCK_P,
         BLOCK_Q,
     )
@@ -225,47 +230,59 @@ def inverse_root(gram: Tensor, shift: float, floor: float, steps: Sequence[tuple
         gram: G, (K, p, p), contiguous, float32 or float64.
         shift: h, at least 0, of all views...
         floor: ... but in each at least this times |G|, the Frobenius norm.
-        steps: (a, b) of T in each step, at least one, for eigenvalues from h / (|G| + h) to 1.
+        steps: (a, b) of T in each step, two or more, for eigenvalues from h / (|G| + h) to 1.
     """
     views, side, _ = gram.shape
     squares = spectral_sums(gram, None, identity=0.0, scale=1.0, trace_weight=0.0, square_weight=1.0, root_weight=0.0)
-    blocks = tile(side, views, gram.element_size()) | {"PRECISION": precision(gram.dtype)}
-    tiles = triton.cdiv(side, blocks["BLOCK_P"])
-    sizes, normalised = (views, side, squares.shape[1]), (shift, floor)
-    t, root, both = torch.empty_like(gram), torch.empty_like(gram), gram.new_empty(2, 2, views, side, side)
+    number, parts = (torch.float16, 2) if gram.dtype == torch.float32 else (gram.dtype, 1)
+    width = 16 * triton.cdiv(side, 16)
+    sizes, normalised = (side, width, squares.shape[1]), (shift, floor)
+    config = tile(width, views, gram.element_size())
+    tiles = triton.cdiv(width, config["BLOCK_P"])
+    root, t = torch.empty_like(gram), gram.new_empty(views, parts, width, width, dtype=number)
+    both = gram.new_empty(2, 2, views, parts, width, width, dtype=number)
 
     def multiply(
         output: Tensor, *pairs: tuple[Tensor, Tensor], i: float = 0.0, s: float = 1.0, last: bool = False
     ) -> None:
         """i I + s L R for one or two (L, R)."""
         step_kernel[(tiles, tiles, len(pairs) * views)](
-            *pairs[0], *pairs[-1], squares, output, *sizes, i, s, *normalised, LAST=last, **blocks
-        )
+            *pairs[0], *pairs[-1], squares, output, views, *sizes, i, s, *normalised,
+            LAST=last, PARTS=parts, **config,
+        )  # fmt: skip
 
     with torch.cuda.device_of(gram):
-        only = len(steps) == 1
-        first_step_kernel[(tiles, tiles, views)](
-            gram, squares, root if only else both[0], *sizes, *steps[0], *normalised, ONLY=only, **blocks
-        )
-        for number, (a, b) in enumerate(steps[1:], start=1):
-            y, z = both[(number - 1) % 2]
+        y, z = both[0]
+        first_factors_kernel[(triton.cdiv(width, 32), triton.cdiv(width, 32), views)](
+            gram, squares, t, z, *sizes, *steps[0], *normalised,
+            PARTS=parts, BLOCK=32, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+        multiply(y, (z, t))  # the first Y is T A, while t holds A; the first Z is T
+        for step, (a, b) in enumerate(steps[1:], start=1):
+            y, z = both[(step - 1) % 2]
             multiply(t, (y, z), i=a, s=b)
-            if number < len(steps) - 1:
-                multiply(both[number % 2], (t, y), (z, t))
+            if step < len(steps) - 1:
+                multiply(both[step % 2], (t, y), (z, t))
             else:
                 multiply(root, (z, t), last=True)  # Y is not needed any more
     return root
 
 
-def tile(side: int, views: int, itemsize: int) -> dict[str, int | bool]:
-    """The block sizes and warps: small tiles for float64, and while there are few, so that each processor has one."""
-    small = side <= 64 or itemsize == 8
-    block = 32 if small else 128 if side * side * views >= 2**24 else 64
-    # Half as deep where registers or shared memory would not do: large tiles, numbers with an address each, float64.
-    shallow = block == 128 or side % 16 != 0 or itemsize == 8
+def tile(width: int, views: int, itemsize: int) -> dict[str, int | bool]:
+    """The block sizes, warps and stages: small tiles while there are few, so that each processor has one.
+
+    Of halves as many are on their way to a processor as registers and shared memory allow from sm_80 on.
+    """
+    if itemsize == 8 or width <= 64:
+        block, depth, stages = 32, 16 if itemsize == 8 else 64, 3
+    elif width * width * views < 2**24:
+        block, depth, stages = 64, 32, 4
+    else:
+        block, depth, stages = 128, 16, 4
     return {
-        "BLOCK_P": min(block, max(16, triton.next_power_of_2(side))),
-        "BLOCK_Q": 16 if shallow else 32,
+        "BLOCK_P": min(block, max(16, triton.next_power_of_2(width))),
+        "BLOCK_Q": depth,
         "num_warps": 8 if block == 128 else 4,
+        "num_stages": stages,
         "enable_fp_fusion": True,
     }

@@ -44,6 +44,6 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies: on tensor cores with three TF32 products for a float32 one, which keep all its digits.
 
-    One TF32 product keeps ten bits, and near collapse the inverse root needs twenty.
+    One TF32 product keeps ten bits, and near collapse the Gram matrix needs twenty.
     """
     return "ieee" if dtype == torch.float64 or torch.version.hip else "tf32x3"

@@ -231,8 +231,9 @@ def newton_schulz_steps(smallest: float, dtype: torch.dtype) -> list[tuple[float
     Newton-Schulz for improving the sign function computation of a Hermitian matrix", 2014: about half the steps of
     c = 1. It is capped, since near √3 it sends the largest eigenvalue to almost zero, where rounding spoils it.
     """
-    steps, x, eps = [], math.sqrt(smallest), torch.finfo(dtype).eps
-    while 1 - x > math.sqrt(eps):  # the last step squares the distance
+    steps: list[tuple[float, float]] = []
+    x, eps = math.sqrt(smallest), torch.finfo(dtype).eps
+    while not steps or 1 - x > math.sqrt(eps):  # the last step squares the distance; the kernels want two or more
         c = min(NEWTON_SCHULZ_SCALE, math.sqrt(3 / (1 + x + x * x)))
         a, b = 1.5 * c, -0.5 * c**3
         x = min(a * x + b * x**3, a + b)

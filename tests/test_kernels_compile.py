@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's compilers come with its Linux wheels alone")
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-SPECTRAL = ("gram_kernel", "first_step_kernel", "step_kernel", "product_kernel", "view_gradient_kernel")
+SPECTRAL = ("gram_kernel", "step_kernel", "product_kernel", "view_gradient_kernel")
 """Kernels that multiply matrices."""
 
 
@@ -186,7 +186,7 @@ def rows_of(compiled: dict, architecture: str) -> list[dict]:
 def test_all_kernels_compile_without_fault(compiled, architecture):
     rows = rows_of(compiled, architecture)
     kernels = {row["kernel"] for row in rows}
-    expected = {"rows_forward", "gram", "first_step", "step", "spectral_sums", "totals", "view_gradient"}
+    expected = {"rows_forward", "gram", "first_factors", "step", "spectral_sums", "totals", "view_gradient"}
     if architecture == "sm_90":
         expected |= {"image_gradient", "product", "brownian_directions"}
     assert kernels == {f"{name}_kernel" for name in expected}

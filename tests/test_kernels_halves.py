@@ -1,0 +1,181 @@
+"""Pairs of halves: numbers, products of matrices, and the inverse root that is made of such products."""
+
+import functools
+import math
+
+import pytest
+import torch
+from test_spectral import families, tangential
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from msbreg import kernels, linalg  # noqa: E402
+from msbreg.kernels import halves  # noqa: E402
+from msbreg.kernels.inverse_root import inverse_root, step_kernel, tile  # noqa: E402
+
+DEVICE = kernels.DEVICE_TYPE
+RUNS = DEVICE == "cpu" or torch.cuda.is_available()
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(
+        not RUNS, reason="Triton kernels need a GPU, or TRITON_INTERPRET=1 to run in Triton's interpreter"
+    ),
+]
+if RUNS and DEVICE == "cuda":
+    pytestmark.append(pytest.mark.gpu)
+interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="compiled kernels do not see a twin put in a function's place")
+
+F64, F32, F16 = torch.float64, torch.float32, torch.float16
+
+
+@triton.jit
+def store_kernel(input_pointer, output_pointer, count, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    x = tl.load(input_pointer + place, mask=place < count, other=0.0)
+    halves.store_number(output_pointer + place, count, x, place < count)
+
+
+def stored(x, dtype):
+    """What `store_number` makes of numbers."""
+    output = torch.full((2 if dtype == F16 else 1, len(x)), math.nan, device=DEVICE, dtype=dtype)
+    store_kernel[(1,)](x.to(DEVICE), output, len(x), BLOCK=triton.next_power_of_2(len(x)), num_warps=1)
+    return output.cpu()
+
+
+def value(pair):
+    return pair[0].to(F64) + pair[1].to(F64) / 2048
+
+
+def test_a_pair_keeps_22_bits_and_small_numbers_to_a_fixed_place():
+    exponents = torch.arange(-45, 16, dtype=F32).repeat_interleave(8)
+    x = torch.exp2(exponents) * (1 + torch.rand(len(exponents), generator=torch.Generator().manual_seed(0)))
+    x = torch.cat((x, -x, torch.tensor([0.0, 1.0, 65504.0])))
+    error = (value(stored(x, F16)) - x.to(F64)).abs()
+    assert (error <= torch.clamp(2.0**-22 * x.to(F64).abs(), min=1.5e-11)).all()
+    assert error[-3:].max() == 0
+    assert (value(stored(x, F16))[x.abs() > 2e-11] != 0).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 65520.0])
+def test_what_no_half_can_hold_is_not_finite(bad):
+    assert not value(stored(torch.tensor([1.0, bad]), F16))[1].isfinite()
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_other_numbers_are_stored_as_they_are(dtype):
+    x = torch.randn(11, dtype=dtype)
+    assert torch.equal(stored(x, dtype)[0], x)
+
+
+def product(x, y):
+    """L R of float32 matrices (w, w), whose width 16 divides, by `step_kernel`."""
+    width = len(x)
+    left, right = (stored(m.flatten(), F16).view(2, width, width).to(DEVICE) for m in (x, y))
+    output = torch.empty_like(left)
+    config = tile(width, 1, 4)
+    tiles = triton.cdiv(width, config["BLOCK_P"])
+    step_kernel[(tiles, tiles, 1)](
+        left, right, left, right, left, output, 1, width, width, 1, 0.0, 1.0, 0.0, 0.0, LAST=False, PARTS=2, **config
+    )
+    return value(output.cpu())
+
+
+def product_error(scale=1.0):
+    x, y = (torch.randn(48, 48, generator=torch.Generator().manual_seed(seed)) * scale for seed in (0, 1))
+    exact = x.to(F64) @ y.to(F64)
+    return ((product(x, y) - exact).norm() / exact.norm()).item()
+
+
+def test_products_keep_float32s_digits():
+    assert product_error() < 4e-7
+    assert product_error(1e-2) < 4e-7
+
+
+def near_collapse(root_of):
+    """The error of the singular value loss's gradient, for rows that point one way but for 1e-3, by this root."""
+    m = torch.nn.functional.normalize(families(96, 48)["near_collapse"], dim=-1).to(F32)
+    shift = 0.03**2 * 96 / 48
+    values, vectors = torch.linalg.eigh(linalg.gram(m.to(F64)))
+    exact = tangential(m, (vectors * (values + shift).rsqrt()) @ vectors.T)
+    root = root_of(linalg.gram(m)[None].to(DEVICE), shift, *linalg.newton_schulz_plan(shift / 96, F32))
+    return ((tangential(m, root[0].cpu()) - exact).norm() / exact.norm()).item()
+
+
+def by_float32(gram, shift, floor, steps, multiply=torch.matmul):
+    """The same steps in float32 on the CPU, products and all."""
+    gram = gram.cpu()
+    identity = torch.eye(gram.shape[-1]).expand_as(gram)
+    scale = torch.linalg.matrix_norm(gram, keepdim=True) + shift
+    y, z = (gram + shift * identity) / scale, identity
+    for a, b in steps:
+        t = a * identity + b * multiply(y, z)
+        y, z = multiply(t, y), multiply(z, t)
+    return z * scale.rsqrt()
+
+
+def test_the_inverse_root_is_as_exact_as_with_products_of_float32():
+    assert near_collapse(inverse_root) < 1.5 * near_collapse(by_float32)
+
+
+def cut_off(x):
+    """Float64 numbers as float32, towards zero."""
+    nearest = x.to(F32)
+    beyond = nearest.to(F64).abs() > x.abs()
+    return torch.where(beyond, (nearest.view(torch.int32) - 1).view(F32), nearest)
+
+
+def on_tensor_cores(x, y):
+    """L R by pairs of halves, where each sum of sixteen products and what was there before is cut off, not rounded."""
+    (x, x_low), (y, y_low) = (stored(m.flatten(), F16).view(2, *m.shape).to(F64) for m in (x, y))
+    sums, sums_low = torch.zeros_like(x, dtype=F32), torch.zeros_like(x, dtype=F32)
+    for q in torch.arange(x.shape[-1]).split(16):
+        sums = cut_off(sums + x[..., q] @ y[..., q, :])
+        for left, right in ((x, y_low), (x_low, y)):
+            sums_low = cut_off(sums_low + left[..., q] @ right[..., q, :])
+    return sums + sums_low / 2048
+
+
+def test_the_inverse_root_is_as_exact_where_tensor_cores_cut_sums_off():
+    """As GPUs do, and Triton's interpreter does not."""
+    exact = near_collapse(functools.partial(by_float32, multiply=on_tensor_cores))
+    assert exact < 1.5 * near_collapse(by_float32)
+
+
+@triton.jit
+def unscaled(x):
+    """Twin of `halves` whose low falls among float16's smallest numbers before it is scaled."""
+    high = x.to(tl.float16)
+    return high, ((x - high.to(tl.float32)).to(tl.float16).to(tl.float32) * halves.SCALE).to(tl.float16)
+
+
+@triton.jit
+def highs_alone(x):
+    """Twin of `halves` that keeps eleven bits."""
+    return x.to(tl.float16), tl.zeros_like(x).to(tl.float16)
+
+
+@interpreted
+@pytest.mark.parametrize("twin", [unscaled, highs_alone], ids=["unscaled", "highs_alone"])
+def test_checks_catch_broken_twins(monkeypatch, twin):
+    monkeypatch.setattr(halves, "halves", twin)
+    for check in (
+        test_a_pair_keeps_22_bits_and_small_numbers_to_a_fixed_place,
+        test_products_keep_float32s_digits,
+        test_the_inverse_root_is_as_exact_as_with_products_of_float32,
+    ):
+        with pytest.raises(AssertionError):
+            check()
+
+
+def test_widths_that_16_does_not_divide_are_filled_up_with_nothing(monkeypatch):
+    """Whatever memory held before: what is beyond the side is written, as zero, before it is read."""
+    gram = linalg.gram(torch.randn(2, 40, 21, generator=torch.Generator().manual_seed(0))).to(DEVICE)
+    plan = (0.1, *linalg.newton_schulz_plan(0.1 / 40, F32))
+    expected = inverse_root(gram, *plan)
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *shape, **rest: new_empty(*shape, **rest).fill_(math.nan))
+    assert torch.equal(inverse_root(gram, *plan), expected)
+    values, vectors = torch.linalg.eigh(gram.to("cpu", F64))
+    exact = (vectors * (values + 0.1).rsqrt()[:, None]) @ vectors.mT
+    assert torch.allclose(expected.to("cpu", F64), exact, rtol=1e-4, atol=1e-5)
