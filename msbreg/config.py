@@ -79,7 +79,7 @@ class DataConfig:
     backend: Literal["auto", "dali", "torchvision"] = "auto"
     """What decodes and augments; auto: DALI where it is installed."""
     threads: int = 0
-    """Threads that decode and augment in each process; 0: the CPU's cores shared among the machine's processes."""
+    """Threads that decode and augment in each process; 0: its cores, divided among the processes that may use them."""
     prefetch: int = 2
     """Batches prepared ahead of the step."""
     timeout: float = 600.0

@@ -119,7 +119,7 @@ def _measure(config: Config, processes: Processes, folder: Path, steps: int) -> 
         world_size=processes.world,
         device=processes.device,
         backend=config.data.backend,
-        threads=config.data.threads or max(1, usable_cores() // processes.local_world),
+        threads=config.data.threads or processes.share_of_cores(),
         prefetch=config.data.prefetch,
     )
 

@@ -4,14 +4,19 @@ import math
 import os
 from pathlib import Path
 
-__all__ = ["usable_cores"]
+__all__ = ["allowed_cores", "usable_cores"]
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
+def allowed_cores() -> set[int]:
+    """The numbers of the cores that this process may run on: a scheduler may have bound it to some."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 def usable_cores() -> int:
-    """Cores that this process may use: a scheduler may have bound it to some, a container may have a quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may use: those that it may run on, and no more than its container's quota."""
+    cores = len(allowed_cores())
     try:
         quota, period = QUOTA.read_text().split()
         return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))

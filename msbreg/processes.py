@@ -2,17 +2,22 @@
 
 import os
 import re
+import socket
 import traceback
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from msbreg.errors import MSBRegError
+from msbreg.machine import allowed_cores, usable_cores
 
 __all__ = ["Processes"]
+
+T = TypeVar("T")
 
 
 class Processes:
@@ -135,13 +140,26 @@ class Processes:
                 f"processes do not see the same of {what}: {numbers} by rank; use a folder they all share."
             )
 
+    def gather_objects(self, mine: T) -> list[T]:
+        """What each rank has, on every rank; pickled on the way."""
+        everyone = [mine] * self.world
+        if self.world > 1:
+            dist.all_gather_object(everyone, mine, group=self._control)
+        return everyone
+
     def joined(self, entries: dict[int, str]) -> dict[int, str]:
         """The entries of all ranks, on every rank."""
-        if self.world == 1:
-            return entries
-        everyone: list[dict[int, str]] = [{}] * self.world
-        dist.all_gather_object(everyone, dict(entries), group=self._control)
-        return {key: value for one in everyone for key, value in one.items()}
+        return {key: value for one in self.gather_objects(dict(entries)) for key, value in one.items()}
+
+    def share_of_cores(self) -> int:
+        """How many cores this process may count on; to be called on all ranks.
+
+        Those that it may use, divided among the ranks on this machine that may run on some of the same: all of them
+        under torchrun, itself alone where a scheduler has bound each to its own.
+        """
+        mine, host = allowed_cores(), socket.gethostname()
+        others = self.gather_objects((host, mine))
+        return max(1, usable_cores() // sum(host == theirs[0] and bool(mine & theirs[1]) for theirs in others))
 
     def mean(self, numbers: torch.Tensor) -> torch.Tensor:
         """The mean over ranks of a tensor on each rank's device."""

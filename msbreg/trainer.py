@@ -26,7 +26,6 @@ from msbreg.data import Source, ViewLoader, open_source, open_split, with_classe
 from msbreg.errors import MSBRegError
 from msbreg.evaluator import TASKS, Evaluator, has_labels, set_aside
 from msbreg.export import config_of, export_backbone
-from msbreg.machine import usable_cores
 from msbreg.methods import StepOutput
 from msbreg.monitor import (
     MetricsFile,
@@ -96,7 +95,7 @@ class Trainer:
         if state is not None:
             refuse_other_config(state, config, folder)
 
-        self.threads = config.data.threads or max(1, usable_cores() // processes.local_world)
+        self.threads = config.data.threads or processes.share_of_cores()
         self.source, self.held_out = open_images(config, processes)
         processes.agree(len(self.source), "the training images")
         if state is not None and state["images"] != len(self.source):
