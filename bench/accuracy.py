@@ -25,7 +25,6 @@ README of https://github.com/tsb0601/EMP-SSL (commit 8fc3758), are of another pr
 """
 
 import argparse
-import json
 import signal
 import sys
 from collections.abc import Iterable
@@ -34,6 +33,7 @@ from typing import NamedTuple
 
 import accuracy_report
 import runs
+from records import keep
 from runs import RunError, finished, train
 
 EPOCHS = (1.0, 10.0, 30.0)
@@ -48,7 +48,7 @@ COMMON = [  # with the defaults that matter, so that runs mean the same when one
     "--model.backbone", "resnet18", "--model.stem", "cifar",  # SimCLR appendix B.9; EMP-SSL
     "--model.hidden", "2048",  # msbreg/configs/cifar10-resnet18.yaml
     "--model.dim", "128",  # as the batch, which is how docs/choices.md found lambda_s
-    "--method.lambda_s", "0.004", "--method.lambda_b", "0.5",  # MSBReg
+    "--method.lambda_m", "1", "--method.lambda_s", "0.004", "--method.lambda_b", "0.5",  # MSBReg
     "--method.leave_one_out", "false", "--method.disperse", "projector", "--method.spectrum", "nuclear",
     "--optim.name", "sgd", "--optim.lr", "0.12", "--optim.weight_decay", "5e-4",  # lightly's: .06 for 128 images
     "--eval.every", "0", "--eval.k", "200", "--eval.bank", "50000", "--eval.queries", "10000",  # lightly's k
@@ -73,6 +73,7 @@ class Arm(NamedTuple):
 
 ARMS = (
     *(Arm(f"msbreg-k{views}", f"MSBReg, K = {views}", views) for views in (2, 4, 8, 16, 20)),
+    Arm("msbreg-k4-no-centroid", "MSBReg, K = 4, no centroid loss", 4, ("--method.lambda_m", "0")),
     Arm("msbreg-k4-no-singular-value", "MSBReg, K = 4, no singular value loss", 4, ("--method.lambda_s", "0")),
     Arm("msbreg-k4-no-brownian", "MSBReg, K = 4, no Brownian loss", 4, ("--method.lambda_b", "0")),
     Arm("byol", "BYOL", 2, ("--method.name", "byol")),
@@ -194,8 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no run in {folder} has finished yet")
         return 0 if good else 1
     path = options.json or folder / "accuracy.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"runs": records, "failed": failed}, indent=1) + "\n")
+    keep({"runs": records, "failed": failed}, path)
     accuracy_report.draw(records, failed, path, seeds=seeds, epochs=EPOCHS, views_seen=VIEWS_SEEN)
     left = sum(finished(folder / run.folder) is None for run in todo)
     counts = f"runs finished: {len(records)}, failed: {len(failed)}, left of this list: {left}"

@@ -23,7 +23,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "data.images": (0, MANY), "data.size": (8, 10_000), "data.views": (1, 1000), "data.batch_size": (2, 10**6),
     "data.threads": (0, 1024), "data.prefetch": (1, 1000), "data.timeout": (0, MANY),
     "model.hidden": (1, 10**5), "model.dim": (2, 10**5), "model.view_chunk": (0, 1000),
-    "method.lambda_s": (0, MANY), "method.lambda_b": (0, MANY), "method.tau": (0, 1),
+    "method.lambda_m": (0, MANY), "method.lambda_s": (0, MANY), "method.lambda_b": (0, MANY), "method.tau": (0, 1),
     "optim.lr": (0, 10**15), "optim.weight_decay": (0, 10**15), "optim.epochs": (0, 10**6), "optim.steps": (0, MANY),
     "optim.warmup_epochs": (0, 10**6),
     "eval.every": (0, 10**6), "eval.k": (1, MANY), "eval.temperature": (1e-9, MANY), "eval.bank": (1, MANY),
@@ -118,6 +118,8 @@ class MethodConfig:
 
     name: Literal["msbreg", "byol", "simsiam"] = "msbreg"
     """msbreg; byol (two views, the other view's target, no dispersion); simsiam (byol without the EMA network)."""
+    lambda_m: float = functional.LAMBDA_M
+    """Weight of the multiview centroid loss; 0 leaves it out, for an ablation."""
     lambda_s: float = functional.LAMBDA_S
     """Weight of the singular value loss (paper: up to 0.004 at K = 4 and 8)."""
     lambda_b: float = functional.LAMBDA_B

@@ -37,6 +37,7 @@ Per = Literal["image", "view"]
 Reduction = Literal["mean", "none"]
 
 # Every default of the package: the modules and the functions take theirs from here.
+LAMBDA_M = 1.0
 LAMBDA_S = 0.004  # the paper's
 LAMBDA_B = 0.5  # the paper's
 LEAVE_ONE_OUT = False
@@ -50,9 +51,9 @@ class MSBRegOutput(NamedTuple):
     """What `msbreg_loss` returns, all scalars in float32 (float64 for float64 inputs)."""
 
     loss: Tensor
-    """centroid + λ_s singular_value + λ_b brownian, differentiable."""
+    """λ_m centroid + λ_s singular_value + λ_b brownian, differentiable."""
     centroid: Tensor
-    """L_M in [0, 4], detached, as are the next two: they are for the log."""
+    """L_M in [0, 4], before its weight; detached, as are the next two: they are for the log."""
     singular_value: Tensor
     """L_S before its weight; 0 where λ_s is 0."""
     brownian: Tensor
@@ -64,6 +65,7 @@ def msbreg_loss(
     target: Views,
     *,
     embedding: Views | None = None,
+    lambda_m: float = LAMBDA_M,
     lambda_s: float = LAMBDA_S,
     lambda_b: float = LAMBDA_B,
     seed: int | Tensor,
@@ -76,7 +78,7 @@ def msbreg_loss(
     per: Per = PER,
     group: dist.ProcessGroup | None = None,
 ) -> MSBRegOutput:
-    """L = L_M + λ_s L_S + λ_b L_B, with one gradient pass over each input.
+    """L = λ_m L_M + λ_s L_S + λ_b L_B, with one gradient pass over each input.
 
     Moon et al., "An Embedding-Dynamic Approach to Self-supervised Learning", WACV 2023,
     https://arxiv.org/abs/2207.03552; λ_s, λ_b are theirs, the form of L_S is a reconstruction.
@@ -86,6 +88,7 @@ def msbreg_loss(
             predictor. L_M acts on it.
         target: (K', B, D) or K' tensors (B, D), by the EMA network. No gradient flows to it.
         embedding: (K, B, D') or K tensors (B, D'): the projector's output, on which L_S and L_B act. None for online.
+        lambda_m: weight of L_M, 1 in the paper; at 0 it is computed for the log alone.
         lambda_s: weight of L_S; at 0 it is not computed.
         lambda_b: weight of L_B; at 0 it is not computed.
         seed: of the noise; see `brownian_loss`.
@@ -120,9 +123,9 @@ def msbreg_loss(
         _losses, spectrum=dispersion, smoothing=smoothing, solver=solver, group=group, noise=noise, per=per
     )
     if y is None:
-        total, _, parts = disperse(z, weights=(1.0, lambda_s, lambda_b), targets=t, leave_one_out=leave_one_out)
+        total, _, parts = disperse(z, weights=(lambda_m, lambda_s, lambda_b), targets=t, leave_one_out=leave_one_out)
     else:
-        total, _, parts = _losses(z, weights=(1.0, 0.0, 0.0), targets=t, leave_one_out=leave_one_out)
+        total, _, parts = _losses(z, weights=(lambda_m, 0.0, 0.0), targets=t, leave_one_out=leave_one_out)
         if dispersion is not None or noise is not None:
             other_total, _, other_parts = disperse(y, weights=(0.0, lambda_s, lambda_b))
             total, parts = total + other_total, parts + other_parts
@@ -344,7 +347,7 @@ def _losses(
     spectral = None if spectrum is None else _Spectral(spectrum, smoothing, solver, group)
     attraction, dispersion, push = _RowLosses.apply(z, c_hat, n_hat, spectral)
     parts = (attraction.mean(), dispersion, push)
-    total = sum((weight * part for weight, part in zip(weights, parts, strict=True) if weight), torch.zeros_like(push))
+    total = weights[0] * parts[0] + weights[1] * dispersion + weights[2] * push
     return total, attraction, torch.stack(parts).detach()
 
 

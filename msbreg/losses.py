@@ -10,6 +10,7 @@ from msbreg import functional
 from msbreg.distributed import rank
 from msbreg.functional import (
     LAMBDA_B,
+    LAMBDA_M,
     LAMBDA_S,
     LEAVE_ONE_OUT,
     PER,
@@ -80,12 +81,13 @@ class _NoisyLoss(_Loss):
 
 
 class MSBRegLoss(_NoisyLoss):
-    """The multiview centroid, singular value and Brownian losses: L_M + λ_s L_S + λ_b L_B.
+    """The multiview centroid, singular value and Brownian losses: λ_m L_M + λ_s L_S + λ_b L_B.
 
     See `msbreg.functional.msbreg_loss` for the terms and their options.
 
     Args:
         lambda_s, lambda_b: weights; a term of weight 0 is not computed.
+        lambda_m: weight of the centroid loss; at 0 it is computed for the log alone.
         leave_one_out: compare a view with the targets of the other views alone.
         spectrum: `"nuclear"`, `"whitening"` or `"coding_rate"`.
         smoothing: δ of `"nuclear"`.
@@ -102,13 +104,14 @@ class MSBRegLoss(_NoisyLoss):
         >>> out.loss.backward()
     """
 
-    options = ("lambda_s", "lambda_b", "leave_one_out", "spectrum", "smoothing", "solver", "per")
+    options = ("lambda_s", "lambda_b", "lambda_m", "leave_one_out", "spectrum", "smoothing", "solver", "per")
 
     def __init__(
         self,
         lambda_s: float = LAMBDA_S,
         lambda_b: float = LAMBDA_B,
         *,
+        lambda_m: float = LAMBDA_M,
         leave_one_out: bool = LEAVE_ONE_OUT,
         spectrum: Spectrum = SPECTRUM,
         smoothing: float = SMOOTHING,
@@ -120,6 +123,7 @@ class MSBRegLoss(_NoisyLoss):
         super().__init__(seed, group)
         self.lambda_s = lambda_s
         self.lambda_b = lambda_b
+        self.lambda_m = lambda_m
         self.leave_one_out = leave_one_out
         self.spectrum = spectrum
         self.smoothing = smoothing
@@ -143,6 +147,7 @@ class MSBRegLoss(_NoisyLoss):
             embedding=embedding,
             lambda_s=self.lambda_s,
             lambda_b=self.lambda_b,
+            lambda_m=self.lambda_m,
             leave_one_out=self.leave_one_out,
             spectrum=self.spectrum,
             smoothing=self.smoothing,

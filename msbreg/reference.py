@@ -6,7 +6,7 @@
     n̂[i]      a random direction
     M         the N x D matrix of the rows ẑ[k, i] of one view, with r = min(N, D) singular values s_j
 
-    L   = L_M + λ_s L_S + λ_b L_B
+    L   = λ_m L_M + λ_s L_S + λ_b L_B             λ_m is 1 but for ablations
     L_M = mean_k mean_i |ẑ[k, i] - ĉ[i]|²       the views of an image attract each other
     L_S = mean_k Σ_j f(s_j²)                    all embeddings spread out evenly
     L_B = mean_k mean_i <ẑ[k, i], n̂[i]>         each gets a small random push

@@ -180,7 +180,7 @@ def test_the_list_has_the_published_lengths_and_equal_views_and_begins_with_the_
     for seen in (20, 60):
         assert {run.arm for run in listed if run.arm.views * run.epochs == seen} == set(accuracy.ARMS)
     assert [run.arm.key for run in listed[:3]] == ["msbreg-k2", "byol", "simsiam"]
-    assert listed[-1].folder == "msbreg-k20-epochs30-seed2" and len(listed) == 114
+    assert listed[-1].folder == "msbreg-k20-epochs30-seed2" and len(listed) == 129
 
 
 def test_short_schedules_have_short_warm_ups_and_short_memories():

@@ -47,9 +47,10 @@ OPTIONS = [
     {"leave_one_out": True, "per": "view", "spectrum": "whitening"},
     {"spectrum": "whitening", "lambda_s": 0.1, "lambda_b": -1.0},
     {"spectrum": "coding_rate", "lambda_s": 0.1, "per": "view"},
-    {**SMOOTH, "leave_one_out": True},
+    {**SMOOTH, "leave_one_out": True, "lambda_m": 0.3},
     {"lambda_s": 0.0},
     {"lambda_b": 0.0, "spectrum": "whitening"},
+    {"lambda_m": 0.0, "spectrum": "whitening"},
 ]
 
 

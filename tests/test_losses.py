@@ -26,8 +26,8 @@ def unit(z):
     return normalize(z, dim=-1)
 
 
-def oracle(online, target, embedding=None, *, lambda_s=0.004, lambda_b=0.5, leave_one_out=False, spectrum="nuclear",
-           smoothing=0.03, per="image"):  # fmt: skip
+def oracle(online, target, embedding=None, *, lambda_m=1.0, lambda_s=0.004, lambda_b=0.5, leave_one_out=False,
+           spectrum="nuclear", smoothing=0.03, per="image"):  # fmt: skip
     """The three losses by their definitions: eager torch, autograd through a singular value decomposition."""
     y = online if embedding is None else embedding
     views, n, d = y.shape
@@ -47,7 +47,7 @@ def oracle(online, target, embedding=None, *, lambda_s=0.004, lambda_b=0.5, leav
     singular = f.sum(-1).mean()
     directions = plain_directions(n, d, **NOISE, dtype=y.dtype, views=views if per == "view" else None)
     brownian = (unit(y) * directions).sum(-1).mean()
-    return centroid + lambda_s * singular + lambda_b * brownian, centroid, singular, brownian
+    return lambda_m * centroid + lambda_s * singular + lambda_b * brownian, centroid, singular, brownian
 
 
 OPTIONS = [
@@ -57,6 +57,8 @@ OPTIONS = [
     {"spectrum": "whitening", "lambda_s": 0.1, "lambda_b": -1.0},
     {"spectrum": "coding_rate", "lambda_s": 0.1, "leave_one_out": True, "per": "view"},
     {"smoothing": 0.2, "lambda_s": 1.0},
+    {"lambda_m": 0.3},
+    {"lambda_m": 0.0, "leave_one_out": True},
 ]
 
 
@@ -354,8 +356,8 @@ def test_modules_compile_and_their_step_advances():
 
 def test_module_is_the_function():
     z, t, y = gaussian(2, 8, 4), gaussian(2, 8, 4, seed=1), gaussian(2, 8, 5, seed=2)
-    options = {"lambda_s": 0.1, "lambda_b": 0.2, "leave_one_out": True, "spectrum": "whitening", "smoothing": 0.1,
-               "solver": "eigh", "per": "view"}  # fmt: skip
+    options = {"lambda_m": 0.7, "lambda_s": 0.1, "lambda_b": 0.2, "leave_one_out": True, "spectrum": "whitening",
+               "smoothing": 0.1, "solver": "eigh", "per": "view"}  # fmt: skip
     out = MSBRegLoss(**options, seed=11)(z, t, y, step=5)
     assert torch.equal(torch.stack(out), torch.stack(msbreg_loss(z, t, embedding=y, **options, **NOISE)))
     assert torch.equal(CentroidLoss(reduction="none")(z, t), centroid_loss(z, t, reduction="none"))
@@ -398,7 +400,7 @@ def test_defaults_are_the_same_everywhere():
         return {name: p.default for name, p in inspect.signature(callable_).parameters.items()}
 
     module, function = defaults(MSBRegLoss), defaults(msbreg_loss)
-    for name in ("lambda_s", "lambda_b", "leave_one_out", "spectrum", "smoothing", "solver", "per"):
+    for name in ("lambda_m", "lambda_s", "lambda_b", "leave_one_out", "spectrum", "smoothing", "solver", "per"):
         assert module[name] == function[name]
     for name in ("spectrum", "smoothing", "solver"):
         assert defaults(SingularValueLoss)[name] == defaults(singular_value_loss)[name] == function[name]

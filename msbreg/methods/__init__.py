@@ -36,6 +36,7 @@ def build_method(config: Config, group: dist.ProcessGroup | None = None) -> Meth
     if config.method.name == "simsiam":
         return SimSiam(online, predictor())
     criterion = MSBRegLoss(
+        lambda_m=config.method.lambda_m,
         lambda_s=config.method.lambda_s,
         lambda_b=config.method.lambda_b,
         leave_one_out=config.method.leave_one_out,
