@@ -389,7 +389,7 @@ def cost_table(costs: Iterable[Mapping[str, Any]]) -> str:
     """One line for each call."""
     head = ["call", "case", "launches", "inputs and gradient, MB", "each launch's tensors, MB", "loaded and stored, MB"]
     return table(
-        [*head, "products, GFLOP", "of halves, GFLOP", "H200 at least, µs"],
+        [*head, "products, GFLOP", "three of halves each, GFLOP", "H200 at least, µs"],
         (
             [
                 cost["call"],

@@ -131,16 +131,17 @@ def first_factors(
 
 
 def step(
-    *, left_pointer, squares_pointer, output_pointer, side, width, count, LAST, PARTS, BLOCK_P, BLOCK_Q, **_: Any
+    *, left_pointer, squares_pointer, output_pointer, side, width, count, LAST, BLOCK_P, BLOCK_Q, **_: Any
 ) -> tuple[int, int, int, int]:
     """Of each product, both factors by each of the T tiles of a side; in the last step |G|² by each tile."""
-    matrix = side**2 if LAST else PARTS * width**2
+    parts = 2 if left_pointer.element_size() == 2 else 1  # halves are in pairs
+    matrix = side**2 if LAST else parts * width**2
     products, tiles = output_pointer.numel() // matrix, cdiv(width, BLOCK_P)
-    loaded = products * 2 * tiles * PARTS * width**2 * left_pointer.element_size()
+    loaded = products * 2 * tiles * parts * width**2 * left_pointer.element_size()
     if LAST:
         loaded += products * tiles**2 * count * squares_pointer.element_size()
     flops = 2 * products * tiles**2 * BLOCK_P**2 * BLOCK_Q * cdiv(width, BLOCK_Q)
-    return loaded, size(output_pointer), *((flops, 0) if PARTS == 1 else (0, PRODUCTS * flops))
+    return loaded, size(output_pointer), *((flops, 0) if parts == 1 else (0, PRODUCTS * flops))
 
 
 def product(

@@ -29,7 +29,15 @@ from torch import Tensor
 from usage import gpu_state
 
 from msbreg.functional import SMOOTHING
-from msbreg.kernels.inverse_root import affine_product, first_factors, inverse_root, normalisation, tile
+from msbreg.kernels.inverse_root import (
+    affine_product,
+    first_factors,
+    inverse_root,
+    iterates,
+    normalisation,
+    parts_of,
+    tile,
+)
 from msbreg.kernels.totals import spectral_sums
 from msbreg.linalg import newton_schulz_plan
 
@@ -74,7 +82,6 @@ def one_launch_kernel(
     steps,
     shift: tl.float64,
     floor: tl.float64,
-    PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
@@ -83,8 +90,8 @@ def one_launch_kernel(
     gram_pointer: [views, side, side], G, contiguous.
     squares_pointer: [views, count], float64, which add up to |G|² of each view.
     weights_pointer: [steps, 2], float64, a and b of each step; two steps or more.
-    work_pointer: [5, views, PARTS, width, width], halves or float64: Y and Z after the even steps, those after the odd
-        ones, and T, where A is first.
+    work_pointer: [5, views, parts, width, width], see `iterates`: Y and Z after the first step and every second one
+        from there, those after the others, and T, where A is at first.
     output_pointer: [views, side, side].
     counter_pointer: see `wait_for_all`.
     shift, floor: see `normalisation`.
@@ -94,7 +101,7 @@ def one_launch_kernel(
     program, programs = tl.program_id(0), tl.num_programs(0)
     across = tl.cdiv(width, BLOCK_P)
     tiles = views * across * across
-    matrix = tl.full([], width, tl.int64) * width * PARTS
+    matrix = tl.full([], parts_of(work_pointer), tl.int64) * width * width
     batch = views * matrix
     t = work_pointer + 4 * batch
     for item in range(program, tiles, programs):
@@ -139,20 +146,19 @@ def one_launch(gram: Tensor, shift: float, floor: float, steps: Sequence[tuple[f
     """What `msbreg.kernels.inverse_root.inverse_root` returns for the same arguments."""
     views, side, _ = gram.shape
     squares = spectral_sums(gram, None, identity=0.0, scale=1.0, trace_weight=0.0, square_weight=1.0, root_weight=0.0)
-    number, parts = (torch.float16, 2) if gram.dtype == torch.float32 else (gram.dtype, 1)
-    width = 16 * triton.cdiv(side, 16)
+    work, output = iterates(gram, 5), torch.empty_like(gram)
+    width = work.shape[-1]
     config = tile(width, views, gram.element_size())
     tiles = views * triton.cdiv(width, config["BLOCK_P"]) ** 2
     # As many as are sure to run at once. In the interpreter, which needs no GPU, programs run one after another: the
     # first would wait for the second for ever.
     processors = torch.cuda.get_device_properties(gram.device).multi_processor_count if gram.is_cuda else 0
     programs = max(1, min(2 * tiles, RESIDENT * processors))
-    work, output = gram.new_empty(5, views, parts, width, width, dtype=number), torch.empty_like(gram)
     counter = torch.zeros(1, dtype=torch.int32, device=gram.device)
     with torch.cuda.device_of(gram):
         one_launch_kernel[(programs,)](
             gram, squares, weights_of(tuple(steps), gram.device), work, output, counter, views, side, width,
-            squares.shape[1], len(steps), shift, floor, PARTS=parts, launch_cooperative_grid=gram.is_cuda, **config,
+            squares.shape[1], len(steps), shift, floor, launch_cooperative_grid=gram.is_cuda, **config,
         )  # fmt: skip
     return output
 

@@ -6,8 +6,8 @@ their order is not free to change, and symmetry must not be made use of: mirrori
 diverges, multiplying in another order loses digits near collapse.
 
 The iterates are in memory as tensor cores want them: of float32 matrices as pairs of halves (`halves`), [..., 2, w, w],
-where entries stay below 2 / sqrt(smallest eigenvalue of A), 2e3; of float64 as they are, [..., 1, w, w]. The width w is
-the side rounded up, so that rows begin at 16 bytes, and what is beyond the side is zero.
+where entries stay below 2 / sqrt(smallest eigenvalue of A), 2e3; else as they are, [..., 1, w, w]. The width w is the
+side rounded up to a multiple of 16, which is what Triton must know to load 16 bytes at a time; beyond the side is zero.
 """
 
 from collections.abc import Sequence
@@ -44,6 +44,12 @@ def normalisation(squares_pointer, count, shift, floor, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def parts_of(pointer):
+    """How many numbers of the pointer's make one: two halves, or the number itself."""
+    return 2 if pointer.dtype.element_ty == tl.float16 else 1
+
+
+@triton.jit
 def first_factors(
     gram,
     squares,
@@ -62,7 +68,7 @@ def first_factors(
 ):
     """A tile of A = s (G + h I) and of T = a I + b A.
 
-    gram: [side, side], contiguous; squares: [count]; a_pointer, t_pointer: [1 or 2, width, width]; all of one view.
+    gram: [side, side], contiguous; squares: [count]; a_pointer, t_pointer: [parts, width, width]; all of one view.
     row, column: which tile.
     """
     ACC: tl.constexpr = gram.dtype.element_ty
@@ -89,22 +95,20 @@ def first_factors_kernel(
     b: tl.float64,
     shift: tl.float64,
     floor: tl.float64,
-    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A = s (G + h I), where the iteration begins, and T of the first step.
 
     gram_pointer: [views, side, side], G, contiguous.
     squares_pointer: [views, count], float64, which add up to |G|² of each view.
-    a_pointer, t_pointer: [views, PARTS, width, width], contiguous.
+    a_pointer, t_pointer: [views, parts, width, width], contiguous; parts is 2 for halves, 1 for numbers as they are.
     a, b: of T = a I + b A.
     shift, floor: see `normalisation`.
-    PARTS: 2 for halves, 1 for numbers as they are.
 
     One program makes a tile of both.
     """
     k = tl.program_id(2).to(tl.int64)
-    matrix = k * PARTS * width * width
+    matrix = k * parts_of(a_pointer) * width * width
     first_factors(
         gram_pointer + k * side * side,
         squares_pointer + k * count,
@@ -140,7 +144,7 @@ def affine_product(
 ):
     """A tile of i I + s L R.
 
-    left, right: [1 or 2, width, width], L and R, contiguous; output: [1 or 2, output_width, output_width].
+    left, right: [parts, width, width], L and R, contiguous; output: as they are, or [output_width, output_width].
     identity, scale: i and s, float64.
     row, column: which tile.
     """
@@ -181,20 +185,19 @@ def step_kernel(
     shift: tl.float64,
     floor: tl.float64,
     LAST: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
     """One or two batches of products, i I + s L R.
 
-    left_pointer, right_pointer: [views, PARTS, width, width], L and R of the first batch, contiguous.
+    left_pointer, right_pointer: [views, parts, width, width], L and R of the first batch, contiguous; parts is 2 for
+        halves, 1 for numbers as they are.
     second_left_pointer, second_right_pointer: those of the second batch.
     squares_pointer: [views, count], float64, which add up to |G|² of each view.
-    output_pointer: [1 or 2, views, PARTS, width, width].
+    output_pointer: [1 or 2, views, parts, width, width].
     identity, scale: i and s.
     LAST: s is also multiplied by the square root of A's scale, which makes A^(-1/2) (G + h I)^(-1/2); the output is
         [views, side, side], of G's dtype.
-    PARTS: 2 for halves, 1 for numbers as they are.
     shift, floor: see `normalisation`.
 
     One program makes a tile of one product; those from `views` on in the third grid axis are the second batch.
@@ -202,15 +205,15 @@ def step_kernel(
     batch = tl.program_id(2)
     second = batch >= views
     k = tl.where(second, batch - views, batch).to(tl.int64)
-    matrix = k * PARTS * width * width
+    matrix = tl.full([], parts_of(left_pointer), tl.int64) * width * width
     weight = tl.full([], scale, tl.float64)
     if LAST:
-        size, _ = normalisation(squares_pointer + k * count, count, shift, floor, 64)
-        weight *= tl.sqrt(size)
+        s, _ = normalisation(squares_pointer + k * count, count, shift, floor, 64)
+        weight *= tl.sqrt(s)
     affine_product(
-        tl.where(second, second_left_pointer, left_pointer) + matrix,
-        tl.where(second, second_right_pointer, right_pointer) + matrix,
-        output_pointer + (k * side * side if LAST else batch.to(tl.int64) * PARTS * width * width),
+        tl.where(second, second_left_pointer, left_pointer) + k * matrix,
+        tl.where(second, second_right_pointer, right_pointer) + k * matrix,
+        output_pointer + (k * side * side if LAST else batch * matrix),
         side,
         width,
         side if LAST else width,
@@ -234,30 +237,27 @@ def inverse_root(gram: Tensor, shift: float, floor: float, steps: Sequence[tuple
     """
     views, side, _ = gram.shape
     squares = spectral_sums(gram, None, identity=0.0, scale=1.0, trace_weight=0.0, square_weight=1.0, root_weight=0.0)
-    number, parts = (torch.float16, 2) if gram.dtype == torch.float32 else (gram.dtype, 1)
-    width = 16 * triton.cdiv(side, 16)
+    root, t, both = torch.empty_like(gram), iterates(gram), iterates(gram, 2, 2)
+    width = t.shape[-1]
     sizes, normalised = (side, width, squares.shape[1]), (shift, floor)
     config = tile(width, views, gram.element_size())
     tiles = triton.cdiv(width, config["BLOCK_P"])
-    root, t = torch.empty_like(gram), gram.new_empty(views, parts, width, width, dtype=number)
-    both = gram.new_empty(2, 2, views, parts, width, width, dtype=number)
 
     def multiply(
         output: Tensor, *pairs: tuple[Tensor, Tensor], i: float = 0.0, s: float = 1.0, last: bool = False
     ) -> None:
         """i I + s L R for one or two (L, R)."""
         step_kernel[(tiles, tiles, len(pairs) * views)](
-            *pairs[0], *pairs[-1], squares, output, views, *sizes, i, s, *normalised,
-            LAST=last, PARTS=parts, **config,
-        )  # fmt: skip
+            *pairs[0], *pairs[-1], squares, output, views, *sizes, i, s, *normalised, LAST=last, **config
+        )
 
     with torch.cuda.device_of(gram):
+        # A is where T will be, and the first T is Z.
         y, z = both[0]
         first_factors_kernel[(triton.cdiv(width, 32), triton.cdiv(width, 32), views)](
-            gram, squares, t, z, *sizes, *steps[0], *normalised,
-            PARTS=parts, BLOCK=32, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-        multiply(y, (z, t))  # the first Y is T A, while t holds A; the first Z is T
+            gram, squares, t, z, *sizes, *steps[0], *normalised, BLOCK=32, num_warps=4, enable_fp_fusion=True
+        )
+        multiply(y, (z, t))
         for step, (a, b) in enumerate(steps[1:], start=1):
             y, z = both[(step - 1) % 2]
             multiply(t, (y, z), i=a, s=b)
@@ -266,6 +266,17 @@ def inverse_root(gram: Tensor, shift: float, floor: float, steps: Sequence[tuple
             else:
                 multiply(root, (z, t), last=True)  # Y is not needed any more
     return root
+
+
+def iterates(gram: Tensor, *batch: int) -> Tensor:
+    """Memory for the iterates of G, (K, p, p), once or a batch of times: (*batch, K, parts, w, w).
+
+    Not halves on AMD: the matrix units of its MI200 take halves below 6e-5 for zero.
+    """
+    halves = gram.dtype == torch.float32 and not torch.version.hip
+    views, side, _ = gram.shape
+    width = 16 * triton.cdiv(side, 16)
+    return gram.new_empty(*batch, views, 1 + halves, width, width, dtype=torch.float16 if halves else gram.dtype)
 
 
 def tile(width: int, views: int, itemsize: int) -> dict[str, int | bool]:

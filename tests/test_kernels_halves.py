@@ -12,7 +12,7 @@ import triton.language as tl  # noqa: E402
 
 from msbreg import kernels, linalg  # noqa: E402
 from msbreg.kernels import halves  # noqa: E402
-from msbreg.kernels.inverse_root import inverse_root, step_kernel, tile  # noqa: E402
+from msbreg.kernels.inverse_root import inverse_root, iterates, step_kernel, tile  # noqa: E402
 
 DEVICE = kernels.DEVICE_TYPE
 RUNS = DEVICE == "cpu" or torch.cuda.is_available()
@@ -76,7 +76,7 @@ def product(x, y):
     config = tile(width, 1, 4)
     tiles = triton.cdiv(width, config["BLOCK_P"])
     step_kernel[(tiles, tiles, 1)](
-        left, right, left, right, left, output, 1, width, width, 1, 0.0, 1.0, 0.0, 0.0, LAST=False, PARTS=2, **config
+        left, right, left, right, left, output, 1, width, width, 1, 0.0, 1.0, 0.0, 0.0, LAST=False, **config
     )
     return value(output.cpu())
 
@@ -166,6 +166,22 @@ def test_checks_catch_broken_twins(monkeypatch, twin):
     ):
         with pytest.raises(AssertionError):
             check()
+
+
+@pytest.mark.parametrize("smallest", [0.0, 1e-9, 1.0, 1e6, math.inf, math.nan])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_there_are_two_steps_or_more(smallest, dtype):
+    assert len(linalg.newton_schulz_plan(smallest, dtype)[1]) >= 2  # what `inverse_root` asks for
+
+
+@interpreted
+def test_on_amd_numbers_stay_as_they_are(monkeypatch):
+    """Its MI200 takes small halves for zero."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert (
+        iterates(torch.zeros(2, 20, 20), 5).shape == (5, 2, 1, 32, 32) and iterates(torch.zeros(2, 20, 20)).dtype == F32
+    )
+    assert near_collapse(inverse_root) < 1.5 * near_collapse(by_float32)
 
 
 def test_widths_that_16_does_not_divide_are_filled_up_with_nothing(monkeypatch):
