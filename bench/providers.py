@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 from torch.nn.functional import normalize
 

@@ -1,0 +1,66 @@
+"""`bench/in_turns.py`: losses timed in turns, those that agree with the oracle."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+import in_turns
+import providers
+
+OPTIONS = ["--shape", "2x24x16", "--device", "cpu", "--rounds", "3"]
+
+
+def test_figures_are_of_the_rounds_that_count(monkeypatch, tmp_path, capsys):
+    """The second loss takes twice as long as the first, and in the rounds that do not count a hundred times as long."""
+    times = {"fused": iter([9.0] * in_turns.WARM_UP + [1.0, 2.0, 3.0])}
+    times["svd"] = iter([900.0] * in_turns.WARM_UP + [2.0, 4.0, 6.0])
+    clocks = iter(times.values())
+    monkeypatch.setattr(in_turns, "device_round", lambda *_, **__: (next(clocks).__next__, "wall"))
+    threads = torch.get_num_threads()
+    try:
+        in_turns.main([*OPTIONS, "--threads", "1", "--json", str(tmp_path / "new" / "turns.json")])
+    finally:
+        torch.set_num_threads(threads)
+    result = json.loads((tmp_path / "new" / "turns.json").read_text())
+    fused, svd = result["rows"]
+    assert fused["ms"] == {"median": 2e3, "min": 1e3, "max": 3e3}
+    assert svd["ratio"] == {"median": 2, "min": 2, "max": 2}
+    assert (result["shape"], result["dtype"], result["threads"], result["rounds"]) == ("2x24x16", "float32", 1, 3)
+    text = capsys.readouterr().out
+    assert "| svd | 4,000.00 (2,000.00 to 6,000.00) | 2.00 (2.00 to 2.00) |" in text
+
+
+def test_it_runs(capsys):
+    in_turns.main([*OPTIONS, "--dtype", "bfloat16", "--providers", "svd", "fused", "fused_spectral"])
+    head, _, *rows = capsys.readouterr().out.splitlines()[2:]
+    assert head.endswith("| time / svd |")
+    assert [row.split()[1] for row in rows] == ["svd", "fused", "fused_spectral"]
+
+
+def test_a_loss_that_disagrees_with_the_oracle_is_not_timed(monkeypatch):
+    known = providers.providers("nuclear")
+    right = known["svd"].build(torch.device("cpu"))
+    wrong = dataclasses.replace(known["svd"], build=lambda device: lambda z, t, n=None: 1.1 * right(z, t, n))
+    monkeypatch.setattr(in_turns, "providers", lambda spectrum: known | {"svd": wrong})
+    with pytest.raises(SystemExit, match="svd is not timed: its value is off by"):
+        in_turns.main(OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--shape", "8x512"], "expected one shape KxBxD"),
+        (["--shape", "small"], "expected one shape KxBxD"),
+        (["--rounds", "0"], "expected 1 or more"),
+        (["--providers", "none"], "invalid choice"),
+    ],
+)
+def test_what_it_cannot_measure_it_says(options, words, capsys):
+    with pytest.raises(SystemExit):
+        in_turns.main(options)
+    assert words in capsys.readouterr().err
