@@ -173,6 +173,23 @@ def test_second_derivatives_are_refused():
         gradient.sum().backward()
 
 
+def test_lengths_are_the_same_whether_the_numbers_can_be_asked_or_not(monkeypatch):
+    z = gaussian(3, 20, 9, dtype=F32)
+    lengths = reference.lengths(z)
+    monkeypatch.setattr(reference, "can_be_asked", lambda z: False)
+    assert torch.allclose(lengths, reference.lengths(z), rtol=1e-6)
+    monkeypatch.undo()
+    z[1, 2] *= 1e30
+    assert reference.lengths(z)[1, 2].item() == pytest.approx(1e30 * lengths[1, 2].item(), rel=1e-6)
+
+
+def test_no_device_but_a_cpu_is_asked_and_no_graph():
+    assert reference.can_be_asked(torch.zeros(1))
+    assert not reference.can_be_asked(torch.zeros(1, device="meta"))
+    in_graph = torch.compile(lambda z: z + reference.can_be_asked(z), fullgraph=True, backend="eager")
+    assert in_graph(torch.zeros(1)).item() == 0
+
+
 def test_gradient_keeps_its_digits_where_views_nearly_agree():
     """Its size is that of the small difference; a gradient by way of -2 ĉ, the twin below, has lost it in float32."""
     t = gaussian(1, 64, 128, dtype=F32)

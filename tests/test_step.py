@@ -7,6 +7,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from msbreg import reference
 from msbreg.compilation import regions
 from msbreg.config import Config
 from msbreg.data import Batch, ViewLoader
@@ -100,7 +101,8 @@ def counters(step: TrainingStep) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
 @pytest.mark.parametrize("method", ["msbreg", "byol", "simsiam"])
-def test_no_step_reads_a_number(method, optimizer):
+def test_no_step_reads_a_number(monkeypatch, method, optimizer):
+    monkeypatch.setattr(reference, "can_be_asked", lambda z: False)  # as on a GPU
     step = build(method__name=method, optim__name=optimizer)
     images = batch()
     step(images, 0)
@@ -133,6 +135,7 @@ def test_a_read_would_be_seen(monkeypatch, name):
 
 def test_no_round_of_the_loop_reads_a_number(monkeypatch, tmp_path):
     """The trainer's own part of a step: waiting for images, watching losses, looking for signals."""
+    monkeypatch.setattr(reference, "can_be_asked", lambda z: False)  # as on a GPU
     config = Config()
     config.run.dir, config.data.images, config.data.size = str(tmp_path), 24, 16
     config.data.batch_size, config.data.backend, config.data.cache = BATCH, "torchvision", str(tmp_path / "images")
