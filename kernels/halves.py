@@ -16,7 +16,7 @@ import triton.language as tl
 __all__ = ["SCALE", "halves", "store_number"]
 
 SCALE = tl.constexpr(2048.0)
-"""Of the low half: its first bit is worth as much as high's last."""
+"""Of the low half, which is then up to half as large as the high one."""
 
 
 @triton.jit

@@ -66,6 +66,7 @@ def test_copies_are_made_side_by_side_and_none_hands_out_the_input(ways):
     assert not np.array_equal(inverted[0], inverted[1])  # else DALI would compute most of it once
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_keeps_its_figures(tmp_path):
     file = tmp_path / "operators.json"
     command = [sys.executable, BENCH / "operators.py", "--device", "cpu", "--size", "16", "--batch", "4"]

@@ -85,6 +85,7 @@ def test_the_kernel_compiles():
 
 
 @compiled
+@pytest.mark.slow
 def test_the_harness_measures_what_it_has_checked(monkeypatch, views):
     monkeypatch.setattr(pixels, "pixels", lambda parts, dtype: pixels.plain(parts, NORMAL, dtype))
     rows = pixels.measure(views, torch.bfloat16, seconds=0, rounds=2)
