@@ -9,21 +9,12 @@ from test_spectral import families, tangential
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
+from test_kernels_losses import DEVICE, pytestmark  # noqa: E402, F401
 
-from msbreg import kernels, linalg  # noqa: E402
+from msbreg import linalg  # noqa: E402
 from msbreg.kernels import halves  # noqa: E402
 from msbreg.kernels.inverse_root import inverse_root, iterates, step_kernel, tile  # noqa: E402
 
-DEVICE = kernels.DEVICE_TYPE
-RUNS = DEVICE == "cpu" or torch.cuda.is_available()
-pytestmark = [
-    pytest.mark.interpreter,
-    pytest.mark.skipif(
-        not RUNS, reason="Triton kernels need a GPU, or TRITON_INTERPRET=1 to run in Triton's interpreter"
-    ),
-]
-if RUNS and DEVICE == "cuda":
-    pytestmark.append(pytest.mark.gpu)
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="compiled kernels do not see a twin put in a function's place")
 
 F64, F32, F16 = torch.float64, torch.float32, torch.float16
