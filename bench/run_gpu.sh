@@ -7,9 +7,9 @@
 #   bench/run_gpu.sh alternatives  other ways to do what msbreg does: the inverse root in one launch, pixels by a kernel
 # Results are in bench/results/GPU/DATE/, and a short table comes last. The first part needs torch with CUDA, Triton and
 # the extras [test] and [bench]; the others [train] too, and `peers` lightly where it is to be among them.
-# Limits are seconds, and add up to less than nine minutes in each part. Comments are the seconds that a machine with one
-# H200 and 16 cores is expected to take, by count: none of it has run there yet. What runs over is interrupted as by
-# Ctrl-C, since pytest writes what it has by then, and nothing when it is terminated.
+# Limits are seconds. Comments are the seconds that a machine with one H200 and 16 cores is expected to take, by count:
+# none of it has run there yet. What runs over is interrupted as by Ctrl-C, since pytest writes what it has by then, and
+# nothing when it is terminated; what would begin when the part's time is over is left out.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -33,23 +33,36 @@ out=bench/results/$gpu/$(date +%F)
 mkdir -p "$out"
 status=0
 
+# Runs a command for so many seconds at the most, and writes what it prints to a file too. What has 15 seconds to end
+# ends before the nine minutes do.
+within() {
+    local seconds=$1 text=$2 left=$((510 - SECONDS))
+    shift 2
+    if [ "$left" -le 0 ]; then
+        echo "left out, since the time is over: $*" | tee -a "$text"
+        status=124
+        return
+    fi
+    timeout -s INT -k 15 "$((seconds < left ? seconds : left))" "$python" "$@" 2>&1 | tee -a "$text" || status=$?
+}
+
+keep() {
+    local seconds=$1
+    shift
+    within "$seconds" "$out/$part.txt" "$@"
+}
+
 losses() {
     # Triton's first compilations are part of both; neither may eat the time of the other.
-    timeout -s INT -k 15 230 "$python" -m pytest tests -m gpu 2>&1 | tee "$out/tests.txt" || status=$?
-    timeout -s INT -k 15 290 "$python" -m pytest bench --bench-device cuda --bench-shapes targets --bench-minutes 4 \
-        --benchmark-json "$out/losses.json" 2>&1 | tee "$out/losses.txt" || status=$?
+    rm -f "$out/tests.txt"
+    within 230 "$out/tests.txt" -m pytest tests -m gpu
+    keep 290 -m pytest bench --bench-device cuda --bench-shapes targets --bench-minutes 4 \
+        --benchmark-json "$out/losses.json"
     "$python" bench/report.py "$out/losses.json" --out "$out" >/dev/null || status=$?
 
     echo
     grep -hE '^=+ .*(passed|failed|error|no tests ran).* =+$' "$out/tests.txt" "$out/losses.txt"
     "$python" bench/report.py "$out/losses.json" --short || status=$?
-}
-
-# Runs a command for so many seconds at the most, and writes what it prints to the part's text too.
-keep() {
-    local seconds=$1
-    shift
-    timeout -s INT -k 15 "$seconds" "$python" "$@" 2>&1 | tee -a "$out/$part.txt" || status=$?
 }
 
 dry_run() {
@@ -99,12 +112,10 @@ alternatives() {
     keep 100 bench/one_launch.py --json "$out/one_launch.json"                                           # 60
 }
 
+rm -f "$out/$part.txt"
+"$part"
 if [ "$part" != losses ]; then
-    rm -f "$out/$part.txt"
-    "$part"
     echo
     grep '^|' "$out/$part.txt"
-else
-    losses
 fi
 exit "$status"
