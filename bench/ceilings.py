@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from timing import copies, device_round, synchronize
+from timing import copies, device_round
+
+from msbreg.machine import synchronize
 
 __all__ = ["copy_rate", "product_rate", "resnet_seconds_per_image"]
 

@@ -28,7 +28,6 @@ import torch
 from PIL import Image, ImageFilter
 from records import cell, keep, markdown, provenance, spread
 from runs import end_with_parent
-from timing import synchronize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.transforms import v2
@@ -38,7 +37,7 @@ from msbreg.data import Source, View, ViewLoader, load_recipe, open_source, open
 from msbreg.data.recipes import MEAN, STD, WHOLE_IMAGE_BELOW, Recipe
 from msbreg.data.rendered import render
 from msbreg.errors import MSBRegError
-from msbreg.machine import usable_cores
+from msbreg.machine import synchronize, usable_cores
 
 __all__ = ["LOADERS", "Case", "Loader", "Turn", "loaders", "rows", "table", "turn"]
 

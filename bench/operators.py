@@ -23,7 +23,6 @@ import torch
 from loader import images
 from numpy.typing import NDArray
 from records import cell, keep, markdown, provenance, spread
-from timing import synchronize
 from usage import gpu_state
 
 from msbreg.data import Source, View
@@ -32,7 +31,7 @@ from msbreg.data.images import decode
 from msbreg.data.parameters import draw
 from msbreg.data.recipes import MEAN, STD
 from msbreg.errors import MSBRegError
-from msbreg.machine import usable_cores
+from msbreg.machine import synchronize, usable_cores
 
 __all__ = ["Operator", "measure", "operators", "pipeline", "table"]
 

@@ -31,7 +31,6 @@ from typing import Any, NamedTuple
 
 import torch
 from records import keep, markdown, provenance
-from timing import synchronize
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from usage import gpu_state
@@ -39,9 +38,9 @@ from usage import gpu_state
 from msbreg.config import Config, DataConfig, EvalConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
 from msbreg.data import ImageFolder, load_recipe
 from msbreg.data.recipes import MEAN, STD, View
-from msbreg.data.rendered import render
+from msbreg.data.rendered import cache_folder, render
 from msbreg.errors import MSBRegError
-from msbreg.machine import usable_cores
+from msbreg.machine import synchronize, usable_cores
 from msbreg.models import build_backbone, mlp_head
 from msbreg.monitor import Stopwatch
 from msbreg.processes import Processes
@@ -466,7 +465,7 @@ def memory_megabytes(device: torch.device) -> float:
     Of memory that processes share each counts its part.
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return torch.cuda.max_memory_allocated(device) / 1e6
     pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
     rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() for pid in pids]
     return sum(int(line.split()[1]) for lines in rollups for line in lines if line.startswith("Pss:")) / 2**10
@@ -493,7 +492,7 @@ def joules(device: torch.device) -> float | None:
 def gpu_megabytes(device: torch.device) -> float:
     """Used of the GPU by all processes."""
     free, total = torch.cuda.mem_get_info(device)
-    return (total - free) / 2**20
+    return (total - free) / 1e6
 
 
 def serve(name: str, setting: Setting, pipe: Connection) -> None:
@@ -684,8 +683,9 @@ def measure(names: list[str], setting: Setting, *, rounds: int, seconds: float, 
 
 def rendered(case: Case) -> Path:
     """The images to train on where none are given, kept for the next time."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "msbreg").expanduser()
-    return render(cache / f"bench-{case.side}-{case.images}", images=case.images, test_images=20, size=case.side)
+    return render(
+        cache_folder() / f"bench-{case.side}-{case.images}", images=case.images, test_images=20, size=case.side
+    )
 
 
 def parse() -> argparse.Namespace:

@@ -79,7 +79,7 @@ COLUMNS: dict[str, Callable[[Figure], str | None]] = {
     "of a copy": lambda f: optional(f, "copy_rate", lambda rate: share(f.info["bytes"] / f.seconds, rate)),
     "TFLOP/s": lambda f: rate_of_products(f, lambda rate, _: digits(rate / 1e12)),
     "of a TF32 product": lambda f: rate_of_products(f, share),
-    "memory": lambda f: optional(f, "memory", lambda size: f"{digits(size / 2**20)} MiB"),
+    "memory": lambda f: optional(f, "memory", lambda size: f"{digits(size / 1e6)} MB"),
     "launches": lambda f: optional(f, "launches", str),
     "of a ResNet-50 step": lambda f: optional(f, "resnet_seconds", lambda step: share(f.seconds, step)),
 }

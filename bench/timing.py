@@ -13,7 +13,9 @@ from cost import Mode
 from providers import Loss
 from torch import Tensor
 
-__all__ = ["CLOCK", "Call", "Round", "calls", "copies", "device_round", "plan", "synchronize", "wall_round"]
+from msbreg.machine import synchronize
+
+__all__ = ["CLOCK", "Call", "Round", "calls", "copies", "device_round", "plan", "wall_round"]
 
 Call = Callable[[], object]
 Round = Callable[[], float]
@@ -140,9 +142,3 @@ def plan(round: Round, calls: int, seconds: float) -> int:
         last = calls * round()
         spent, shortest = spent + last, min(shortest, last)
     return min(1000, max(3, math.ceil(seconds / shortest)))
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the GPU, where it is one."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -9,6 +9,7 @@ import torch
 
 from msbreg.config import Config
 from msbreg.errors import MSBRegError
+from msbreg.machine import synchronize
 from msbreg.monitor import markdown_table
 from msbreg.processes import Processes
 from msbreg.trainer import Trainer
@@ -32,12 +33,10 @@ def benchmark(config: Config, *, steps: int) -> str | None:
     config.validate()
     if steps < 1:
         raise MSBRegError(f"--steps is {steps}, but must be at least 1.")
-    total = 3 * (steps + 2 * config.data.prefetch + 1) + 1
-    config.optim.steps = max(config.optim.steps, total)
     with Processes(config.run.device) as processes, tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, processes, Path(folder))
         trainer.step.train()
-        batches = trainer.loader.batches(0, total)
+        batches = trainer.loader.batches()
         batch = next(batches)
 
         # Batches prepared ahead would flatter the loader: the first ones are not timed.
@@ -53,8 +52,6 @@ def benchmark(config: Config, *, steps: int) -> str | None:
             synchronize(trainer.device)
             return (time.perf_counter() - began) / steps
 
-        z = torch.randn(config.data.views, trainer.batch, config.model.dim, device=trainer.device, requires_grad=True)
-        y, t = torch.randn_like(z).requires_grad_(), torch.randn_like(z)
         step = trainer.step
         whole = {
             "loader alone": seconds(lambda: next(batches)),
@@ -62,7 +59,7 @@ def benchmark(config: Config, *, steps: int) -> str | None:
             "both": seconds(lambda: step(next(batches), 0)),
         }
         parts = {
-            "loss, forward and backward": seconds(lambda: step.method.criterion(z, t, embedding=y).loss.backward()),
+            "loss, forward and backward": seconds(step.loss_alone(batch)),
             "optimizer": seconds(step.optimizer.step),
             "moving average": seconds(lambda: step.method.after_step(1.0)),
         }
@@ -80,9 +77,3 @@ def benchmark(config: Config, *, steps: int) -> str | None:
     ]
     device = torch.cuda.get_device_name() if processes.device.type == "cuda" else "cpu"
     return markdown_table(rows, (f"{config.model.backbone}, {views} views of {images} images, {device}", "a step"))
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for the GPU, where there is one."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -1,7 +1,7 @@
 """Checkpoints that survive a kill, a full disk and a damaged file.
 
-A checkpoint is written to a temporary name, synced to the disk and renamed, so that `checkpoint.pt` is whole at every
-moment; the one before it stays as `checkpoint.previous.pt`.
+A checkpoint is written to a temporary name, synced to the disk and renamed, so that `checkpoint.pt` is at every
+moment whole or not there; the one before it stays as `checkpoint.previous.pt`.
 """
 
 import contextlib

@@ -4,12 +4,12 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 import msbreg
-from msbreg.config import LIMITS, Config, packaged_configs, require_number
+from msbreg.config import Config, config_of, packaged_configs
 from msbreg.errors import MSBRegError
 
 __all__ = ["main"]
@@ -82,18 +82,11 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("pretrain", pretrain, help="train a backbone without labels")
 
     evaluate = ArgumentParser(description="kNN and linear probe accuracy of the frozen backbone of a run.")
-    evaluate.add_argument("run", type=str, help="run folder, or a checkpoint file")
-    evaluate.add_argument("--data.path", type=str | None, default=None, help="labelled images; unset: those of the run")
-    evaluate.add_argument(
-        "--data.eval_path", type=str | None, default=None, help="held-out images; unset: as in pretrain"
-    )
-    evaluate.add_argument("--k", type=int, default=0, help="neighbours in the kNN vote; 0: as in the run")
-    evaluate.add_argument(
-        "--bank", type=int, default=0, help="most labelled images the neighbours come from; 0: as in the run"
-    )
-    evaluate.add_argument("--queries", type=int, default=0, help="most held-out images to classify; 0: as in the run")
-    evaluate.add_argument("--device", type=str, default="auto", help="cpu, cuda, cuda:N or auto")
-    evaluate.add_argument("--threads", type=int, default=0, help="decoding threads; 0: one a core")
+    evaluate.add_argument("path", type=str, metavar="run", help="run folder, or a checkpoint file")
+    for name, meaning in EVALUATED_WITH.items():
+        group, option = name.split(".")
+        kind = get_type_hints(type(getattr(Config(), group)))[option]
+        evaluate.add_argument(f"--{name}", type=kind | None, default=None, help=meaning)
     commands.add_subcommand("eval", evaluate, help="kNN and linear probe of a trained backbone")
 
     export = ArgumentParser(description="Write the backbone of a run as backbone.safetensors and backbone.pt.")
@@ -119,20 +112,20 @@ def add_config(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         action="config",
-        help=f"YAML file of options, or the name of a recipe: {', '.join(packaged_configs())}. May be given again; "
-        "later options win.",
+        help=f"YAML file of options, or the name of one that comes with msbreg: {', '.join(packaged_configs())}. May "
+        "be given again; later options win.",
     )
     parser.add_class_arguments(Config, None)
 
 
 def name_configs(arguments: list[str]) -> list[str]:
-    """Replaces the name of a packaged recipe after --config by its file."""
-    recipes = packaged_configs()
+    """Replaces the name of a packaged config after --config by its file."""
+    packaged = packaged_configs()
     replaced = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         name = argument.removeprefix("--config=")
-        if (before == "--config" or name != argument) and name in recipes and not os.path.isfile(name):
-            argument = argument[: len(argument) - len(name)] + str(recipes[name])
+        if (before == "--config" or name != argument) and name in packaged and not os.path.isfile(name):
+            argument = argument[: len(argument) - len(name)] + str(packaged[name])
         replaced.append(argument)
     return replaced
 
@@ -165,32 +158,28 @@ def show(table: str | None) -> None:
 
 
 def run_eval(options: Namespace) -> int:
-    from msbreg.data import load_recipe
     from msbreg.evaluator import TASKS, Evaluator
-    from msbreg.export import backbone_of, config_of
+    from msbreg.export import backbone_of
+    from msbreg.inputs import open_images
     from msbreg.machine import usable_cores
     from msbreg.monitor import markdown_table
     from msbreg.processes import Processes
-    from msbreg.trainer import open_images
 
     refuse_peers("eval")
-    for name in ("k", "bank", "queries"):
-        require_number(f"--{name}", getattr(options, name), 0, LIMITS[f"eval.{name}"][1])
-    require_number("--threads", options.threads, *LIMITS["data.threads"])
-    state = read_run(Path(options.run).expanduser())
+    state = read_run(Path(options.path).expanduser())
     config = config_of(state)
-    config.data.path = options.data.path or config.data.path
-    config.data.eval_path = options.data.eval_path or (None if options.data.path else config.data.eval_path)
-    for name in ("k", "bank", "queries"):
-        setattr(config.eval, name, getattr(options, name) or getattr(config.eval, name))
-    config.eval.linear = True
+    config.run.device, config.data.threads, config.eval.linear = "auto", 0, True  # of this machine, not of the run's
+    if options.data.path is not None:
+        config.data.eval_path = None
+    for name in EVALUATED_WITH:
+        group, option = name.split(".")
+        if options[name] is not None:
+            setattr(getattr(config, group), option, options[name])
     config.validate()
-    with Processes(options.device) as processes:
+    with Processes(config.run.device) as processes:
         train, held_out = open_images(config, processes)
-        recipe = load_recipe(config.data.recipe, config.data.views, config.data.size)
-        evaluator = Evaluator(
-            config, train, held_out, recipe=recipe, device=processes.device, threads=options.threads or usable_cores()
-        )
+        threads = config.data.threads or usable_cores()
+        evaluator = Evaluator(config, train, held_out, device=processes.device, threads=threads)
         accuracy = evaluator(backbone_of(state).to(processes.device), linear=True)
         task = TASKS[evaluator.task]
         rows = [(task, f"{accuracy.knn:.1%}"), (f"{task}, raw pixels", f"{evaluator.pixels():.1%}")]
@@ -245,4 +234,18 @@ def read_run(path: Path) -> dict[str, Any]:
     return state
 
 
+EVALUATED_WITH = {
+    "data.path": "labelled images; unset: those of the run",
+    "data.eval_path": "held-out images; unset: those of the run, or as in pretrain beside another --data.path",
+    "data.backend": "what decodes; unset: as in the run",
+    "data.threads": "threads that decode; unset: one a core",
+    "data.timeout": "seconds that images are waited for, 0 for ever; unset: as in the run",
+    "data.cache": "folder for the rendered images; unset: as in the run",
+    "eval.k": "neighbours in the weighted kNN vote; unset: as in the run",
+    "eval.temperature": "temperature of the vote's weights; unset: as in the run",
+    "eval.bank": "labelled images the neighbours come from, at the most; unset: as in the run",
+    "eval.queries": "held-out images that are classified, at the most; unset: as in the run",
+    "run.device": "cpu, cuda, cuda:N or auto; unset: auto",
+}
+"""Options of pretrain that eval has too."""
 COMMANDS = {"pretrain": run_pretrain, "eval": run_eval, "export": run_export, "bench": run_bench, "doctor": run_doctor}

@@ -1,7 +1,7 @@
 """Every option of a run: typed, with its default, unit and meaning.
 
 The defaults are the embedded default run: images that the package renders, a small network, two minutes on two CPU
-cores. `msbreg/configs/*.yaml` hold the other recipes; `--config NAME` loads one and dotted options override it.
+cores. `msbreg/configs/*.yaml` hold others; `--config NAME` loads one and dotted options override it.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -13,7 +13,7 @@ from msbreg.errors import MSBRegError
 
 __all__ = [
     "LIMITS", "Config", "DataConfig", "EvalConfig", "MethodConfig", "ModelConfig", "OptimConfig", "RunConfig",
-    "flatten", "require_number",
+    "config_of", "flatten", "packaged_configs", "require_number",
 ]  # fmt: skip
 
 MANY = 10**9
@@ -30,6 +30,11 @@ LIMITS: dict[str, tuple[float, float]] = {
     "eval.queries": (1, MANY),
 }  # fmt: skip
 """The least and the most of every number. Most is far above any use: beyond it torch or Python fail in odd ways."""
+
+ONLY_MSBREG = [
+    f"method.{name}" for name in ("lambda_m", "lambda_s", "lambda_b", "leave_one_out", "disperse", "spectrum")
+]
+"""Options of the losses, which the methods that msbreg is compared with fix."""
 
 
 @dataclass
@@ -64,10 +69,11 @@ class DataConfig:
     """Image folder, folder or pattern of tar shards, or index file; unset: images that msbreg renders itself."""
     eval_path: str | None = None
     """Held-out images for evaluation; unset: val/ or test/ beside train/, else a tenth of labelled images. They are
-    classified where both they and the training images have labels of two classes or more, four a class; else each is
-    to be recognised again."""
+    classified where they have labels of two classes or more, and the training images too, four images a class; else
+    each is to be recognised again."""
     images: int = 0
-    """Images of an epoch, for --dry-run where there is no --data.path to count; 0: as many as msbreg renders."""
+    """Images of an epoch, for --dry-run where there is no --data.path to count; 0: as many as msbreg renders.
+    Where it is set, training wants a --data.path."""
     recipe: str = "auto"
     """byol, cifar, multi_crop, or a YAML file with a block a view; auto: cifar below 96 pixels, else byol."""
     size: int = 32
@@ -119,7 +125,7 @@ class MethodConfig:
     name: Literal["msbreg", "byol", "simsiam"] = "msbreg"
     """msbreg; byol (two views, the other view's target, no dispersion); simsiam (byol without the EMA network)."""
     lambda_m: float = functional.LAMBDA_M
-    """Weight of the multiview centroid loss; 0 leaves it out, for an ablation."""
+    """Weight of the multiview centroid loss; at 0, for an ablation, it is in the log alone."""
     lambda_s: float = functional.LAMBDA_S
     """Weight of the singular value loss (paper: up to 0.004 at K = 4 and 8)."""
     lambda_b: float = functional.LAMBDA_B
@@ -199,6 +205,11 @@ class Config:
         if self.method.name in ("byol", "simsiam") and not self.model.predictor:
             raise MSBRegError(f"{self.method.name} collapses without a predictor; leave --model.predictor true.")
         options = flatten(self)
+        if self.method.name != "msbreg":
+            defaults = flatten(Config())
+            for name in ONLY_MSBREG:
+                if options[name] != defaults[name]:
+                    raise MSBRegError(f"--{name} is for --method.name msbreg; {self.method.name} does not have it.")
         for name, (least, most) in LIMITS.items():
             require_number(f"--{name}", options[name], least, most)
         if not (self.optim.steps or self.optim.epochs):
@@ -222,6 +233,19 @@ def flatten(config: "Config | dict[str, Any]") -> dict[str, Any]:
     return {f"{group}.{name}": value for group, options in groups.items() for name, value in options.items()}
 
 
+def config_of(state: dict[str, Any]) -> Config:
+    """The config of the run that wrote a checkpoint.
+
+    Raises:
+        MSBRegError: the checkpoint has other options than this version.
+    """
+    groups = vars(Config())
+    try:
+        return Config(**{name: type(groups[name])(**options) for name, options in state["config"].items()})
+    except (KeyError, TypeError) as error:
+        raise MSBRegError(f"the checkpoint has options of another version of msbreg ({error}).") from error
+
+
 def packaged_configs() -> dict[str, Path]:
-    """Name to file of the recipes that come with the package."""
+    """Name to file of the configs that come with the package."""
     return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}

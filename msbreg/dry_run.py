@@ -9,17 +9,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from msbreg.benchmark import synchronize
 from msbreg.config import Config
 from msbreg.cuda_graph import WARM_UP
 from msbreg.data import ViewLoader, open_source, rendered
 from msbreg.data.loader import whole_batches
-from msbreg.machine import usable_cores
+from msbreg.inputs import open_images, open_loader, share_of_batch
+from msbreg.machine import synchronize, usable_cores
 from msbreg.monitor import markdown_table, memory_megabytes
-from msbreg.preflight import planned_steps, recipe_of, share_of_batch
+from msbreg.preflight import planned_steps
 from msbreg.processes import Processes
 from msbreg.step import TrainingStep
-from msbreg.trainer import open_images
 
 __all__ = ["dry_run"]
 
@@ -110,18 +109,8 @@ def _measure(config: Config, processes: Processes, folder: Path, steps: int) -> 
     """Takes some steps of a run of so many, then lets the loader work alone."""
     pictures = rendered.render(folder / "images", images=RENDERED, test_images=10, size=config.data.size)
     source = open_source(pictures / "train")
-    loader = ViewLoader(
-        source.subset(np.arange(max(RENDERED, 2 * config.data.batch_size)) % RENDERED),
-        recipe_of(config),
-        share_of_batch(config, processes),
-        seed=config.run.seed,
-        rank=processes.rank,
-        world_size=processes.world,
-        device=processes.device,
-        backend=config.data.backend,
-        threads=config.data.threads or processes.share_of_cores(),
-        prefetch=config.data.prefetch,
-    )
+    enough = np.arange(max(RENDERED, 2 * config.data.batch_size)) % RENDERED
+    loader = open_loader(config, processes, source.subset(enough))
 
     def most(number: float) -> float:
         return max(processes.gather(round(1e6 * number))) / 1e6
@@ -168,4 +157,4 @@ def _memory_in_use(device: torch.device) -> float:
     if device.type != "cuda":
         return 0.0
     free, total = torch.cuda.mem_get_info(device)
-    return (total - free) / 2**20
+    return (total - free) / 1e6

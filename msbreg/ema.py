@@ -1,21 +1,21 @@
 """The target network: an exponential moving average of the online one."""
 
 import torch
-from torch import nn
+from torch import Tensor
 
 __all__ = ["ema_update"]
 
 
 @torch.no_grad()
-def ema_update(target: nn.Module, online: nn.Module, tau: float) -> None:
+def ema_update(target: tuple[Tensor, ...], online: tuple[Tensor, ...], tau: float) -> None:
     """Moves the target's parameters in place: target <- tau target + (1 - tau) online.
 
-    Buffers are left alone. As in BYOL, the target network runs in training mode on its own batches, so its batch
+    Buffers are not for it. As in BYOL, the target network runs in training mode on its own batches, so its batch
     normalisation keeps statistics of its own, which fit its own weights.
 
     Args:
-        target: network that follows; any device and dtype, the same as the online one's.
-        online: network of the same architecture that the optimizer trains.
+        target: parameters of the network that follows; any device and dtype, the same as the online one's.
+        online: those of the network that the optimizer trains, in the same order.
         tau: momentum in [0, 1]; 1 leaves the target as it is (BYOL, Grill et al. 2020, equation 1).
     """
-    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1.0 - tau)
+    torch._foreach_lerp_(target, online, 1.0 - tau)

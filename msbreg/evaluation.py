@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm, normalize
 
-__all__ = ["OnlineProbe", "extract_features", "instance_accuracy", "knn_accuracy", "linear_probe"]
+__all__ = ["OnlineProbe", "evaluation_mode", "extract_features", "instance_accuracy", "knn_accuracy", "linear_probe"]
 
 SIMILARITIES_AT_ONCE = 2**25  # 128 MiB in fp32
 VOTE_UNIT = 2**40  # votes are counted in whole parts of this, so that their sum does not depend on the order
@@ -28,7 +28,7 @@ class LabelledBatch(Protocol):
 
 
 @contextmanager
-def _evaluation_mode(module: nn.Module) -> Iterator[None]:
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Puts every part of a module into evaluation mode, and afterwards each back into the mode it had."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
@@ -56,7 +56,7 @@ def extract_features(backbone: nn.Module, loader: Iterable[LabelledBatch]) -> tu
     """
     parameter = next(backbone.parameters(), None)
     features, labels = [], []
-    with _evaluation_mode(backbone):
+    with evaluation_mode(backbone):
         for batch in loader:
             images = batch.views[0]
             if parameter is not None:

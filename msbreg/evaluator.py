@@ -12,32 +12,19 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from msbreg.config import Config
 from msbreg.data import Batch, Source, ViewLoader, evaluation
-from msbreg.evaluation import extract_features, instance_accuracy, knn_accuracy, linear_probe
+from msbreg.data.recipes import Recipe
+from msbreg.evaluation import evaluation_mode, extract_features, instance_accuracy, knn_accuracy, linear_probe
+from msbreg.inputs import LABELLED_IMAGES_A_CLASS, has_labels, recipe_of
 from msbreg.linalg import singular_values
 
-__all__ = ["TASKS", "Evaluator", "has_labels", "set_aside"]
+__all__ = ["TASKS", "Evaluator"]
 
 TASKS = {"labels": "kNN top-1", "instances": "image recognised again"}
 """What `Evaluator.task` is called in tables and plots."""
 
-LABELLED_IMAGES_A_CLASS = 4
 INSTANCES = 1000
 CACHE_BYTES = 2**30  # CIFAR-10 fits
 SPECTRUM_IMAGES = 512
-
-
-def has_labels(source: Source) -> bool:
-    """Whether a source's labels can be voted on: two classes or more, with a few images each."""
-    labels = np.asarray(source.labels)
-    known = labels[labels >= 0]
-    return len(np.unique(known)) >= 2 and len(known) >= LABELLED_IMAGES_A_CLASS * len(np.unique(known))
-
-
-def set_aside(source: Source, *, share: float = 0.1, seed: int = 0) -> tuple[Source, Source]:
-    """Splits a source into a training and a held-out part, at random but always alike for one seed."""
-    order = np.random.Generator(np.random.Philox(seed)).permutation(len(source))
-    held = max(1, round(share * len(source)))
-    return source.subset(np.sort(order[held:])), source.subset(np.sort(order[:held]))
 
 
 @dataclass
@@ -51,9 +38,9 @@ class Accuracy:
 class Evaluator:
     """Weighted kNN and linear probe on features of images without augmentation.
 
-    With labels, a bank of training images votes on held-out ones. Without them (or with a class an image) the task is
-    to recognise an image again: each query is an augmented view, the bank holds the images themselves, and only the
-    same image counts as right.
+    With labels, a bank of training images votes on held-out ones. Without them (or with too few images a class to vote)
+    the task is to recognise an image again: each query is an augmented view, the bank holds the images themselves, and
+    only the same image counts as right.
 
     Args:
         config: the run's options.
@@ -75,23 +62,24 @@ class Evaluator:
         train: Source,
         held_out: Source | None,
         *,
-        recipe: tuple,
         device: torch.device,
         threads: int,
     ) -> None:
         self.device = device
         self.k, self.temperature = config.eval.k, config.eval.temperature
-        self.task = "labels" if held_out is not None and has_labels(train) and has_labels(held_out) else "instances"
-        if held_out is not None and has_labels(train) != has_labels(held_out):
-            few = f"{len(held_out):,} held-out" if has_labels(train) else f"{len(train):,} training"
+        votes, asked = has_labels(train), held_out is not None and has_labels(held_out, a_class=1)
+        self.task = "labels" if votes and asked else "instances"
+        if held_out is not None and votes != asked:
+            few = f"{len(held_out):,} held-out" if votes else f"{len(train):,} training"
+            fewer = "" if votes else f", or of fewer than {LABELLED_IMAGES_A_CLASS} images a class"
             warnings.warn(
                 f"images are recognised again instead of classified: the {few} images have labels of fewer than two "
-                f"classes, or fewer than {LABELLED_IMAGES_A_CLASS} a class.",
+                f"classes{fewer}.",
                 stacklevel=2,
             )
         plain = evaluation(config.data.size)
 
-        def images(source: Source, most: int, views: tuple = plain) -> Images:
+        def images(source: Source, most: int, views: Recipe = plain) -> Images:
             usable = np.flatnonzero(np.asarray(source.labels) >= 0) if self.task == "labels" else np.arange(len(source))
             chosen = np.random.Generator(np.random.Philox(0)).permutation(usable)[:most]
             loader = ViewLoader(
@@ -110,7 +98,7 @@ class Evaluator:
             self.bank, self.queries = images(train, config.eval.bank), images(held_out, config.eval.queries)
         else:
             source, most = train if held_out is None else held_out, min(INSTANCES, config.eval.queries)
-            self.bank, self.queries = images(source, most), images(source, most, recipe[:1])
+            self.bank, self.queries = images(source, most), images(source, most, recipe_of(config)[:1])
         self.linear = config.eval.linear and self.task == "labels"
 
     def pixels(self) -> float:
@@ -139,9 +127,8 @@ class Evaluator:
         """
         queries, _ = self.measured
         features = queries[:: max(1, len(queries) // SPECTRUM_IMAGES)]
-        mode = projector.training
-        rows = torch.nn.functional.normalize(projector.eval()(features).float(), dim=-1)
-        projector.train(mode)
+        with evaluation_mode(projector):
+            rows = torch.nn.functional.normalize(projector(features).float(), dim=-1)
         count, dim = rows.shape
         return (singular_values(rows) * math.sqrt(min(count, dim) / count)).tolist()
 

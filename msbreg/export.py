@@ -7,19 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from msbreg.checkpoint import reason, whole_file
-from msbreg.config import Config
+from msbreg.config import config_of
 from msbreg.errors import MSBRegError
 
-__all__ = ["backbone_of", "config_of", "export_backbone"]
-
-
-def config_of(state: dict[str, Any]) -> Config:
-    """The config of the run that wrote a checkpoint."""
-    defaults = Config()
-    try:
-        return Config(**{name: type(getattr(defaults, name))(**options) for name, options in state["config"].items()})
-    except (AttributeError, TypeError) as error:
-        raise MSBRegError(f"the checkpoint has options of another version of msbreg ({error}).") from error
+__all__ = ["backbone_of", "export_backbone"]
 
 
 def backbone_of(state: dict[str, Any]) -> nn.Module:

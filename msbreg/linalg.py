@@ -1,8 +1,8 @@
 """Singular values and what follows from them, batched, and quiet about input that is not finite.
 
-In training nothing here takes a singular value decomposition: for M of N rows and D columns everything comes from the
-Gram matrix G on the smaller side, MᵀM (D x D) or, when N < D, M Mᵀ (N x N). The public functions carry no gradient;
-`msbreg.functional.nuclear_norm` does.
+No loss takes a singular value decomposition here unless its solver is "svd": for M of N rows and D columns everything
+comes from the Gram matrix G on the smaller side, MᵀM (D x D) or, when N < D, M Mᵀ (N x N). The public functions carry
+no gradient; `msbreg.functional.nuclear_norm` does.
 
 torch's own decompositions raise on NaN and Inf. These give NaN for the matrices concerned and right values for their
 neighbours in the batch, without asking the device whether there are any.
@@ -66,9 +66,13 @@ def effective_rank(matrix: Tensor) -> Tensor:
         ValueError: fewer than two dimensions.
         TypeError: not floating point.
     """
-    s = singular_values(matrix)
-    total = s.sum(-1, keepdim=True)
-    p = s / torch.where(total == 0, 1.0, total)
+    return entropy_rank(singular_values(matrix))
+
+
+def entropy_rank(values: Tensor) -> Tensor:
+    """The `effective_rank`, (...), of matrices with these singular values (..., p)."""
+    total = values.sum(-1, keepdim=True)
+    p = values / torch.where(total == 0, 1.0, total)
     entropy = -torch.special.xlogy(p, p).sum(-1)
     return torch.where(total[..., 0] == 0, 0.0, entropy.exp())
 

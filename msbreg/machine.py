@@ -4,7 +4,9 @@ import math
 import os
 from pathlib import Path
 
-__all__ = ["allowed_cores", "usable_cores"]
+import torch
+
+__all__ = ["allowed_cores", "synchronize", "usable_cores"]
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -22,3 +24,9 @@ def usable_cores() -> int:
         return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):
         return cores
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the GPU, where it is one."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from msbreg.checkpoint import whole_file
 from msbreg.errors import MSBRegError
-from msbreg.linalg import effective_rank, singular_values
+from msbreg.linalg import entropy_rank, singular_values
 
 __all__ = ["MetricsFile", "Progress", "Stopwatch", "embedding_statistics", "markdown_table", "memory_megabytes"]
 
@@ -91,7 +91,7 @@ def embedding_statistics(embeddings: Tensor) -> dict[str, float]:
     values = singular_values(rows[0]) * math.sqrt(min(count, dim) / count)
     statistics = {
         "embedding_std": rows.flatten(0, 1).std(dim=0).mean() * math.sqrt(dim),
-        "effective_rank": effective_rank(rows[0]),
+        "effective_rank": entropy_rank(values),
         "singular_max": values.max(),
         "singular_min": values.min(),
         "centroid_norm": rows.mean(dim=(0, 1)).norm(),
@@ -102,9 +102,9 @@ def embedding_statistics(embeddings: Tensor) -> dict[str, float]:
 def memory_megabytes(device: torch.device) -> float:
     """Peak memory of this process so far: allocated on the GPU, or resident on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return torch.cuda.max_memory_allocated(device) / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**10 if sys.platform != "darwin" else peak / 2**20
+    return (peak if sys.platform == "darwin" else 1024 * peak) / 1e6
 
 
 class Stopwatch:

@@ -102,7 +102,7 @@ class Processes:
             dist.destroy_process_group()
         if isinstance(error, RuntimeError) and is_of_memory(error):
             where = f"GPU {self.device.index}" if self.device.type == "cuda" else "this machine"
-            (wanted,) = re.findall(r"ried to allocate ([\d.]+ \w+)", str(error))[:1] or ["more"]
+            (wanted,) = re.findall(r"ried to allocate ([\d.]+ \w+)", str(error))[:1] or ["tensor"]
             raise MSBRegError(
                 f"the memory of {where} does not suffice for another {wanted}: lower --data.batch_size, --data.views "
                 "or --data.size, set --model.view_chunk, or start more processes."

@@ -5,7 +5,7 @@ the device.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from msbreg.data import Batch
 from msbreg.distributed import convert_sync_batchnorm
 from msbreg.errors import MSBRegError
 from msbreg.evaluation import OnlineProbe
+from msbreg.inputs import share_of_batch
 from msbreg.methods import StepOutput, build_method
 from msbreg.optim import build_optimizer
 from msbreg.preflight import require_sizes
@@ -52,7 +53,7 @@ class TrainingStep:
     ) -> None:
         self.config, self.processes, self.device = config, processes, processes.device
         self.steps, self.warmup_steps = steps, warmup_steps
-        self.batch = config.data.batch_size // processes.world
+        self.batch = share_of_batch(config, processes)
         self.peak_lr = scaled_lr(config.optim.lr, config.data.batch_size)
         bf16 = config.model.precision == "bf16" or (config.model.precision == "auto" and self.device.type == "cuda")
         self.input_dtype = torch.bfloat16 if bf16 else torch.float32
@@ -103,6 +104,30 @@ class TrainingStep:
         if self.probe is not None:
             self.probe.learn(out.features, batch.labels.to(self.device, non_blocking=True))
         return out
+
+    def loss_alone(self, batch: Batch) -> Callable[[], Tensor]:
+        """The loss of the networks' embeddings of a batch, and its gradient at these: what it costs, for a benchmark.
+
+        Args:
+            batch: as in a step. The networks, which see it now, are in their present mode.
+
+        Returns:
+            A function that computes both, and gives the loss.
+        """
+        with torch.no_grad(), self._autocast:
+            embeddings = self.method.embed([view.to(self.input_dtype) for view in batch.views], self.batch)
+        z = embeddings.z.detach().requires_grad_()
+        p = z if embeddings.p is embeddings.z else embeddings.p.detach().requires_grad_()
+        leaves = embeddings._replace(z=z, p=p)
+
+        def loss() -> Tensor:
+            z.grad = p.grad = None
+            with self._autocast:
+                out = self.method.losses(leaves)
+            out.loss.backward()
+            return out.loss.detach()
+
+        return loss
 
     @property
     def lr(self) -> float:

@@ -5,10 +5,7 @@ learning rate, the EMA momentum. So a run that was killed and started again walk
 """
 
 import contextlib
-import fcntl
 import gc
-import json
-import os
 import signal
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,11 +18,11 @@ import torch
 from torch import Tensor
 
 from msbreg import checkpoint
-from msbreg.config import Config, flatten
-from msbreg.data import Source, ViewLoader, open_source, open_split, with_classes_of
+from msbreg.config import Config
 from msbreg.errors import MSBRegError
-from msbreg.evaluator import TASKS, Evaluator, has_labels, set_aside
-from msbreg.export import config_of, export_backbone
+from msbreg.evaluator import TASKS, Evaluator
+from msbreg.export import export_backbone
+from msbreg.inputs import has_labels, open_images, open_loader
 from msbreg.methods import StepOutput
 from msbreg.monitor import (
     MetricsFile,
@@ -38,18 +35,14 @@ from msbreg.monitor import (
     read_metrics,
 )
 from msbreg.plots import draw_curves
-from msbreg.preflight import planned_steps, recipe_of, share_of_batch
+from msbreg.preflight import planned_steps
 from msbreg.processes import Processes
+from msbreg.run_folder import read_json, refuse_other_config, run_folder, write_json
 from msbreg.step import TrainingStep
 
 __all__ = ["Trainer", "pretrain"]
 
 BAD_LOSSES_IN_A_ROW = 3
-FREE_TO_CHANGE = {
-    "run.dir", "run.resume", "run.threads", "run.checkpoint_every", "run.log_every", "run.tensorboard", "run.device",
-    "run.timeout", "data.path", "data.images", "data.eval_path", "data.backend", "data.threads", "data.prefetch",
-    "data.timeout", "data.cache",
-}  # fmt: skip
 
 
 def pretrain(config: Config) -> dict[str, Any]:
@@ -66,6 +59,11 @@ def pretrain(config: Config) -> dict[str, Any]:
         MSBRegError: what the user can mend; see its text.
     """
     config.validate()
+    if config.data.path is None and config.data.images:
+        raise MSBRegError(
+            f"--data.images says that this config is for {config.data.images:,} images, but there is no --data.path to "
+            "them; give it, or --data.images 0 to train on images that msbreg renders."
+        )
     patience = timedelta(seconds=config.run.timeout)
     # A signal while images are listed, networks built or other ranks awaited must end the run as cleanly as later ones.
     with (
@@ -95,7 +93,6 @@ class Trainer:
         if state is not None:
             refuse_other_config(state, config, folder)
 
-        self.threads = config.data.threads or processes.share_of_cores()
         self.source, self.held_out = open_images(config, processes)
         processes.agree(len(self.source), "the training images")
         if state is not None and state["images"] != len(self.source):
@@ -103,20 +100,7 @@ class Trainer:
                 f"the run in {folder} was trained on {state['images']:,} images, but there are {len(self.source):,} "
                 "now; choose another --run.dir, or the images it had."
             )
-        self.batch, self.recipe = share_of_batch(config, processes), recipe_of(config)
-        self.loader = ViewLoader(
-            self.source,
-            self.recipe,
-            self.batch,
-            seed=config.run.seed,
-            rank=processes.rank,
-            world_size=processes.world,
-            device=self.device,
-            backend=config.data.backend,
-            threads=self.threads,
-            prefetch=config.data.prefetch,
-            timeout=config.data.timeout,
-        )
+        self.loader = open_loader(config, processes, self.source)
         self.steps = planned_steps(config, self.loader.steps_per_epoch)
         self.warmup_steps = min(self.steps, round(config.optim.warmup_epochs * self.loader.steps_per_epoch))
         self.eval_every = (
@@ -141,7 +125,7 @@ class Trainer:
             self.evaluator = None
             if first:
                 self.evaluator = Evaluator(
-                    config, self.source, self.held_out, recipe=self.recipe, device=self.device, threads=self.threads
+                    config, self.source, self.held_out, device=self.device, threads=self.loader.threads
                 )
                 opened.callback(self.evaluator.close)
                 last = {"train": self.done, "eval": self.results["evaluated"]} if self.done else None
@@ -257,7 +241,7 @@ class Trainer:
         self._record(row)
         self.progress.show(
             loss=row["loss"],
-            rank=row["effective_rank"],
+            effective_rank=row["effective_rank"],
             images_s=row["images_per_second"],
             knn=self.results["knn_top1"],
         )
@@ -289,7 +273,7 @@ class Trainer:
         results["knn_top1"] = accuracy.knn
         if self.done == 0:
             results["knn_top1_untrained"] = accuracy.knn
-        row = {"event": "eval", "step": self.done, "knn_top1": accuracy.knn}
+        row = {"event": "eval", "step": self.done, "task": evaluator.task, "knn_top1": accuracy.knn}
         row["knn_top1_pixels"] = results["knn_top1_pixels"]
         if self.step.probe is not None and evaluator.task == "labels":
             results["online_linear_top1"] = row["online_linear_top1"] = self.step.probe.accuracy(*evaluator.measured)
@@ -422,57 +406,6 @@ class Trainer:
         print(f"\n{done} in {self.folder}/")
 
 
-def open_images(config: Config, processes: Processes) -> tuple[Source, Source | None]:
-    """Training images, and held-out images with usable labels where there are any."""
-    if config.data.path is None:
-        from msbreg.data.rendered import render
-
-        path: str | Path = rendered_folder(config)
-        if processes.local_rank == 0:
-            render(path, size=config.data.size)
-        processes.wait()
-    else:
-        path = os.path.expanduser(config.data.path)
-    train, held_out = open_split(path)
-    if config.data.eval_path is not None:
-        held_out = with_classes_of(train, open_source(os.path.expanduser(config.data.eval_path)))
-    elif held_out is None and has_labels(train):
-        train, held_out = set_aside(train)
-    return train, held_out
-
-
-def rendered_folder(config: Config) -> Path:
-    """Where the rendered images of a config's size are kept between runs."""
-    cache = config.data.cache or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "msbreg")
-    return Path(cache).expanduser() / f"rendered-{config.data.size}"
-
-
-@contextlib.contextmanager
-def run_folder(config: Config, processes: Processes) -> Iterator[Path]:
-    """Makes the run folder and keeps other runs out of it until this one ends."""
-    folder = Path(config.run.dir).expanduser()
-    if not processes.first:
-        processes.wait()
-        yield folder
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until the run ends
-    except OSError as error:
-        raise MSBRegError(
-            f"cannot write to the run folder {folder}: {error.strerror}; choose another --run.dir."
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise MSBRegError(f"another process is training in {folder}; choose another --run.dir.") from error
-        except OSError:  # a file system without locks: nothing keeps two runs apart then but their users
-            pass
-        processes.wait()
-        yield folder
-
-
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Within it, SIGTERM and SIGUSR1 (what schedulers send before they preempt) and Ctrl-C fill the list it gives.
@@ -510,19 +443,6 @@ def collected_by_hand() -> Iterator[None]:
         gc.unfreeze()
 
 
-def refuse_other_config(state: dict[str, Any], config: Config, folder: Path) -> None:
-    """A run goes on only as it began: options that shape its result may not change in the middle."""
-    before, now = flatten(config_of(state)), flatten(config)
-    changed = [name for name in now if name not in FREE_TO_CHANGE and before[name] != now[name]]
-    changed = [name for name in changed if not name.startswith("eval.") or name == "eval.linear"]
-    if changed:
-        differences = "; ".join(f"--{name} was {before[name]} and is now {now[name]}" for name in changed)
-        raise MSBRegError(
-            f"{folder} holds a run with other options: {differences}. "
-            "Give the options it had to go on with it, or another --run.dir to start anew."
-        )
-
-
 def tensorboard(folder: Path, step: int) -> Any:
     """A TensorBoard writer in the run folder, which drops what an earlier process wrote after `step`."""
     try:
@@ -530,18 +450,3 @@ def tensorboard(folder: Path, step: int) -> Any:
     except ImportError as error:
         raise MSBRegError("--run.tensorboard needs the tensorboard package: pip install tensorboard.") from error
     return SummaryWriter(str(folder), purge_step=step + 1)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
-    with checkpoint.whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; empty where the file is missing, damaged or of something else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -15,9 +16,10 @@ from PIL import Image
 
 from msbreg.cli import main, name_configs
 from msbreg.config import Config
+from msbreg.inputs import open_images
 from msbreg.monitor import read_metrics
 from msbreg.processes import Processes
-from msbreg.trainer import Trainer, open_images
+from msbreg.trainer import Trainer
 
 TIMES = {
     "images_per_second", "views_per_second", "data_wait_ms", "step_ms", "memory_mb", "seconds", "processes",
@@ -84,7 +86,7 @@ def test_a_run_leaves_what_the_readme_promises(undisturbed):
         "memory_mb", "embedding_std", "effective_rank", "singular_max", "singular_min", "centroid_norm",
     ):  # fmt: skip
         assert all(isinstance(row[name], float) for row in train), name
-    assert [row["step"] for row in rows if row["event"] == "eval"] == [0, 12]
+    assert [(row["step"], row["task"]) for row in rows if row["event"] == "eval"] == [(0, "labels"), (12, "labels")]
 
 
 def test_the_exported_backbone_is_the_trained_one(undisturbed):
@@ -243,13 +245,35 @@ def test_images_without_labels_are_recognised_again(tmp_path, small, swatches):
     assert summary["task"] == "instances" and 0 < summary["knn_top1"] <= 1 and "linear_top1" not in summary
 
 
-def test_too_few_labels_to_hold_a_tenth_out_are_said(tmp_path, small, swatches, capsys):
-    for index, image in enumerate(sorted((swatches / "train").rglob("*.jpg"))[:40]):
-        (tmp_path / "images" / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "images" / "ab"[index % 2] / f"{index}.jpg").symlink_to(image)
-    options = ["--data.path", str(tmp_path / "images"), "--optim.steps", "1"]
+def in_classes(folder: Path, swatches: Path, classes: str, images: int) -> Path:
+    """A folder of so many images, spread over classes with names of one letter."""
+    for index, image in enumerate(sorted((swatches / "train").rglob("*.jpg"))[:images]):
+        (folder / classes[index % len(classes)]).mkdir(parents=True, exist_ok=True)
+        (folder / classes[index % len(classes)] / f"{index}.jpg").symlink_to(image)
+    return folder
+
+
+def test_a_tenth_of_labelled_images_is_classified_however_few_a_class_it_has(tmp_path, small, swatches):
+    images = in_classes(tmp_path / "images", swatches, "abcd", 40)
+    assert pretrain("--run.dir", tmp_path / "run", *small, "--data.path", images, "--optim.steps", "1") == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["task"] == "labels" and summary["images"] == 36
+
+
+@pytest.mark.parametrize(
+    ("classes", "held_out", "words"),
+    [
+        ("ab", "a", "the 5 held-out images have labels of fewer than two classes."),
+        ("abcdefghijkl", "ab", "the 40 training images have labels .* of fewer than 4 images a class."),
+    ],
+)
+def test_labels_that_cannot_be_used_are_said(tmp_path, small, swatches, capsys, classes, held_out, words):
+    images = in_classes(tmp_path / "images", swatches, classes, 40)
+    others = in_classes(tmp_path / "others", swatches, held_out, 5)
+    options = ["--data.path", images, "--data.eval_path", others, "--optim.steps", "1"]
     assert pretrain("--run.dir", tmp_path / "run", *small, *options) == 0
-    assert "recognised again instead of classified: the 4 held-out images have labels" in capsys.readouterr().err
+    assert re.search(f"recognised again instead of classified: {words}", capsys.readouterr().err)
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["task"] == "instances"
 
 
 def test_processes_of_torchrun_train_as_one_does(tmp_path, small, undisturbed, free_port):
@@ -284,13 +308,23 @@ def test_a_signal_to_torchrun_lets_all_ranks_save(tmp_path, small, free_port):
 
 
 def test_eval_and_export(undisturbed, tmp_path, capsys):
-    assert main(["eval", str(undisturbed), "--device", "cpu"]) == 0
+    assert main(["eval", str(undisturbed), "--run.device", "cpu"]) == 0
     printed = capsys.readouterr().out
     summary = json.loads((undisturbed / "summary.json").read_text())
     assert f"{summary['knn_top1']:.1%}" in printed and f"{summary['linear_top1']:.1%}" in printed
     assert main(["export", str(undisturbed), "--out", str(tmp_path)]) == 0
     for name, value in torch.load(undisturbed / "backbone.pt", weights_only=True).items():
         assert torch.equal(value, torch.load(tmp_path / "backbone.pt", weights_only=True)[name])
+
+
+def test_eval_takes_options_that_the_run_did_not_have(undisturbed, monkeypatch, capsys):
+    """As on a machine that lacks what the run was trained with."""
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    assert main(["eval", str(undisturbed), "--data.backend", "dali"]) == 2
+    assert "torchvision" in capsys.readouterr().err
+    assert main(["eval", str(undisturbed), "--data.backend", "torchvision", "--eval.queries", "7"]) == 0
+    (knn,) = re.search(r"kNN top-1 +\| +([\d.]+)%", capsys.readouterr().out).groups()
+    assert (7 * float(knn) / 100) % 1 == pytest.approx(0, abs=0.01) or float(knn) > 99
 
 
 def test_doctor_names_versions_and_devices(capsys):
@@ -357,6 +391,16 @@ def test_three_views_for_byol(tmp_path, small, capsys):
     assert "exactly 2" in refusal(capsys, "--run.dir", tmp_path, *small, "--data.views", "3", "--method.name", "byol")
 
 
+def test_an_option_that_a_method_does_not_have(tmp_path, small, capsys):
+    options = ["--method.name", "byol", "--method.lambda_s", "9"]
+    assert "--method.lambda_s is for --method.name msbreg" in refusal(capsys, "--run.dir", tmp_path, *small, *options)
+
+
+def test_a_config_of_a_data_set_without_it(tmp_path, capsys):
+    assert "50,000 images" in refusal(capsys, "--run.dir", tmp_path, "--config", "cifar10-resnet18")
+    assert not any(tmp_path.iterdir())
+
+
 def test_an_unknown_backbone(tmp_path, small, capsys):
     assert "resnet18" in refusal(capsys, "--run.dir", tmp_path, *small, "--model.backbone", "resnet81")
 
@@ -381,10 +425,12 @@ def test_numbers_beyond_all_use(capsys, option, value):
     assert f"--{option} is " in refusal(capsys, f"--{option}", value)
 
 
-@pytest.mark.parametrize(("option", "value"), [("--k", "-1"), ("--threads", "-1"), ("--threads", "100000")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--eval.k", "-1"), ("--data.threads", "-1"), ("--data.threads", "100000")]
+)
 def test_numbers_that_eval_does_not_take(undisturbed, capsys, option, value):
     assert main(["eval", str(undisturbed), option, value]) == 2
-    assert f"error: {option} is {value}, but must lie between 0 and " in capsys.readouterr().err
+    assert f"error: {option} is {value}, but must lie between " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["eval", "export"])

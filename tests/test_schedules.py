@@ -48,24 +48,21 @@ def test_the_learning_rate_is_per_256_images():
     assert scaled_lr(0.3, 4096) == pytest.approx(4.8)
 
 
-def test_ema_moves_parameters_and_leaves_buffers():
+def test_ema_moves_parameters():
     online = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     target = copy.deepcopy(online)
     for parameter in online.parameters():
         nn.init.normal_(parameter)
-    online(torch.randn(8, 3))
-    before, buffers = copy.deepcopy(list(target.parameters())), copy.deepcopy(list(target.buffers()))
+    before = copy.deepcopy(list(target.parameters()))
 
-    ema_update(target, online, 0.9)
+    ema_update(tuple(target.parameters()), tuple(online.parameters()), 0.9)
 
     for new, old, follow in zip(target.parameters(), before, online.parameters(), strict=True):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * follow)
-    assert all(torch.equal(new, old) for new, old in zip(target.buffers(), buffers, strict=True))
-    assert not torch.equal(online[1].running_mean, target[1].running_mean)
 
 
 def test_a_momentum_of_one_leaves_the_target_bit_for_bit():
     online, target = nn.Linear(3, 4), nn.Linear(3, 4)
     before = target.weight.clone()
-    ema_update(target, online, 1.0)
+    ema_update((target.weight,), (online.weight,), 1.0)
     assert torch.equal(target.weight, before)

@@ -137,7 +137,7 @@ def test_no_round_of_the_loop_reads_a_number(monkeypatch, tmp_path):
     """The trainer's own part of a step: waiting for images, watching losses, looking for signals."""
     monkeypatch.setattr(reference, "can_be_asked", lambda z: False)  # as on a GPU
     config = Config()
-    config.run.dir, config.data.images, config.data.size = str(tmp_path), 24, 16
+    config.run.dir, config.data.size = str(tmp_path), 16
     config.data.batch_size, config.data.backend, config.data.cache = BATCH, "torchvision", str(tmp_path / "images")
     config.model.hidden, config.model.dim, config.eval.queries, config.eval.bank = 24, 8, 8, 8
     config.optim.steps, config.run.log_every, config.run.checkpoint_every, config.eval.every = 6, 100, 100, 0

@@ -141,8 +141,8 @@ class ViewLoader:
         """Steps in which each image comes at most once."""
         self._reader = Reader(source)
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(images, seed=seed, epoch=epoch))
-        threads = threads or usable_cores()
-        self._backend = _open_backend(backend, recipe, min(batch_size, images), self.device, threads)
+        self.threads = threads or usable_cores()
+        self._backend = _open_backend(backend, recipe, min(batch_size, images), self.device, self.threads)
         self._reading, self._drawing = _Threads(READING_THREADS, "read"), _Threads(1, "draw")
         self._stream: Generator[Batch, None, None] | None = None
 

@@ -28,7 +28,7 @@ from PIL import Image
 
 from msbreg.errors import DataError
 
-__all__ = ["CLASSES", "render", "swatches"]
+__all__ = ["CLASSES", "cache_folder", "render", "swatches"]
 
 Array = NDArray[np.floating]
 
@@ -210,6 +210,11 @@ def swatches(labels: NDArray[np.int64], *, size: int, random: np.random.Generato
     return (picture.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
+def cache_folder() -> Path:
+    """Where rendered images are kept unless told otherwise: msbreg's folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "msbreg").expanduser()
+
+
 def render(
     folder: str | Path, *, images: int = IMAGES, test_images: int = TEST_IMAGES, size: int = 32, seed: int = 0
 ) -> Path:
@@ -234,10 +239,10 @@ def render(
     """
     folder = Path(folder)
     _sweep(folder)
-    recipe = {"version": VERSION, "images": images, "test_images": test_images, "size": size, "seed": seed}
-    if _recipe_of(folder) == recipe:
+    manifest = {"version": VERSION, "images": images, "test_images": test_images, "size": size, "seed": seed}
+    if _manifest_of(folder) == manifest:
         return folder
-    if folder.exists() and not (folder.is_dir() and (_recipe_of(folder) or not any(folder.iterdir()))):
+    if folder.exists() and not (folder.is_dir() and (_manifest_of(folder) or not any(folder.iterdir()))):
         raise DataError(f"{folder} is not a folder of rendered images and is left as it is; choose another place")
     partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     try:
@@ -245,8 +250,8 @@ def render(
         for stream, (split, count) in enumerate({"train": images, "test": test_images}.items()):
             random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, stream])))
             _write_split(partial / split, count, size, random)
-        (partial / MANIFEST).write_text(json.dumps(recipe) + "\n", encoding="utf-8")
-        _put_in_place(partial, folder, recipe)
+        (partial / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+        _put_in_place(partial, folder, manifest)
     except OSError as error:
         raise DataError(f"cannot write the rendered images to {folder}: {error.strerror or error}") from error
     finally:
@@ -262,7 +267,7 @@ def _sweep(folder: Path) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _recipe_of(folder: Path) -> dict[str, int] | None:
+def _manifest_of(folder: Path) -> dict[str, int] | None:
     """What a finished folder was rendered from; None where there is no such folder."""
     try:
         return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -286,8 +291,8 @@ def _jpeg(picture: NDArray[np.uint8]) -> bytes:
     return encoded.getvalue()
 
 
-def _put_in_place(partial: Path, folder: Path, recipe: dict[str, int]) -> None:
-    if _recipe_of(folder) not in (None, recipe):
+def _put_in_place(partial: Path, folder: Path, manifest: dict[str, int]) -> None:
+    if _manifest_of(folder) not in (None, manifest):
         outdated = partial.with_name(partial.name + "-outdated")
         os.rename(folder, outdated)
         shutil.rmtree(outdated, ignore_errors=True)
@@ -295,5 +300,5 @@ def _put_in_place(partial: Path, folder: Path, recipe: dict[str, int]) -> None:
         os.rename(partial, folder)
     except OSError:
         # Another process may have finished the same folder in the meantime; its pictures are these.
-        if _recipe_of(folder) != recipe:
+        if _manifest_of(folder) != manifest:
             raise

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from msbreg.ema import ema_update
+from msbreg.functional import MSBRegOutput
 from msbreg.losses import MSBRegLoss
 from msbreg.methods.encoder import Encoder
-from msbreg.methods.step import StepOutput
+from msbreg.methods.step import Embeddings, StepOutput
 
 __all__ = ["MSBReg"]
 
@@ -37,6 +38,7 @@ class MSBReg(nn.Module):
         self.target = copy.deepcopy(online).requires_grad_(False)
         self.criterion = criterion
         self.disperse = disperse
+        self._followers: tuple[tuple[nn.Parameter, ...], tuple[nn.Parameter, ...]] | None = None
 
     def forward(self, views: Sequence[Tensor], batch: int) -> StepOutput:
         """One step's loss.
@@ -46,18 +48,30 @@ class MSBReg(nn.Module):
                 (the whole views of multi-crop), the online network sees all.
             batch: images, B.
         """
-        features, z = self.online(views, batch)  # (K, B, F), (K, B, D)
-        p = z if self.predictor is None else self.predictor(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-        with torch.no_grad():
-            _, t = self.target(views[:1], batch)  # (K', B, D)
-        out = self.criterion(p, t, embedding=z if self.disperse == "projector" else p)
+        embeddings = self.embed(views, batch)
+        out = self.losses(embeddings)
         terms = {"centroid": out.centroid}
         if self.criterion.lambda_s:
             terms["singular_value"] = out.singular_value
         if self.criterion.lambda_b:
             terms["brownian"] = out.brownian
-        return StepOutput(out.loss, terms, features[0].detach(), z.detach())
+        return StepOutput(out.loss, terms, embeddings.features[0].detach(), embeddings.z.detach())
+
+    def embed(self, views: Sequence[Tensor], batch: int) -> Embeddings:
+        """All networks, run over the views of a batch; arguments as in `forward`."""
+        features, z = self.online(views, batch)
+        p = z if self.predictor is None else self.predictor(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        with torch.no_grad():
+            _, t = self.target(views[:1], batch)
+        return Embeddings(features, z, p, t)
+
+    def losses(self, embeddings: Embeddings) -> MSBRegOutput:
+        """The three losses of a batch's embeddings."""
+        _, z, p, t = embeddings
+        return self.criterion(p, t, embedding=z if self.disperse == "projector" else p)
 
     def after_step(self, tau: float) -> None:
         """Moves the target encoder towards the online one; call it after each optimizer step."""
-        ema_update(self.target, self.online, tau)
+        if self._followers is None:  # not before: moving a module to a device may make its parameters anew
+            self._followers = tuple(self.target.parameters()), tuple(self.online.parameters())
+        ema_update(*self._followers, tau)

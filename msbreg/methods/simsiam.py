@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from msbreg.functional import MSBRegOutput
 from msbreg.losses import MSBRegLoss
 from msbreg.methods.encoder import Encoder
-from msbreg.methods.step import StepOutput
+from msbreg.methods.step import Embeddings, StepOutput
 
 __all__ = ["SimSiam"]
 
@@ -31,10 +32,18 @@ class SimSiam(nn.Module):
 
     def forward(self, views: Sequence[Tensor], batch: int) -> StepOutput:
         """One step's loss; arguments as in `MSBReg.forward`."""
+        embeddings = self.embed(views, batch)
+        out = self.losses(embeddings)
+        return StepOutput(out.loss, {"centroid": out.centroid}, embeddings.features[0].detach(), embeddings.t)
+
+    def embed(self, views: Sequence[Tensor], batch: int) -> Embeddings:
+        """Both networks, run over the views of a batch."""
         features, z = self.online(views, batch)
-        p = self.predictor(z.flatten(0, 1)).unflatten(0, z.shape[:2])
-        out = self.criterion(p, z.detach())
-        return StepOutput(out.loss, {"centroid": out.centroid}, features[0].detach(), z.detach())
+        return Embeddings(features, z, self.predictor(z.flatten(0, 1)).unflatten(0, z.shape[:2]), z.detach())
+
+    def losses(self, embeddings: Embeddings) -> MSBRegOutput:
+        """The attraction of a batch's predictions to the other views' projections."""
+        return self.criterion(embeddings.p, embeddings.t)
 
     def after_step(self, tau: float) -> None:
         """Nothing moves outside the optimizer."""

@@ -4,7 +4,20 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["StepOutput"]
+__all__ = ["Embeddings", "StepOutput"]
+
+
+class Embeddings(NamedTuple):
+    """What the networks make of a batch, and losses compare."""
+
+    features: Tensor
+    """(K, B, F) of the backbone."""
+    z: Tensor
+    """(K, B, D) of the projector."""
+    p: Tensor
+    """(K, B, D) of the predictor; `z` itself where there is none."""
+    t: Tensor
+    """(K', B, D) of the targets' network, or of the projector again; no gradient."""
 
 
 class StepOutput(NamedTuple):

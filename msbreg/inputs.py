@@ -1,0 +1,105 @@
+"""What a config trains and is judged on: its images, the views of them, and the loader that makes these."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from msbreg.config import Config
+from msbreg.data import Source, ViewLoader, load_recipe, open_source, open_split, with_classes_of
+from msbreg.data.recipes import Recipe
+from msbreg.errors import MSBRegError
+from msbreg.processes import Processes
+
+__all__ = ["LABELLED_IMAGES_A_CLASS", "has_labels", "open_images", "open_loader", "recipe_of", "share_of_batch"]
+
+LABELLED_IMAGES_A_CLASS = 4
+"""Training images that a class needs on average before their labels are voted on."""
+
+
+def share_of_batch(config: Config, processes: Processes) -> int:
+    """B, the images of a step that each process has.
+
+    Raises:
+        MSBRegError: the processes cannot share a batch evenly.
+    """
+    if config.data.batch_size % processes.world:
+        raise MSBRegError(
+            f"--data.batch_size is {config.data.batch_size} images over all processes, which {processes.world} "
+            "processes cannot share evenly."
+        )
+    return config.data.batch_size // processes.world
+
+
+def recipe_of(config: Config) -> Recipe:
+    """The K views of each image.
+
+    Raises:
+        MSBRegError: there is no such recipe, or the method cannot compare its views with each other.
+    """
+    recipe = load_recipe(config.data.recipe, config.data.views, config.data.size)
+    if len({view.size for view in recipe}) > 1 and (config.method.leave_one_out or config.method.name != "msbreg"):
+        raise MSBRegError(
+            f"--data.recipe {config.data.recipe} has views of several sizes, and targets of the first size alone: "
+            "leave out --method.leave_one_out, and use --method.name msbreg."
+        )
+    return recipe
+
+
+def open_loader(config: Config, processes: Processes, source: Source) -> ViewLoader:
+    """The views of this process's share of each batch; to be called on all ranks.
+
+    Raises:
+        MSBRegError: of `share_of_batch`, `recipe_of` and `ViewLoader`.
+    """
+    return ViewLoader(
+        source,
+        recipe_of(config),
+        share_of_batch(config, processes),
+        seed=config.run.seed,
+        rank=processes.rank,
+        world_size=processes.world,
+        device=processes.device,
+        backend=config.data.backend,
+        threads=config.data.threads or processes.share_of_cores(),
+        prefetch=config.data.prefetch,
+        timeout=config.data.timeout,
+    )
+
+
+def open_images(config: Config, processes: Processes) -> tuple[Source, Source | None]:
+    """Training images, and held-out ones where there are any; some labelled training images where not.
+
+    Raises:
+        MSBRegError: there are no images where the config says, or they cannot be rendered there.
+    """
+    if config.data.path is None:
+        from msbreg.data.rendered import cache_folder, render
+
+        cache = Path(config.data.cache).expanduser() if config.data.cache else cache_folder()
+        path: str | Path = cache / f"rendered-{config.data.size}"
+        if processes.local_rank == 0:
+            render(path, size=config.data.size)
+        processes.wait()
+    else:
+        path = os.path.expanduser(config.data.path)
+    train, held_out = open_split(path)
+    if config.data.eval_path is not None:
+        held_out = with_classes_of(train, open_source(os.path.expanduser(config.data.eval_path)))
+    elif held_out is None and has_labels(train):
+        train, held_out = set_aside(train)
+    return train, held_out
+
+
+def has_labels(source: Source, *, a_class: int = LABELLED_IMAGES_A_CLASS) -> bool:
+    """Whether a source has two classes or more, with so many images each on average."""
+    labels = np.asarray(source.labels)
+    known = labels[labels >= 0]
+    return len(np.unique(known)) >= 2 and len(known) >= a_class * len(np.unique(known))
+
+
+def set_aside(source: Source) -> tuple[Source, Source]:
+    """Splits a tenth off a source, at random but always alike."""
+    order = np.random.Generator(np.random.Philox(0)).permutation(len(source))
+    held = max(1, round(0.1 * len(source)))
+    return source.subset(np.sort(order[held:])), source.subset(np.sort(order[:held]))

@@ -1,0 +1,75 @@
+"""The folder that a run lives in: kept to one run at a time, and to the options that it began with."""
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from msbreg.checkpoint import whole_file
+from msbreg.config import Config, config_of, flatten
+from msbreg.errors import MSBRegError
+from msbreg.processes import Processes
+
+__all__ = ["read_json", "refuse_other_config", "run_folder", "write_json"]
+
+FREE_TO_CHANGE = {
+    "run.dir", "run.resume", "run.threads", "run.checkpoint_every", "run.log_every", "run.tensorboard", "run.device",
+    "run.timeout", "data.path", "data.images", "data.eval_path", "data.backend", "data.threads", "data.prefetch",
+    "data.timeout", "data.cache",
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def run_folder(config: Config, processes: Processes) -> Iterator[Path]:
+    """Makes the run folder and keeps other runs out of it until this one ends."""
+    folder = Path(config.run.dir).expanduser()
+    if not processes.first:
+        processes.wait()
+        yield folder
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until the run ends
+    except OSError as error:
+        raise MSBRegError(
+            f"cannot write to the run folder {folder}: {error.strerror}; choose another --run.dir."
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise MSBRegError(f"another process is training in {folder}; choose another --run.dir.") from error
+        except OSError:  # a file system without locks: nothing keeps two runs apart then but their users
+            pass
+        processes.wait()
+        yield folder
+
+
+def refuse_other_config(state: dict[str, Any], config: Config, folder: Path) -> None:
+    """A run goes on only as it began: options that shape its result may not change in the middle."""
+    before, now = flatten(config_of(state)), flatten(config)
+    changed = [name for name in now if name not in FREE_TO_CHANGE and before[name] != now[name]]
+    changed = [name for name in changed if not name.startswith("eval.") or name == "eval.linear"]
+    if changed:
+        differences = "; ".join(f"--{name} was {before[name]} and is now {now[name]}" for name in changed)
+        raise MSBRegError(
+            f"{folder} holds a run with other options: {differences}. "
+            "Give the options it had to go on with it, or another --run.dir to start anew."
+        )
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; empty where the file is missing, damaged or of something else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
