@@ -221,7 +221,7 @@ def by_newton_schulz(spectrum: Spectrum) -> Spectral:
     def spectral(m: Tensor) -> Tensor:
         c, _ = _scales(m)
         g = _gram(m)
-        inverse_root = newton_schulz(g.detach(), SMOOTHING**2 / c, m.shape[-2]) / c**0.5
+        inverse_root = linalg.newton_schulz(g.detach(), SMOOTHING**2 / c, m.shape[-2]) / c**0.5
         trace = c * g.diagonal(dim1=-2, dim2=-1).sum(-1)
         product = c * (g * inverse_root).sum((-2, -1))
         shift = SMOOTHING**2 * inverse_root.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -229,22 +229,6 @@ def by_newton_schulz(spectrum: Spectrum) -> Spectral:
         return trace + g.shape[-1] * (1 + SMOOTHING**2) - 2 * root
 
     return spectral
-
-
-def newton_schulz(g: Tensor, shift: float, trace: float) -> Tensor:
-    """(G + shift I)^(-1/2) in plain torch on any device, where `msbreg.linalg.newton_schulz` runs kernels on GPUs.
-
-    The trace of G, the same for all, says before anything is computed how many steps are enough.
-    """
-    floor, steps = linalg.newton_schulz_plan(shift / trace, g.dtype)
-    size = torch.linalg.matrix_norm(g, keepdim=True)
-    scale = size + (shift / size).clamp_min(floor) * size
-    identity = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
-    y, z = g / scale + (1 - size / scale) * identity, identity.expand_as(g)
-    for a, b in steps:
-        t = a * identity + b * (y @ z)
-        y, z = t @ y, z @ t
-    return z * scale.rsqrt()
 
 
 def _gram(m: Tensor) -> Tensor:

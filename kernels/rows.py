@@ -17,10 +17,7 @@ from torch import Tensor
 from msbreg.kernels.philox import brownian_rows
 from msbreg.kernels.tiles import accumulator, load_tile, unit
 
-__all__ = ["MAX_DIM", "RowLosses", "centroid_of_others", "row_losses", "rows_forward_kernel", "tile"]
-
-MAX_DIM = 16384
-"""Widest row that a program holds in its registers."""
+__all__ = ["RowLosses", "centroid_of_others", "row_losses", "rows_forward_kernel", "tile"]
 
 
 @triton.jit
@@ -155,7 +152,7 @@ def row_losses(
     """The centroid and Brownian losses of embeddings, in one launch.
 
     Args:
-        z: (K, B, D), any floating dtype and strides, D at most `MAX_DIM`.
+        z: (K, B, D), any floating dtype and strides, D at most `kernels.MAX_DIM`.
         t: (K', B, D), the targets; None for no centroid loss. With `leave_one_out` K' is K.
         noise: seed and step, one int64 each on z's device; None for no Brownian loss.
         first_image: number of the first image among those of all processes.

@@ -136,7 +136,6 @@ def totals(
     *,
     views: int,
     weights: tuple[float, float, float],
-    spectral_scale: float,
     spectral_constant: float,
     dtype: torch.dtype,
     device: torch.device,
@@ -148,8 +147,7 @@ def totals(
         spectral: of `spectral_sums`; None for no such loss.
         views: K.
         weights: of the centroid, the singular value and the Brownian loss.
-        spectral_scale: L_S is this times the sum of `spectral`...
-        spectral_constant: ... plus this.
+        spectral_constant: L_S is the sum of `spectral` over K, plus this.
         dtype: of the results.
         device: of the results.
     """
@@ -158,6 +156,6 @@ def totals(
     with torch.cuda.device_of(total):
         totals_kernel[(1,)](
             images, spectral, total, parts, batch, 0 if spectral is None else spectral.numel(), 1 / (views * batch),
-            spectral_scale, spectral_constant, *weights, BLOCK=1024, num_warps=8, enable_fp_fusion=True,
+            1 / views, spectral_constant, *weights, BLOCK=1024, num_warps=8, enable_fp_fusion=True,
         )  # fmt: skip
     return total, parts

@@ -6,8 +6,7 @@ gradients come back in the dtype of their tensor, and nothing waits for the devi
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,9 +14,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from msbreg import kernels, linalg, reference
+from msbreg.arguments import (
+    Views,
+    check_choice,
+    check_embedding,
+    check_smoothing,
+    check_spectral,
+    check_targets,
+    raised,
+    raised_dtype,
+    stacked,
+)
 from msbreg.distributed import all_reduce_sum, world_size
 from msbreg.linalg import Solver
-from msbreg.noise import brownian_directions, check_integer, integer_on
+from msbreg.noise import brownian_directions, check_noise, integer_on
 from msbreg.reference import Spectrum
 
 __all__ = [
@@ -31,8 +41,6 @@ __all__ = [
     "singular_value_loss",
 ]
 
-Views = Tensor | Sequence[Tensor]
-"""(K, B, D), or a sequence of K tensors (B, D)."""
 Per = Literal["image", "view"]
 Reduction = Literal["mean", "none"]
 
@@ -107,15 +115,15 @@ def msbreg_loss(
 
     Raises:
         ValueError: shapes that do not fit, empty tensors, tensors on several devices, an unknown option.
-        TypeError: not tensors, or not floating point.
+        TypeError: not tensors, or not floating point; a seed, step or first image that is no integer.
     """
-    z, t = _views(online, "online"), _views(target, "target")
-    y = None if embedding is None or embedding is online else _views(embedding, "embedding")
-    _check_targets(z, t, leave_one_out)
+    z, t = stacked(online, "online"), stacked(target, "target")
+    y = None if embedding is None or embedding is online else stacked(embedding, "embedding")
+    check_targets(z, t, leave_one_out)
     if y is not None:
-        _check_embedding(y, z)
-    _check_spectral(spectrum, smoothing)
-    _check_choice("per", per, Per)
+        check_embedding(y, z)
+    check_spectral(spectrum, smoothing)
+    check_choice("per", per, Per)
 
     dispersion = spectrum if lambda_s != 0 else None
     noise = (seed, step, first_image) if lambda_b != 0 else None
@@ -123,11 +131,11 @@ def msbreg_loss(
         _losses, spectrum=dispersion, smoothing=smoothing, solver=solver, group=group, noise=noise, per=per
     )
     if y is None:
-        total, _, parts = disperse(z, weights=(lambda_m, lambda_s, lambda_b), targets=t, leave_one_out=leave_one_out)
+        total, parts, _ = disperse(z, weights=(lambda_m, lambda_s, lambda_b), targets=t, leave_one_out=leave_one_out)
     else:
-        total, _, parts = _losses(z, weights=(lambda_m, 0.0, 0.0), targets=t, leave_one_out=leave_one_out)
+        total, parts, _ = _losses(z, weights=(lambda_m, 0.0, 0.0), targets=t, leave_one_out=leave_one_out)
         if dispersion is not None or noise is not None:
-            other_total, _, other_parts = disperse(y, weights=(0.0, lambda_s, lambda_b))
+            other_total, other_parts, _ = disperse(y, weights=(0.0, lambda_s, lambda_b))
             total, parts = total + other_total, parts + other_parts
     return MSBRegOutput(total, parts[0], parts[1], parts[2])
 
@@ -151,11 +159,11 @@ def centroid_loss(
         ValueError: shapes that do not fit, empty tensors, tensors on several devices, an unknown reduction.
         TypeError: not tensors, or not floating point.
     """
-    z, t = _views(online, "online"), _views(target, "target")
-    _check_targets(z, t, leave_one_out)
-    _check_choice("reduction", reduction, Reduction)
+    z, t = stacked(online, "online"), stacked(target, "target")
+    check_targets(z, t, leave_one_out)
+    check_choice("reduction", reduction, Reduction)
     each = reduction == "none"
-    mean, losses, _ = _losses(z, weights=(1.0, 0.0, 0.0), targets=t, leave_one_out=leave_one_out, each=each)
+    mean, _, losses = _losses(z, weights=(1.0, 0.0, 0.0), targets=t, leave_one_out=leave_one_out, each=each)
     return losses if each else mean
 
 
@@ -191,8 +199,8 @@ def singular_value_loss(
             group.
         TypeError: not tensors, or not floating point.
     """
-    z = _views(embeddings, "embeddings", one=True)
-    _check_spectral(spectrum, smoothing)
+    z = stacked(embeddings, "embeddings", one=True)
+    check_spectral(spectrum, smoothing)
     return _losses(z, weights=(0.0, 1.0, 0.0), spectrum=spectrum, smoothing=smoothing, solver=solver, group=group)[0]
 
 
@@ -222,8 +230,8 @@ def brownian_loss(
         ValueError: a wrong shape, an empty tensor, an unknown `per`.
         TypeError: not tensors, or not floating point; a seed, step or first image that is no integer.
     """
-    z = _views(embeddings, "embeddings", one=True)
-    _check_choice("per", per, Per)
+    z = stacked(embeddings, "embeddings", one=True)
+    check_choice("per", per, Per)
     return _losses(z, weights=(0.0, 0.0, 1.0), noise=(seed, step, first_image), per=per)[0]
 
 
@@ -250,8 +258,8 @@ def nuclear_norm(
             on a GPU more than 32,767 matrices.
         TypeError: not tensors, or not floating point.
     """
-    z = _views(embeddings, "embeddings", one=True)
-    _check_smoothing(smoothing)
+    z = stacked(embeddings, "embeddings", one=True)
+    check_smoothing(smoothing)
     norms = _NuclearNorm.apply(z, smoothing, _solver(solver, z, group), group)
     return norms[0] if isinstance(embeddings, Tensor) and embeddings.dim() == 2 else norms
 
@@ -278,7 +286,7 @@ def coding_rate(
             matrices.
         TypeError: not tensors, or not floating point.
     """
-    z = _views(embeddings, "embeddings", one=True)
+    z = stacked(embeddings, "embeddings", one=True)
     if not precision > 0:
         raise ValueError(f"expected precision above 0, got {precision}")
     rates = _CodingRate.apply(z, precision, group)
@@ -306,7 +314,7 @@ def _losses(
         weights: of the centroid, the singular value and the Brownian loss.
         targets: (K', N, D); None for no centroid loss.
         leave_one_out: see `centroid_loss`.
-        each: whether the second result is wanted.
+        each: whether the third result is wanted.
         spectrum: None for no singular value loss.
         smoothing: see `singular_value_loss`.
         solver: see there.
@@ -315,18 +323,18 @@ def _losses(
         per: see `brownian_loss`.
 
     Returns:
-        The weighted sum and, where wanted, |ẑ - ĉ|², (K, N), both differentiable; and the three losses, (3,), detached.
+        The weighted sum, differentiable; the three losses, (3,), detached; and where wanted |ẑ - ĉ|², (K, N),
+        differentiable.
     """
     solver = _solver(solver, z, group)
     if z.device.type == kernels.DEVICE_TYPE and (spectrum != "nuclear" or solver == "newton_schulz"):
         from msbreg import ops  # needs triton
 
-        if z.shape[-1] <= ops.MAX_DIM:
+        if z.shape[-1] <= kernels.MAX_DIM:
             seed: Tensor | None = None
             step: Tensor | None = None
             if noise is not None:
-                check_integer(noise[0], "seed")
-                check_integer(noise[1], "step")
+                check_noise(*noise)
                 seed, step = integer_on(z.device, noise[0]), integer_on(z.device, noise[1])
             return ops.losses(
                 z,
@@ -348,7 +356,7 @@ def _losses(
     attraction, dispersion, push = _RowLosses.apply(z, c_hat, n_hat, spectral)
     parts = (attraction.mean(), dispersion, push)
     total = weights[0] * parts[0] + weights[1] * dispersion + weights[2] * push
-    return total, attraction, torch.stack(parts).detach()
+    return total, torch.stack(parts).detach(), attraction
 
 
 class _Spectral(NamedTuple):
@@ -371,7 +379,7 @@ class _RowLosses(torch.autograd.Function):
         ctx: Any, z: Tensor, c_hat: Tensor | None, n_hat: Tensor | None, spectral: _Spectral | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(z.device.type, enabled=False):
-            z_hat, norms = reference.unit_rows(_raised(z))
+            z_hat, norms = reference.unit_rows(raised(z))
             attraction, dispersion, push = (z_hat.new_zeros(()) for _ in range(3))
             weight = None
             if c_hat is not None:
@@ -401,7 +409,7 @@ def _spectral_loss(z_hat: Tensor, options: _Spectral) -> tuple[Tensor, Tensor]:
     """L_S and the weight W, (K, p, p), of its gradient ẑ W in this process."""
     spectrum, smoothing, solver, group = options
     world, (views, rows, dim) = world_size(group), z_hat.shape
-    gram, inverse_root = _gram(z_hat, smoothing, solver, group)
+    gram, inverse_root = _gram(z_hat, smoothing, solver, group, trace=rows * world)
     values, weight = reference.singular_value_loss(
         gram, inverse_root, rows=rows * world, dim=dim, spectrum=spectrum, smoothing=smoothing
     )
@@ -416,7 +424,7 @@ class _NuclearNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, smoothing: float, solver: Solver, group: dist.ProcessGroup | None) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
-            x = _raised(z)
+            x = raised(z)
             world, (_, rows, dim) = world_size(group), x.shape
             gram, inverse_root = _gram(x, smoothing, solver, group)
             values, weight = reference.nuclear_norm(gram, inverse_root, rows=rows * world, dim=dim, smoothing=smoothing)
@@ -428,7 +436,7 @@ class _NuclearNorm(torch.autograd.Function):
     def backward(ctx: Any, d_values: Tensor) -> tuple[Tensor | None, ...]:
         z, weight = ctx.saved_tensors
         with torch.autocast(z.device.type, enabled=False):
-            gradient = d_values[:, None, None] * _products(z).multiply(_raised(z), weight)
+            gradient = d_values[:, None, None] * _products(z).multiply(raised(z), weight)
             return gradient.to(z.dtype), None, None, None
 
 
@@ -438,7 +446,7 @@ class _CodingRate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, precision: float, group: dist.ProcessGroup | None) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):
-            x = _raised(z)
+            x = raised(z)
             world, (_, rows, dim) = world_size(group), x.shape
             gram = all_reduce_sum(_products(x).gram(x, smaller=group is None), group)
             values, weight = reference.coding_rate(
@@ -452,12 +460,12 @@ class _CodingRate(torch.autograd.Function):
     def backward(ctx: Any, d_values: Tensor) -> tuple[Tensor | None, ...]:
         z, weight = ctx.saved_tensors
         with torch.autocast(z.device.type, enabled=False):
-            gradient = d_values[:, None, None] * _products(z).multiply(_raised(z), weight)
+            gradient = d_values[:, None, None] * _products(z).multiply(raised(z), weight)
             return gradient.to(z.dtype), None, None
 
 
 def _products(x: Tensor) -> Any:
-    """Whose `gram` and `multiply` to take, on matrices (K, N, D) and without autograd."""
+    """Whose `gram`, `multiply` and `newton_schulz` to take, on matrices (K, N, D) and without autograd."""
     if x.device.type != kernels.DEVICE_TYPE:
         return linalg
     from msbreg import ops  # needs triton
@@ -465,27 +473,21 @@ def _products(x: Tensor) -> Any:
     return ops
 
 
-def _raised_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _raised(x: Tensor) -> Tensor:
-    """Half precisions in float32, the others as they are."""
-    return x.to(_raised_dtype(x))
-
-
 def _gram(
-    m: Tensor, smoothing: float, solver: Solver, group: dist.ProcessGroup | None
+    m: Tensor, smoothing: float, solver: Solver, group: dist.ProcessGroup | None, *, trace: float | None = None
 ) -> tuple[Tensor, reference.InverseRoot]:
     """The Gram matrix of all processes' rows and a function to its inverse root, by the solver that is wanted.
 
-    Eigenvalues near zero want float64 where no smoothing covers for what is wrong with them in float32.
+    Eigenvalues near zero want float64 where no smoothing covers for what is wrong with them in float32. `trace` is that
+    of the Gram matrix, where it is known.
     """
     x = m.double() if solver == "eigh" and smoothing == 0 else m
     gram = all_reduce_sum(_products(x).gram(x, smaller=group is None), group)
     tolerance = linalg.rank_tolerance(m, solver)
 
     def inverse_root(gram: Tensor, shift: float) -> Tensor:
+        if solver == "newton_schulz":
+            return _products(x).newton_schulz(gram, shift, trace)
         return linalg.inverse_root(gram, shift, solver, x, tolerance)
 
     return gram, inverse_root
@@ -494,7 +496,7 @@ def _gram(
 @torch.no_grad()
 def _centroids(z: Tensor, t: Tensor, leave_one_out: bool) -> Tensor:
     with torch.autocast(z.device.type, enabled=False):
-        return reference.centroids(_raised(t), leave_one_out=leave_one_out).to(_raised_dtype(z))
+        return reference.centroids(raised(t), leave_one_out=leave_one_out).to(raised_dtype(z))
 
 
 def _directions(z: Tensor, seed: int | Tensor, step: int | Tensor, first_image: int, per: Per) -> Tensor:
@@ -507,88 +509,11 @@ def _directions(z: Tensor, seed: int | Tensor, step: int | Tensor, first_image: 
         first_image=first_image,
         views=views if per == "view" else None,
         device=z.device,
-        dtype=_raised_dtype(z),
+        dtype=raised_dtype(z),
     )
-
-
-def _views(x: Views, name: str, *, one: bool = False) -> Tensor:
-    """The argument as a tensor (K, B, D) that can be computed with; with `one`, a tensor (B, D) is K = 1."""
-    wanted = f"a tensor (K, B, D){', a tensor (B, D)' if one else ''} or a sequence of tensors (B, D)"
-    if isinstance(x, Tensor):
-        _check_tensor(x, name)
-        z = x[None] if one and x.dim() == 2 else x
-        if z.dim() != 3:
-            raise ValueError(f"expected {name} to be {wanted}, got shape {tuple(x.shape)}")
-    elif isinstance(x, (list, tuple)) and all(isinstance(view, Tensor) for view in x):
-        if not x:
-            raise ValueError(f"expected {name} to hold at least one view, got an empty {type(x).__name__}")
-        for k, view in enumerate(x):
-            _check_tensor(view, f"{name}[{k}]")
-            _check_device(f"{name}[{k}]", view, f"{name}[0]", x[0])
-            if view.dim() != 2 or view.shape != x[0].shape:
-                shapes = ", ".join(str(tuple(view.shape)) for view in x)
-                raise ValueError(f"expected the views in {name} to be of one shape (B, D), got {shapes}")
-        z = torch.stack(tuple(x))
-    else:
-        raise TypeError(f"expected {name} to be {wanted}, got {type(x).__name__}")
-    if 0 in z.shape:
-        raise ValueError(f"expected {name} to have at least one view, image and dimension, got shape {tuple(z.shape)}")
-    return z
-
-
-def batch_size(views: Views) -> int:
-    """B, or 0 for an argument that the losses are going to refuse."""
-    view = views[0] if isinstance(views, (list, tuple)) and views else views
-    return view.shape[-2] if isinstance(view, Tensor) and view.dim() >= 2 else 0
-
-
-def _check_tensor(x: Tensor, name: str) -> None:
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"expected {name} in float16, bfloat16, float32 or float64, got {x.dtype}")
-
-
-def _check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    if x.device != other.device:
-        raise ValueError(f"expected {name} on {other.device}, as {other_name}, got {x.device}")
-
-
-def _check_targets(z: Tensor, t: Tensor, leave_one_out: bool) -> None:
-    _check_device("target", t, "online", z)
-    if t.shape[1:] != z.shape[1:]:
-        raise ValueError(
-            f"expected target (K', B, D) with online's B and D, {tuple(z.shape[1:])}, got {tuple(t.shape[1:])}"
-        )
-    if leave_one_out and (t.shape[0] < 2 or t.shape[0] != z.shape[0]):
-        raise ValueError(
-            "expected as many target views as online views, at least 2, with leave_one_out; "
-            f"got {t.shape[0]} and {z.shape[0]}"
-        )
-
-
-def _check_embedding(y: Tensor, z: Tensor) -> None:
-    _check_device("embedding", y, "online", z)
-    if y.shape[:2] != z.shape[:2]:
-        raise ValueError(
-            f"expected embedding (K, B, D) with online's K and B, {tuple(z.shape[:2])}, got {tuple(y.shape[:2])}"
-        )
 
 
 def _solver(solver: Solver, z: Tensor, group: dist.ProcessGroup | None) -> Solver:
     if solver == "svd" and group is not None:
         raise ValueError("expected solver 'eigh' or 'newton_schulz' with a process group, got 'svd': it needs all rows")
     return linalg.resolve_solver(solver, z.device)
-
-
-def _check_spectral(spectrum: Spectrum, smoothing: float) -> None:
-    _check_choice("spectrum", spectrum, Spectrum)
-    _check_smoothing(smoothing)
-
-
-def _check_smoothing(smoothing: float) -> None:
-    if not smoothing >= 0:
-        raise ValueError(f"expected smoothing of at least 0, got {smoothing}")
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ValueError(f"expected {name} to be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")

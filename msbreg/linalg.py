@@ -196,10 +196,6 @@ def newton_schulz(gram: Tensor, shift: float, trace: float | None = None) -> Ten
         trace: at least the trace of G, where it is known beforehand: a large shift beside it saves steps.
     """
     floor, steps = newton_schulz_plan(0.0 if trace is None else shift / trace, gram.dtype)
-    if gram.device.type == kernels.DEVICE_TYPE:
-        from msbreg import ops  # needs triton
-
-        return ops.inverse_root(gram.reshape(-1, *gram.shape[-2:]), shift, floor, steps).view_as(gram)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # By the Frobenius norm rather than the trace: eigenvalues as large as can be keep their digits.
     size = torch.linalg.matrix_norm(gram, keepdim=True)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from msbreg import functional
+from msbreg.arguments import Views, batch_size
 from msbreg.distributed import rank
 from msbreg.functional import (
     LAMBDA_B,
@@ -20,8 +21,6 @@ from msbreg.functional import (
     MSBRegOutput,
     Per,
     Reduction,
-    Views,
-    batch_size,
 )
 from msbreg.linalg import Solver
 from msbreg.reference import Spectrum
@@ -29,7 +28,7 @@ from msbreg.reference import Spectrum
 __all__ = ["BrownianLoss", "CentroidLoss", "MSBRegLoss", "SingularValueLoss"]
 
 
-class _Loss(nn.Module):
+class Loss(nn.Module):
     """A loss whose repr shows its options."""
 
     options: tuple[str, ...] = ()
@@ -46,7 +45,7 @@ class _Noise(TypedDict):
     first_image: int
 
 
-class _NoisyLoss(_Loss):
+class _NoisyLoss(Loss):
     """Holds the noise's seed and step as int64 buffers, so that a state_dict resumes the noise where it was saved.
 
     In training mode a forward pass uses the current step, then advances it by one. In eval mode it uses the current
@@ -160,7 +159,7 @@ class MSBRegLoss(_NoisyLoss):
         return out
 
 
-class CentroidLoss(_Loss):
+class CentroidLoss(Loss):
     """L_M, the squared distance of views to the centroid of the target views; `msbreg.functional.centroid_loss`.
 
     Args:
@@ -180,7 +179,7 @@ class CentroidLoss(_Loss):
         return functional.centroid_loss(online, target, leave_one_out=self.leave_one_out, reduction=self.reduction)
 
 
-class SingularValueLoss(_Loss):
+class SingularValueLoss(Loss):
     """L_S, how far singular values are from equal; `msbreg.functional.singular_value_loss`.
 
     Args:

@@ -6,10 +6,7 @@ from torch import Tensor
 from msbreg import kernels
 from msbreg.philox import WORD, normals, philox4x32
 
-__all__ = ["brownian_directions", "check_integer", "integer_on", "plain_directions"]
-
-WIDEST = 16384
-"""Numbers in the widest row that the kernel draws."""
+__all__ = ["brownian_directions", "check_noise", "integer_on", "plain_directions"]
 
 
 def brownian_directions(
@@ -18,7 +15,7 @@ def brownian_directions(
     *,
     seed: int | Tensor,
     step: int | Tensor,
-    first_image: int | Tensor = 0,
+    first_image: int = 0,
     views: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -45,17 +42,16 @@ def brownian_directions(
 
     Raises:
         ValueError: batch, dim or views below 1.
-        TypeError: a seed, step or first image that is neither an int nor a zero-dimensional int64 tensor, or a dtype
-            that is not floating point.
+        TypeError: a seed or step that is neither an int nor a zero-dimensional int64 tensor, a first image that is no
+            int, or a dtype that is not floating point.
     """
     if min(batch, dim, 1 if views is None else views) < 1:
         raise ValueError(f"expected batch, dim and views of at least 1, got {batch}, {dim} and {views}")
     if not dtype.is_floating_point:
         raise TypeError(f"expected a floating-point dtype, got {dtype}")
-    for name, value in (("seed", seed), ("step", step), ("first_image", first_image)):
-        check_integer(value, name)
+    check_noise(seed, step, first_image)
     where = torch.get_default_device() if device is None else torch.device(device)
-    plain = torch.compiler.is_compiling() or isinstance(first_image, Tensor) or dim > WIDEST
+    plain = torch.compiler.is_compiling() or dim > kernels.MAX_DIM
     if plain or where.type != kernels.DEVICE_TYPE:
         return plain_directions(batch, dim, seed, step, first_image, views, device, dtype)
     from msbreg.kernels import philox  # needs triton
@@ -71,7 +67,7 @@ def plain_directions(
     dim: int,
     seed: int | Tensor,
     step: int | Tensor,
-    first_image: int | Tensor = 0,
+    first_image: int = 0,
     views: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -95,13 +91,16 @@ def integer_on(device: torch.device, value: int | Tensor) -> Tensor:
     return torch.full((), value, dtype=torch.int64, device=device)
 
 
-def check_integer(value: int | Tensor, name: str) -> None:
-    """Raises TypeError for what is neither an int nor a zero-dimensional int64 tensor."""
-    if isinstance(value, Tensor):
-        if value.dtype != torch.int64 or value.dim() != 0:
-            raise TypeError(
-                f"expected {name} to be a zero-dimensional int64 tensor, got {value.dtype} of shape "
-                f"{tuple(value.shape)}"
-            )
-    elif not isinstance(value, int):
-        raise TypeError(f"expected {name} to be an int or an int64 tensor, got {type(value).__name__}")
+def check_noise(seed: int | Tensor, step: int | Tensor, first_image: int) -> None:
+    """Raises TypeError for a seed or step that is no int or int64 scalar, or a first image that is no int."""
+    for name, value in (("seed", seed), ("step", step)):
+        if isinstance(value, Tensor):
+            if value.dtype != torch.int64 or value.dim() != 0:
+                raise TypeError(
+                    f"expected {name} to be a zero-dimensional int64 tensor, got {value.dtype} of shape "
+                    f"{tuple(value.shape)}"
+                )
+        elif not isinstance(value, int):
+            raise TypeError(f"expected {name} to be an int or an int64 tensor, got {type(value).__name__}")
+    if not isinstance(first_image, int):
+        raise TypeError(f"expected first_image to be an int, got {type(first_image).__name__}")

@@ -2,7 +2,7 @@
 
 `msbreg.functional` calls `losses`: in eager mode it runs the launches inside an autograd function, and while
 `torch.compile` traces it is the registered operator `msbreg::losses`, with the same two functions behind it: eager
-calls skip the operator's dispatch. `gram`, `multiply` and `inverse_root` are what the nuclear norm and the coding rate
+calls skip the operator's dispatch. `gram`, `multiply` and `newton_schulz` are what the nuclear norm and the coding rate
 take, as those of `msbreg.linalg` in plain torch; they carry no gradient.
 """
 
@@ -21,11 +21,11 @@ from msbreg.kernels.gradient import row_losses_backward
 from msbreg.kernels.gram import gram as gram_of_rows
 from msbreg.kernels.inverse_root import inverse_root as run_inverse_root
 from msbreg.kernels.product import product
-from msbreg.kernels.rows import MAX_DIM, row_losses
+from msbreg.kernels.rows import row_losses
 from msbreg.kernels.tiles import accumulator
 from msbreg.kernels.totals import spectral_sums, totals
 
-__all__ = ["MAX_DIM", "gram", "inverse_root", "losses", "multiply"]
+__all__ = ["gram", "losses", "multiply", "newton_schulz"]
 
 MAX_MATRICES = 2**15 - 1
 """As many as the third axis of a grid can number, twice over: a step of the inverse root makes two of each."""
@@ -147,7 +147,6 @@ def _forward(
         sums,
         views=z.shape[0],
         weights=tuple(weights),
-        spectral_scale=1 / z.shape[0],
         spectral_constant=0.0 if dispersion is None else dispersion.constant,
         dtype=rows.norms.dtype,
         device=z.device,
@@ -294,28 +293,29 @@ def losses(
     """The losses of one tensor of embeddings, in float32, or float64 for float64 embeddings; differentiable in z.
 
     Args:
-        z: (K, B, D), any floating dtype and strides, on a device that runs kernels, D at most `kernels.rows.MAX_DIM`.
+        z: (K, B, D), any floating dtype and strides, on a device that runs kernels, D at most `kernels.MAX_DIM`.
         t: (K', B, D), the targets, on z's device; None for no centroid loss.
         seed: one int64 on z's device; None for no Brownian loss.
         step: as seed.
         first_image: number of the first image among those of all processes.
         leave_one_out: a view's centroid is of the targets of the other views; K' is then K.
         per_view: directions for each view rather than for each image.
-        each: whether the second result is wanted.
+        each: whether the third result is wanted.
         weights: of the centroid, the singular value and the Brownian loss.
         spectrum: of the singular value loss, of which `"nuclear"` has its inverse root by Newton-Schulz; None for none.
         smoothing: of `"nuclear"`.
         group: process group over which the rows are spread; None for this process alone.
 
     Returns:
-        The weighted sum; |ẑ - ĉ|², (K, B), or empty; both differentiable; and the three losses, (3,), detached.
+        The weighted sum, differentiable; the three losses, (3,), detached; and |ẑ - ĉ|², (K, B), or empty,
+        differentiable.
     """
     run = _losses_operator if torch.compiler.is_compiling() else _Losses.apply
     name = None if group is None else group.group_name
     total, parts, attraction, *_ = run(
         z, t, seed, step, first_image, leave_one_out, per_view, each, weights, spectrum, smoothing, name
     )
-    return total, attraction, parts
+    return total, parts, attraction
 
 
 def _gram(matrix: Tensor, smaller: bool) -> Tensor:
@@ -371,7 +371,8 @@ def multiply(matrix: Tensor, weight: Tensor) -> Tensor:
     return (_multiply_operator if torch.compiler.is_compiling() else _multiply)(matrix, weight)
 
 
-def inverse_root(gram: Tensor, shift: float, floor: float, steps: Sequence[tuple[float, float]]) -> Tensor:
-    """(G + h I)^(-1/2), (K, p, p), for h the shift, or floor |G|; floor and steps by `linalg.newton_schulz_plan`."""
+def newton_schulz(gram: Tensor, shift: float, trace: float | None = None) -> Tensor:
+    """(G + shift I)^(-1/2), (K, p, p), of as many matrices as `gram` makes; see `linalg.newton_schulz`."""
+    floor, steps = linalg.newton_schulz_plan(0.0 if trace is None else shift / trace, gram.dtype)
     run = _inverse_root_operator if torch.compiler.is_compiling() else _inverse_root
     return run(gram, shift, floor, [a for a, _ in steps], [b for _, b in steps])

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from msbreg import linalg, reference
+from msbreg.arguments import Views, check_targets, raised, stacked
 from msbreg.distributed import world_size
-from msbreg.functional import SOLVER, Views, _check_targets, _raised, _views, coding_rate, nuclear_norm
+from msbreg.functional import SOLVER, coding_rate, nuclear_norm
 from msbreg.linalg import Solver
-from msbreg.losses import _Loss
+from msbreg.losses import Loss
 
 __all__ = ["CodingRateLoss", "MMCRLoss", "SVMaxLoss", "covariance_energy", "cross_correlation_energy"]
 
@@ -28,7 +29,7 @@ BATCH_NORM_EPS = 1e-5
 """What Barlow Twins' batch normalisation adds to the variance: torch's default."""
 
 
-class MMCRLoss(_Loss):
+class MMCRLoss(Loss):
     """-‖C‖_* + λ mean_b ‖Ẑ[b]‖_* for the centroids C[b] = mean_k ẑ[k, b], which views that disagree make shorter.
 
     Yerxa, Kuang, Simoncelli, Chung, "Learning Efficient Coding of Natural Images with Maximum Manifold Capacity
@@ -70,12 +71,12 @@ class MMCRLoss(_Loss):
                 solver, `"svd"` with a group.
             TypeError: not tensors, or not floating point.
         """
-        z = _views(online, "online")
+        z = stacked(online, "online")
         z_hat = _UnitRows.apply(z)
         centroids = z_hat.mean(0)
         if target is not None:
-            t = _views(target, "target")
-            _check_targets(z, t, leave_one_out=False)
+            t = stacked(target, "target")
+            check_targets(z, t, leave_one_out=False)
             centroids = (centroids + _UnitRows.apply(t.detach()).mean(0).to(z_hat.dtype)) / 2
         elif z.shape[0] < 2:
             raise ValueError("expected at least two views of each image, or a target view, got one view")
@@ -85,7 +86,7 @@ class MMCRLoss(_Loss):
         return loss
 
 
-class SVMaxLoss(_Loss):
+class SVMaxLoss(Loss):
     """weight exp((U - s_μ) / (U - L)): the mean singular value s_μ of a batch of unit rows is pushed up to its bound U.
 
     Taha, Hanson, Shrivastava, Davis, "SVMax: A Feature Embedding Regularizer", 2021,
@@ -124,14 +125,14 @@ class SVMaxLoss(_Loss):
             ValueError: a wrong shape, an empty tensor, an unknown solver, `"svd"` with a group.
             TypeError: not tensors, or not floating point.
         """
-        z_hat = _UnitRows.apply(_views(embeddings, "embeddings", one=True))
+        z_hat = _UnitRows.apply(stacked(embeddings, "embeddings", one=True))
         rows, dim = z_hat.shape[1] * world_size(self.group), z_hat.shape[2]
         lower, upper = math.sqrt(rows), math.sqrt(rows * min(rows, dim))  # of r s_μ
         norms = nuclear_norm(z_hat, solver=self.solver, group=self.group)
         return self.weight * ((upper - norms) / ((upper - lower) or 1.0)).exp().mean()
 
 
-class CodingRateLoss(_Loss):
+class CodingRateLoss(Loss):
     """-λ_c mean_b mean_k cos(ẑ[k, b], z̄[b]) - λ_r mean_k R(Ẑ[k]): EMP-SSL's similarity and total coding rate.
 
     Tong, Chen, Ma, LeCun, "EMP-SSL: Towards Self-Supervised Learning in One Training Epoch", 2023,
@@ -177,7 +178,7 @@ class CodingRateLoss(_Loss):
             ValueError: a wrong shape, an empty tensor, a precision that is not positive.
             TypeError: not tensors, or not floating point.
         """
-        z_hat = _UnitRows.apply(_views(embeddings, "embeddings"))
+        z_hat = _UnitRows.apply(stacked(embeddings, "embeddings"))
         # For unit rows mean_k <ẑ[k], z̄> / |z̄| is |z̄|² / |z̄|.
         similarity = torch.linalg.vector_norm(z_hat.mean(0), dim=-1).mean()
         rate = coding_rate(z_hat, precision=self.precision, group=self.group).mean()
@@ -200,10 +201,10 @@ def covariance_energy(embeddings: Views) -> Tensor:
         ValueError: a wrong shape, an empty tensor.
         TypeError: not tensors, or not floating point.
     """
-    x = _views(embeddings, "embeddings", one=True)
+    x = stacked(embeddings, "embeddings", one=True)
     rows, dim = x.shape[1:]
     with torch.autocast(x.device.type, enabled=False):
-        x = _raised(x)
+        x = raised(x)
         x = (x - x.mean(1, keepdim=True)) / math.sqrt(max(rows - 1, 1))
         gram = linalg.gram(x)
         if rows < dim:
@@ -231,10 +232,10 @@ def cross_correlation_energy(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: shapes that differ or are not (N, D), empty tensors, tensors on two devices.
         TypeError: not tensors, or not floating point.
     """
-    z = _views((x, y), "(x, y)")
+    z = stacked((x, y), "(x, y)")
     rows, dim = z.shape[1:]
     with torch.autocast(z.device.type, enabled=False):
-        z = _raised(z)
+        z = raised(z)
         z = z - z.mean(1, keepdim=True)
         z = z * torch.rsqrt(z.square().mean(1, keepdim=True) + BATCH_NORM_EPS) / math.sqrt(rows)
         diagonal = (z[0] * z[1]).sum(0)
@@ -255,7 +256,7 @@ class _UnitRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
-        z_hat, norms = reference.unit_rows(_raised(z))
+        z_hat, norms = reference.unit_rows(raised(z))
         ctx.save_for_backward(z_hat, norms)
         ctx.dtype = z.dtype
         return z_hat

@@ -21,7 +21,7 @@ import report
 import shapes
 import timing
 import usage
-from providers import by_svd, definition, newton_schulz, providers
+from providers import by_svd, definition, providers
 
 from msbreg import linalg
 from msbreg.functional import SMOOTHING
@@ -97,7 +97,7 @@ def test_flops_are_those_of_the_products():
     with FlopCounterMode(display=False) as counter:
         g = linalg.gram(m)
         gram = counter.get_total_flops()
-        weight = newton_schulz(g, SMOOTHING**2 * 48 / 32, 48)
+        weight = linalg.newton_schulz(g, SMOOTHING**2 * 48 / 32, 48)
         root = counter.get_total_flops() - gram
         linalg.multiply(m, weight)
         product = counter.get_total_flops() - gram - root

@@ -155,11 +155,13 @@ def test_layouts(layout):
         {"seed": 0, "step": torch.tensor(3.0)},
         {"seed": 0, "step": torch.tensor([3, 4])},
         {"seed": torch.tensor(1, dtype=torch.int32), "step": 0},
+        {**NOISE, "first_image": 1.5},
+        {**NOISE, "first_image": torch.tensor(3)},
     ],
 )
 def test_noise_of_no_integer_is_refused(noise):
     z = gaussian(2, 4, 3, dtype=F32)
-    with pytest.raises(TypeError, match=r"(seed|step) to be"):
+    with pytest.raises(TypeError, match=r"(seed|step|first_image) to be"):
         msbreg_loss(z, z, **noise)
 
 
@@ -401,7 +403,7 @@ def test_offsets_do_not_overflow():
 def test_too_wide_rows_go_the_plain_way(monkeypatch):
     z, t = gaussian(2, 4, 12, dtype=F32), gaussian(2, 4, 12, seed=1, dtype=F32)
     expected = losses_and_gradients([z], t, {"spectrum": "whitening"})
-    monkeypatch.setattr(ops, "MAX_DIM", 8)
+    monkeypatch.setattr(kernels, "MAX_DIM", 8)
     monkeypatch.setattr(ops, "losses", None)
     got = losses_and_gradients([z], t, {"spectrum": "whitening"})
     assert torch.allclose(got[0], expected[0], rtol=1e-5) and torch.allclose(got[1][0], expected[1][0], atol=1e-6)
