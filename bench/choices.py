@@ -17,6 +17,8 @@ from pathlib import Path
 from records import commit, markdown, percent, processor, versions
 from runs import RunError, train
 
+from msbreg.machine import usable_cores
+
 COMMON = [  # with the choices themselves, so that rows mean the same when a default changes
     "--method.leave_one_out", "false", "--method.disperse", "projector", "--method.spectrum", "nuclear",
     "--method.lambda_s", "0.004", "--method.lambda_b", "0.5",
@@ -68,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         "command": f"python bench/choices.py --data CIFAR10_FOLDER --steps {options.steps} --seeds {options.seeds}",
         "date": date.today().isoformat(),
         "versions": versions(),
-        "machine": {"processor": processor(), "cores": os.cpu_count(), "jobs": options.jobs},
+        "machine": {"processor": processor(), "cores": usable_cores(), "jobs": options.jobs},
         "commit": commit(),
         "common": ["--data.path", "CIFAR10_FOLDER", *common],
         "rows": {name: [summaries[name, seed] for seed in range(options.seeds)] for name in ROWS},

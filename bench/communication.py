@@ -8,11 +8,13 @@ that:  unshare --user --map-root-user --net sh -c 'ip link set lo up; torchrun .
 """
 
 import argparse
-import json
-import os
-import platform
-from datetime import date
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from records import keep, markdown, provenance
+
+from msbreg import MSBRegLoss
 
 GRAM_BYTES = 4
 """Of a float32."""
@@ -37,18 +39,14 @@ def megabytes(count: float) -> str:
 
 def table(views: int, batch: int, dim: int) -> str:
     """Markdown: bytes and times by the number of GPUs."""
-    lines = [
-        "| GPUs | images | link | Gram matrices, MB | µs | embeddings in bf16, MB | µs | times as much |",
-        "| ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    rows = []
     for world in (8, 16, 64, 256, 1024):
         link, rate = list(LINKS.items())[world > 8]
         ours, gathered = all_reduce_bytes(views, dim, world), gather_bytes(views, batch, dim, world, 2)
-        lines.append(
-            f"| {world:,} | {world * batch:,} | {link} | {megabytes(ours)} | {1e6 * ours / rate:,.0f} | "
-            f"{megabytes(gathered)} | {1e6 * gathered / rate:,.0f} | {gathered / ours:,.0f} |"
-        )
-    return "\n".join(lines)
+        sizes = [cell for sent in (ours, gathered) for cell in (megabytes(sent), f"{1e6 * sent / rate:,.0f}")]
+        rows.append([f"{world:,}", f"{world * batch:,}", link, *sizes, f"{gathered / ours:,.0f}"])
+    head = ["GPUs", "images", "link", "Gram matrices, MB", "µs", "embeddings in bf16, MB", "µs", "times as much"]
+    return markdown(head, rows, text=0)
 
 
 def loopback_bytes() -> int:
@@ -59,11 +57,6 @@ def loopback_bytes() -> int:
 
 def count(views: int, batch: int, dim: int, calls: int) -> dict:
     """Bytes that each process of the group sends for one call of the loss, forward and backward."""
-    import torch
-    import torch.distributed as dist
-
-    from msbreg import MSBRegLoss
-
     sent = {}
     for name, group in (("group", dist.group.WORLD), ("no group", None)):
         criterion = MSBRegLoss(group=group)
@@ -100,21 +93,16 @@ def main() -> None:
     if options.count is None:
         print(table(8, 256, 256))
         return
-    import torch
-    import torch.distributed as dist
-
     dist.init_process_group("gloo")
     shapes = [(2, 64, 128), (2, 512, 128), (8, 64, 128), (2, 64, 512)]
     rows = [count(*shape, options.calls) for shape in shapes]
     if dist.get_rank() == 0:
-        facts = {"date": date.today().isoformat(), "torch": torch.__version__, "machine": platform.machine()}
-        options.count.parent.mkdir(parents=True, exist_ok=True)
-        options.count.write_text(json.dumps({**facts, "backend": "gloo", "rows": rows}, indent=1) + "\n")
+        facts = provenance("bench/communication.py", None, torch.device("cpu"), ())
+        keep({**facts, "backend": "gloo", "rows": rows}, options.count)
         for row in rows:
             print(row)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     main()

@@ -28,12 +28,12 @@ import launch_cost
 import torch
 import triton
 from assembly import accesses, amd_resources, dots, matrix_units, overflows, ptxas_resources
+from records import provenance
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
-import msbreg
 from msbreg.functional import LAMBDA_B, LAMBDA_S, SMOOTHING
 
 __all__ = ["CASES", "QUICK", "Case", "Launch", "Row", "calls", "compiled", "faults", "main", "recorded", "specialised"]
@@ -406,7 +406,7 @@ def cost_table(costs: Iterable[Mapping[str, Any]]) -> str:
 
 def document(rows: Iterable[Row], costs: Iterable[Mapping[str, Any]]) -> str:
     """The report in JSON, a row a line."""
-    about = {"command": sys.argv} | {module.__name__: module.__version__ for module in (msbreg, torch, triton)}
+    about = provenance("bench/compile_report.py", None, torch.device("cpu"), ("triton",))
     lists = {"kernels": [dataclasses.asdict(row) for row in rows], "calls": list(costs)}
     text = json.dumps(about)[:-1]
     for name, items in lists.items():

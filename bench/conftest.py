@@ -12,7 +12,7 @@ import pytest
 import shapes
 import torch
 from providers import Provider, providers
-from usage import gpu_state
+from records import gpu_state
 
 import msbreg
 from msbreg.machine import usable_cores

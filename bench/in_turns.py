@@ -22,7 +22,6 @@ from records import cell, keep, markdown, provenance, spread
 from shapes import Shape
 from timing import Round, calls, copies, device_round
 from torch import Tensor
-from usage import gpu_state
 
 __all__ = ["main", "measure"]
 
@@ -96,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     result = provenance("bench/in_turns.py", None, device, ("triton", "lightly"))
-    result |= {"gpu": gpu_state(device), "threads": torch.get_num_threads(), "shape": str(shape)}
+    result |= {"threads": torch.get_num_threads(), "shape": str(shape)}
     result |= {"dtype": options.dtype, "rounds": options.rounds}
     result["rows"] = measure(options.providers, shape, DTYPES[options.dtype], device, rounds=options.rounds)
     keep(result, options.json)

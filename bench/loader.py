@@ -31,7 +31,6 @@ from runs import end_with_parent
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision.transforms import v2
-from usage import gpu_state
 
 from msbreg.data import Source, View, ViewLoader, load_recipe, open_source, open_split
 from msbreg.data.recipes import MEAN, STD, WHOLE_IMAGE_BELOW, Recipe
@@ -357,7 +356,6 @@ def facts(options: argparse.Namespace, source: Source) -> dict[str, Any]:
     device = torch.device(options.device)
     return {
         **provenance("bench/loader.py", options.data, device, packages),
-        "gpu": gpu_state(device),
         "images": {
             "from": "rendered" if options.data is None else "files",
             "count": len(source),

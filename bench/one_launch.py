@@ -26,7 +26,6 @@ import triton.language as tl
 from records import keep, markdown, provenance
 from timing import device_round, plan
 from torch import Tensor
-from usage import gpu_state
 
 from msbreg.functional import SMOOTHING
 from msbreg.kernels.inverse_root import (
@@ -241,7 +240,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("bench/one_launch.py measures a GPU, and torch finds none here; msbreg doctor says what it finds.")
     device = torch.device("cuda")
-    result = provenance("bench/one_launch.py", None, device, ("triton",)) | {"gpu": gpu_state(device), "rows": []}
+    result = provenance("bench/one_launch.py", None, device, ("triton",)) | {"rows": []}
     for views, side in SHAPES:
         result["rows"].append(measure(views, side, device, seconds=options.seconds, rounds=options.rounds))
         keep(result, options.json)

@@ -23,7 +23,6 @@ import torch
 from loader import images
 from numpy.typing import NDArray
 from records import cell, keep, markdown, provenance, spread
-from usage import gpu_state
 
 from msbreg.data import Source, View
 from msbreg.data.dali import gaussian_row
@@ -257,7 +256,7 @@ def main() -> None:
         sys.exit(f"bench/operators.py: {error}")
     rows = measure(ways, device, threads=options.threads, rounds=options.rounds, seconds=options.seconds)
     result = provenance("bench/operators.py", options.data, device, ("nvidia-dali-cuda130", "nvidia-dali-cuda120"))
-    result |= {"gpu": gpu_state(device), "size": options.size, "batch": batch, "threads": options.threads, "rows": rows}
+    result |= {"size": options.size, "batch": batch, "threads": options.threads, "rows": rows}
     keep(result, options.json)
     print(table(result))
 

@@ -26,7 +26,6 @@ import triton.language as tl
 from records import cell, keep, markdown, provenance, spread
 from timing import device_round, plan
 from torch import Tensor
-from usage import gpu_state
 
 from msbreg.data.parameters import colour_matrices
 from msbreg.data.recipes import MEAN, STD, View
@@ -186,7 +185,7 @@ def main() -> None:
     device = torch.device("cuda")
     views = random_views(options.views, options.size, device)
     rows = measure(views, torch.bfloat16, seconds=options.seconds, rounds=options.rounds)
-    result = provenance("bench/pixels.py", None, device, ("triton",)) | {"gpu": gpu_state(device)}
+    result = provenance("bench/pixels.py", None, device, ("triton",))
     result |= {"size": options.size, "views": options.views, "rows": rows}
     keep(result, options.json)
     print(f"{options.views} views of {options.size} pixels in bfloat16, {result['device_name']}\n")

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from msbreg.machine import usable_cores
 __all__ = [
     "cell",
     "commit",
+    "gpu_state",
     "keep",
     "markdown",
     "percent",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
+STATE = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
 def provenance(script: str, data: object, device: torch.device, packages: Sequence[str]) -> dict[str, Any]:
@@ -52,6 +55,7 @@ def provenance(script: str, data: object, device: torch.device, packages: Sequen
         "cores": usable_cores(),
         "load_before": os.getloadavg(),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "gpu": gpu_state(device),
     }
 
 
@@ -83,6 +87,17 @@ def processor() -> str:
     """The CPU's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def gpu_state(device: torch.device) -> dict[str, str]:
+    """What nvidia-smi says of the GPU now; empty where it says nothing."""
+    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
+        return {}
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    query = [f"--query-gpu={','.join(STATE)}", "--format=csv,noheader", f"--id={uuid}"]
+    done = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, timeout=30)
+    values = done.stdout.strip().split(", ")
+    return dict(zip(STATE, values, strict=True)) if len(values) == len(STATE) else {}
 
 
 def percent(shares: Sequence[float]) -> str:

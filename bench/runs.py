@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import commit, processor, versions
-from usage import gpu_state
+from records import commit, gpu_state, processor, versions
+
+from msbreg.machine import usable_cores
 
 __all__ = ["RunError", "end_with_parent", "failed", "finished", "train"]
 
@@ -128,7 +129,7 @@ def keep_record(place: Path, options: list[str], about: dict[str, Any]) -> dict[
         "date": date.today().isoformat(),
         "commit": commit(),
         "versions": versions(),
-        "machine": {"processor": processor(), "cores": os.cpu_count()}
+        "machine": {"processor": processor(), "cores": usable_cores()}
         | ({"gpu": gpu_state(torch.device("cuda"))} if gpu else {}),
         "summary": summary,
     }

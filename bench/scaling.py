@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torchvision
+from records import markdown
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -139,15 +140,15 @@ def table(counts: Counts, links: Links, *, views: int, batch: int, rate: float, 
     compute = views * batch / rate
     waits = exposed(counts, links, 1, views=views, backward=counts.backward * compute)
     names = ["GPUs", "images", "compute, ms", *waits, "step, ms", "of ideal", "images/s a GPU", "read, GB/s"]
-    lines = [f"| {' | '.join(names)} |", "|" + " ---: |" * len(names)]
+    rows = []
     for world in (1, 8, 16, 64, 256, 1024):
         waits = exposed(counts, links, world, views=views, backward=counts.backward * compute)
         step = max(compute + sum(waits.values()), batch / loaded)
         cells = [f"{world:,}", f"{world * batch:,}", f"{1e3 * compute:.0f}"]
         cells += [f"{1e3 * wait:.2f}" for wait in waits.values()]
         cells += [f"{1e3 * step:.0f}", f"{compute / step:.0%}", f"{batch / step:,.0f}"]
-        lines.append(f"| {' | '.join(cells)} | {JPEG * world * batch / step / 1e9:.1f} |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{JPEG * world * batch / step / 1e9:.1f}"])
+    return markdown(names, rows, text=0)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("pytest_benchmark", reason="the benchmarks need pytest-benchmark: pip install '.[bench]'")
 
 import ceilings
+import records
 import shapes
 import torch
 import usage
@@ -61,7 +62,7 @@ def test_loss(benchmark, wanted, shape: str, dtype: str, provider: str, mode: st
 def on_gpu(loss: Loss, batches: list[tuple[Tensor, Tensor]], mode: str, counts: dict, seconds: float) -> dict:
     """What is measured on a GPU beside its time, and the ceilings to compare with."""
     device = batches[0][0].device
-    found = {"sm_clock": usage.gpu_state(device).get("clocks.sm")}  # straight after the timed rounds
+    found = {"sm_clock": records.gpu_state(device).get("clocks.sm")}  # straight after the timed rounds
     eager = wall_round(calls(loss, batches, mode), device)
     times = sorted(eager() for _ in range(plan(eager, len(batches), seconds / 4)))
     return found | {

@@ -1,9 +1,7 @@
-"""What a call uses of a GPU beside time: memory and launches; and how fast the GPU's clocks ran."""
+"""What a call uses of a GPU beside time: memory and launches."""
 
 import gc
 import json
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +10,7 @@ import torch
 from timing import Call
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["gpu_state", "launches", "launches_in", "peak_memory"]
-
-STATE = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "temperature.gpu")
+__all__ = ["launches", "launches_in", "peak_memory"]
 
 
 def peak_memory(make: Callable[[], Call]) -> int:
@@ -43,14 +39,3 @@ def launches(call: Call) -> int:
 def launches_in(trace: dict) -> int:
     """Those in a profiler's trace; annotations of its are on the GPU's track too, and are not counted."""
     return sum(event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for event in trace["traceEvents"])
-
-
-def gpu_state(device: torch.device) -> dict[str, str]:
-    """What nvidia-smi says of the GPU now; empty where it says nothing."""
-    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
-        return {}
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    query = [f"--query-gpu={','.join(STATE)}", "--format=csv,noheader", f"--id={uuid}"]
-    done = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, timeout=30)
-    values = done.stdout.strip().split(", ")
-    return dict(zip(STATE, values, strict=True)) if len(values) == len(STATE) else {}

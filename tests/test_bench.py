@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import ceilings
 import cost
 import gate
+import records
 import report
 import shapes
 import timing
@@ -322,7 +323,7 @@ def test_usage_and_ceilings_of_a_gpu():
     x = torch.randn(2**20, device=device)
     assert usage.launches(lambda: x + x) == 1
     assert usage.peak_memory(lambda: lambda: x + x) == x.nbytes
-    assert usage.gpu_state(device).get("name", torch.cuda.get_device_name()) == torch.cuda.get_device_name()
+    assert records.gpu_state(device).get("name", torch.cuda.get_device_name()) == torch.cuda.get_device_name()
     assert timing.copies(x.nbytes, device) * x.nbytes >= 3 * torch.cuda.get_device_properties(device).L2_cache_size
     assert 1e11 < ceilings.copy_rate(30, device) < 2e13
     assert 1e12 < ceilings.product_rate("tf32", device, 2048) < ceilings.product_rate("bfloat16", device) < 1e16

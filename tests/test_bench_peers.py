@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 pytest.importorskip("torchvision", reason="the comparison with peers needs torchvision")
 
+import peer_trainers
 import peers
 
 from msbreg.data import load_recipe
@@ -35,8 +36,8 @@ pytestmark = pytest.mark.slow
 
 
 def setting(images, **changes):
-    case = peers.CASES["tiny"]._replace(batch=8, **changes)
-    return peers.Setting(case, str(images), "cpu", bf16=False, compile=False, cuda_graph=False, threads=1)
+    case = peer_trainers.CASES["tiny"]._replace(batch=8, **changes)
+    return peer_trainers.Setting(case, str(images), "cpu", bf16=False, compile=False, cuda_graph=False, threads=1)
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def built(swatches):
             pytest.importorskip("lightly.transforms", reason="lightly is not installed")
         if name == "solo_style":
             pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-        opened.append(peers.PROVIDERS[name].build(setting(images, **changes)))
+        opened.append(peer_trainers.PROVIDERS[name].build(setting(images, **changes)))
         return opened[-1]
 
     yield build
@@ -118,12 +119,12 @@ def test_the_json_says_where_it_is_from(run):
     assert result["processor"] and result["date"] and result["device_name"] == "cpu"
 
 
-@pytest.mark.parametrize("name", [name for name in peers.PROVIDERS if name != "lightly"])
+@pytest.mark.parametrize("name", [name for name in peer_trainers.PROVIDERS if name != "lightly"])
 def test_trains_with_its_number_of_views(name, built):
     peer = built(name)
     batch = next(peer.batches)
     views = torch.cat([*(batch if isinstance(batch, list) else batch.views)])
-    assert views.shape == (8 * peers.PROVIDERS[name].views, 3, 32, 32)
+    assert views.shape == (8 * peer_trainers.PROVIDERS[name].views, 3, 32, 32)
     peers.check(peer)
     assert peers.turn(peer, CPU, seconds=0, steps=2)["steps"] == 2
 
@@ -213,7 +214,7 @@ def expected(kinds):
 
     def batches(size):
         def of(images):
-            peer = peers.PROVIDERS["msbreg_byol"].build(setting(images, size=size))
+            peer = peer_trainers.PROVIDERS["msbreg_byol"].build(setting(images, size=size))
             closed.callback(peer.close)
             return peer.batches
 
@@ -251,7 +252,7 @@ def test_views_are_those_of_our_recipe(name, size, built, kinds, expected):
 def test_views_of_another_recipe_are_told_apart(change, size, seen, kinds, expected):
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     other = tuple(replace(view, **change) for view in load_recipe("auto", 2, size))
-    found = blocks(lambda images: peers.dali_batches(other, setting(images, size=size)), kinds)
+    found = blocks(lambda images: peer_trainers.dali_batches(other, setting(images, size=size)), kinds)
     assert [must <= do for must, do in zip(seen, differences(found, expected(size)), strict=True)] == [True, True]
 
 
@@ -259,7 +260,9 @@ def test_two_passes_are_byol(swatches):
     online, predictor = nn.Sequential(ConvNet(4), mlp_head(16, 32, 8)), nn.Linear(8, 8)
     oracle = BYOL(Encoder(*copy.deepcopy(online), view_chunk=1), copy.deepcopy(predictor))
     views = list(torch.randn(2, 8, 3, 16, 16))
-    peer = peers.byol(setting(swatches), online, predictor, peers.squared_distance, lambda *_: None, iter(()), ahead=0)
+    peer = peer_trainers.byol(
+        setting(swatches), online, predictor, peer_trainers.squared_distance, lambda *_: None, iter(()), ahead=0
+    )
     loss = oracle([torch.cat(views)], 8).loss
     torch.testing.assert_close(peer.step(views) / 2, loss.detach())
 
@@ -279,7 +282,7 @@ def broken(change):
                 target.weight.lerp_(online.weight, 0.1)
         return loss.detach() * (torch.nan if change == "loss" else 1)
 
-    return peers.Peer(online, predictor, target, iter(lambda: torch.ones(2, 4), None), step, ahead=0)
+    return peer_trainers.Peer(online, predictor, target, iter(lambda: torch.ones(2, 4), None), step, ahead=0)
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -311,7 +314,7 @@ def test_a_turn_times_waiting_and_training_and_throws_away_what_was_ready():
         time.sleep(0.03)
         return torch.zeros(())
 
-    peer = peers.Peer(*untrained(), batches(), step, ahead=6, together=4)
+    peer = peer_trainers.Peer(*untrained(), batches(), step, ahead=6, together=4)
     taken = peers.turn(peer, CPU, seconds=0, steps=5)
     assert taken["steps"] == 8  # two times the four that come together
     assert trained == list(range(6, 6 + 4 + 8)) and asked[-1] == trained[-1]
@@ -335,7 +338,9 @@ def test_waiting_on_a_gpu_is_the_gpus(host, sleeps, least, most):
         torch.cuda._sleep(40_000_000)
         return torch.zeros(())
 
-    taken = peers.turn(peers.Peer(*untrained(), batches(), step, ahead=0), torch.device("cuda", 0), seconds=0, steps=20)
+    taken = peers.turn(
+        peer_trainers.Peer(*untrained(), batches(), step, ahead=0), torch.device("cuda", 0), seconds=0, steps=20
+    )
     assert least <= taken["data_wait_ms"] <= most
 
 
@@ -373,9 +378,9 @@ def test_there_is_a_result_after_every_turn(monkeypatch, swatches):
 
 def test_workers_that_would_have_no_room_for_their_batches_are_not_started(swatches):
     wanted = setting(swatches)
-    peers.require_shared_memory(wanted)
+    peer_trainers.require_shared_memory(wanted)
     with pytest.raises(peers.MSBRegError, match="of 1000000000 workers need"):
-        peers.require_shared_memory(wanted._replace(threads=10**9))
+        peer_trainers.require_shared_memory(wanted._replace(threads=10**9))
 
 
 def answer(name, wanted):
@@ -392,7 +397,7 @@ def test_a_provider_whose_package_is_missing_says_so(swatches, monkeypatch):
     def build(setting):
         import there_is_no_such_package  # noqa: F401
 
-    monkeypatch.setitem(peers.PROVIDERS, "lightly", peers.Provider("", 2, build))
+    monkeypatch.setitem(peer_trainers.PROVIDERS, "lightly", peer_trainers.Provider("", 2, build))
     assert "not installed: No module named 'there_is_no" in answer("lightly", setting(swatches))["missing"]
 
 
