@@ -179,7 +179,7 @@ def calls(case: Case) -> dict[str, list[Launch]]:
     results: list[Tensor] = []
 
     def forward() -> None:
-        total, each, _ = ops.losses(
+        total, _, each = ops.losses(
             z, t, seed, step, first_image=0, weights=(1.0, LAMBDA_S, LAMBDA_B), group=None, smoothing=SMOOTHING,
             spectrum="whitening" if whitening else "nuclear", **options,
         )  # fmt: skip
