@@ -109,7 +109,7 @@ def test_the_losses(launches, dtype, options):
     z.requires_grad_()
     key = torch.tensor(4)
     options |= {"spectrum": "whitening", "smoothing": 0.0, "group": None}
-    total, each, _ = ops.losses(z, t, key, key, first_image=0, weights=(1.0, 0.1, 0.5), **options)
+    total, _, each = ops.losses(z, t, key, key, first_image=0, weights=(1.0, 0.1, 0.5), **options)
     (total + each.sum() if options["each"] else total).backward()
     agree(launches, "rows_forward", "gram", "spectral_sums", "totals", "product", "image_gradient")
 
