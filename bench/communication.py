@@ -80,6 +80,19 @@ def count(views: int, batch: int, dim: int, calls: int) -> dict:
     }  # fmt: skip
 
 
+def counted(rows: list[dict]) -> str:
+    """Markdown: what was sent beside the formula."""
+    cells = [
+        [
+            f"{row['views']}, {row['batch']}, {row['dim']}",
+            *(f"{row[name]:,.0f}" for name in ("formula", "sent")),
+            f"{row['measured_over_formula']:.3f}",
+        ]
+        for row in rows
+    ]
+    return markdown(["K, B, D", "bytes a process by the formula", "counted", "ratio"], cells)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -99,8 +112,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         facts = provenance("bench/communication.py", None, torch.device("cpu"), ())
         keep({**facts, "backend": "gloo", "rows": rows}, options.count)
-        for row in rows:
-            print(row)
+        print(counted(rows))
     dist.destroy_process_group()
 
 
