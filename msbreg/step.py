@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -158,7 +159,9 @@ class TrainingStep:
 
         `torch.manual_seed` would seed devices that are not there too, and format a stack for each in every step.
         """
-        seed = (self.config.run.seed * 2**40 + number * self.processes.world + self.processes.rank) % 2**63
+        # Mixed, since torch's generator on CPUs takes 32 bits alone, and NumPy's sequence makes any of them good.
+        entropy = np.random.SeedSequence((self.config.run.seed, number, self.processes.rank))
+        seed = int(entropy.generate_state(1, np.uint64)[0] >> 1)
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)

@@ -41,6 +41,22 @@ def test_what_is_saved_comes_back(tmp_path):
     assert names(tmp_path) == ["checkpoint.pt"]
 
 
+def test_one_saved_on_a_gpu_is_read_without_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    checkpoint.save_checkpoint(tmp_path, state(3, method=WEIGHTS))
+    assert checkpoint.load_run(tmp_path)["method"]["w"].device.type == "cpu"
+
+
+def test_all_bytes_are_on_the_disk_before_they_get_their_name_and_then_the_name_is(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(os.fstat(file)) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda old, new: done.append(new) or replace(old, new))
+    checkpoint.save_checkpoint(tmp_path, state(1, method=WEIGHTS))
+    content, renamed, folder = done
+    assert content.st_size == renamed.stat().st_size and renamed.name == "checkpoint.pt"
+    assert folder.st_ino == tmp_path.stat().st_ino
+
+
 @pytest.mark.parametrize("harm", [damage, lambda path: os.truncate(path, 200)])
 def test_the_one_before_is_kept_and_steps_in_for_a_damaged_one(tmp_path, harm):
     for step in (1, 2):

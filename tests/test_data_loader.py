@@ -2,6 +2,7 @@ import io
 import itertools
 import math
 import sys
+import threading
 import warnings
 
 import numpy as np
@@ -196,6 +197,7 @@ def test_bad_images_among_good_ones_are_named_once_replaced_and_counted(tmp_path
         batches = list(loader.batches(0, 6))
     messages = [str(warning.message) for warning in caught]
     assert sorted(loader.unreadable) == sorted(bad)
+    assert {type(number) for number in loader.unreadable} == {int}  # a checkpoint holds no numbers of NumPy's
     for number in bad:
         assert len([message for message in messages if source.name(number) in message]) == 1
     substitutes = {3: 5, 4: 5, 9: 10, 12: 13}
@@ -324,6 +326,11 @@ def test_impossible_arguments(pictures, wrong):
         ViewLoader(pictures, cifar(2), **{"batch_size": 4, **wrong})
 
 
+def test_one_image_at_a_time(pictures):
+    batches = stream(pictures, cifar(1, 8), 1, stop=3, backend="torchvision", prefetch=1)
+    assert [batch.views[0].shape for batch in batches] == 3 * [(1, 3, 8, 8)]
+
+
 def test_without_dali_torchvision_takes_its_place(pictures, monkeypatch, caplog):
     for name in [name for name in sys.modules if name.startswith("nvidia.dali")]:
         monkeypatch.delitem(sys.modules, name)
@@ -344,8 +351,23 @@ def test_a_new_stream_ends_the_one_before(pictures, backend):
     again = next(loader.batches())
     assert same([one], [again])
     assert next(first, None) is None
+    last = loader.batches()
+    next(last)
     loader.close()
+    assert next(last, None) is None
     loader.close()
+
+
+def test_closing_ends_all_threads_of_a_loader_that_was_used_and_of_one_that_was_not(pictures):
+    before = set(threading.enumerate())
+    loaders = [ViewLoader(pictures, cifar(1, 16), 8, backend="torchvision", threads=2) for _ in range(2)]
+    next(loaders[0].batches())
+    assert len(set(threading.enumerate()) - before) > 2 * (8 + 1)
+    for loader in loaders:
+        loader.close()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_permutations_are_permutations_and_have_no_favourites():
@@ -478,7 +500,10 @@ def test_blur_windows_fit_into_small_views():
 def test_recipes_by_name():
     assert load_recipe("byol", 4, 96) == byol(4, 96) == (*byol(2, 96), *byol(2, 96))
     assert load_recipe("auto", 2, 32) == cifar(2, 32) and load_recipe("auto", 2, 96) == byol(2, 96)
-    assert [view.size for view in load_recipe("multi_crop", 8, 224)] == [224] * 2 + [96] * 6
+    crops = load_recipe("multi_crop", 8, 224)
+    assert [view.size for view in crops] == [224] * 2 + [96] * 6
+    assert [view.area for view in crops] == [(0.14, 1.0)] * 2 + [(0.05, 0.14)] * 6
+    assert [view.centre for view in (*evaluation(95), *evaluation(96))] == [1.0, 0.875]
     assert size_groups(multi_crop(2, 3)) == [[0, 1], [2, 3, 4]]
     assert size_groups((View(size=8), View(size=4), View(size=8))) == [[0, 2], [1]]
 
@@ -514,10 +539,13 @@ def test_wrong_recipe_files(tmp_path, text, says):
         load_recipe(str(tmp_path / "wrong.yaml"), 2, 32)
 
 
-def test_missing_recipes():
+def test_missing_recipes_and_views():
     with pytest.raises(MSBRegError, match="no recipe is called moco"):
         load_recipe("moco", 2, 32)
     with pytest.raises(MSBRegError, match="cannot be read: No such file"):
         load_recipe("missing.yaml", 2, 32)
     with pytest.raises(MSBRegError, match="at least one small one, not 2"):
         load_recipe("multi_crop", 2, 224)
+    for views in (lambda: byol(0), lambda: cifar(0), lambda: multi_crop(2, 0), lambda: multi_crop(0, 2)):
+        with pytest.raises(ValueError, match="expected 1 view or more, got 0"):
+            views()

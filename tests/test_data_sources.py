@@ -168,7 +168,7 @@ def test_a_compressed_shard_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "labels", "classes"),
     [
-        ("list.txt", "# two\na/1.jpg dog\n\nmy cat.jpg cat\nb c.jpg\n", [1, 0, -1], ["cat", "dog"]),
+        ("list.txt", "# two\n  a/1.jpg dog\n\nmy cat.jpg cat\nb c.jpg \n", [1, 0, -1], ["cat", "dog"]),
         ("list.lst", "a/1.jpg 10\nmy cat.jpg 0\nb c.jpg 9\n", [2, 0, 1], ["0", "9", "10"]),
         ("list.tsv", "a/1.jpg\tbig dog\nmy cat.jpg\tcat\nb c.jpg\n", [0, 1, -1], ["big dog", "cat"]),
         ("list.csv", "path,label\na/1.jpg, dog\nmy cat.jpg,cat\nb c.jpg,\n", [1, 0, -1], ["cat", "dog"]),
@@ -189,6 +189,14 @@ def test_split_folders_number_classes_alike(tmp_path, held_out):
     train, test = open_split(tmp_path)
     assert train.labels.tolist() == [0, 1, 2]
     assert test.labels.tolist() == [1, 2] and test.classes == ["ant", "bee", "cat"]
+
+
+@pytest.mark.parametrize(("labelled", "unlabelled"), [("train", "val"), ("val", "train")])
+def test_a_split_may_have_classes_on_one_side_alone(tmp_path, labelled, unlabelled):
+    names = [f"{labelled}/ant/1.jpg", f"{labelled}/bee/1.jpg", f"{unlabelled}/1.jpg", f"{unlabelled}/2.jpg"]
+    sources = dict(zip(("train", "val"), open_split(fill(tmp_path, dict.fromkeys(names, b""))), strict=True))
+    assert sources[labelled].classes == ["ant", "bee"] and sources[labelled].labels.tolist() == [0, 1]
+    assert sources[unlabelled].classes == [] and sources[unlabelled].labels.tolist() == [-1, -1]
 
 
 def test_a_held_out_class_without_training_images_is_an_error(tmp_path):

@@ -24,6 +24,7 @@ CASES = {
     "coding_rate": {"spectrum": "coding_rate", "dim": 24},
     "leave_one_out": {"leave_one_out": True, "per": "view", "dim": 6},
 }
+NORMS = {"nuclear norm": 6, "nuclear norm wide": 24}
 
 
 def gaussian(*shape, seed):
@@ -54,8 +55,8 @@ def loss_and_gradient(group, loss_group, *, dim, **options):
     return {"values": torch.stack(out).detach(), "weight": model.weight.grad, "bias": model.bias.grad}
 
 
-def nuclear_norm_and_gradient(group):
-    m = mine(gaussian(VIEWS, ROWS, 6, seed=6), group, 1).clone().requires_grad_()
+def nuclear_norm_and_gradient(group, dim):
+    m = mine(gaussian(VIEWS, ROWS, dim, seed=6), group, 1).clone().requires_grad_()
     values = nuclear_norm(m, smoothing=0.1, group=group)
     (gradient,) = torch.autograd.grad((values * torch.arange(1, VIEWS + 1)).sum(), m)
     return {"values": values.detach(), "gradient": gradient}
@@ -100,7 +101,8 @@ SPECTRAL_LOSS = functional._spectral_loss
 def everything(group):
     results = {name: loss_and_gradient(group, group, **options) for name, options in CASES.items()}
     results["local spectrum"] = loss_and_gradient(group, None, **CASES["eigh"])
-    results["nuclear norm"] = nuclear_norm_and_gradient(group)
+    for name, dim in NORMS.items():
+        results[name] = nuclear_norm_and_gradient(group, dim)
     results["batch norm 1d"] = batch_norm(group, convolutional=False)
     results["batch norm 2d"] = batch_norm(group, convolutional=True)
     if group is not None:
@@ -165,11 +167,12 @@ def test_noise_has_global_image_numbers_without_a_group_too(processes, alone):
     assert close(values.mean(0)[3], alone["eigh"]["values"][3])
 
 
-def test_nuclear_norm(processes, alone):
+@pytest.mark.parametrize("case", NORMS)
+def test_nuclear_norm(processes, alone, case):
     world = len(processes)
-    joined = torch.cat([result["nuclear norm"]["gradient"] for result in processes], dim=1)
-    assert close(joined / world, alone["nuclear norm"]["gradient"])
-    assert all(close(result["nuclear norm"]["values"], alone["nuclear norm"]["values"]) for result in processes)
+    joined = torch.cat([result[case]["gradient"] for result in processes], dim=1)
+    assert close(joined / world, alone[case]["gradient"])
+    assert all(close(result[case]["values"], alone[case]["values"]) for result in processes)
 
 
 @pytest.mark.parametrize("case", ["batch norm 1d", "batch norm 2d"])

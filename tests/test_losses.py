@@ -407,6 +407,16 @@ def test_the_noise_step(make):
     assert [brownian(), brownian()] == [at(2), at(3)]
 
 
+@pytest.mark.parametrize("given", [lambda z: z, list, tuple, lambda z: z[0]])
+def test_images_are_numbered_by_rank_however_views_are_given(monkeypatch, given):
+    monkeypatch.setattr(losses, "rank", lambda group: 2)
+    views = given(gaussian(3, 8, 4))
+    got = BrownianLoss(seed=11)(views, step=5)
+    directions = plain_directions(8, 4, **NOISE, first_image=2 * 8, dtype=F64)
+    rows = views if isinstance(views, torch.Tensor) else torch.stack(views)
+    assert torch.allclose(got, (unit(rows) * directions).sum(-1).mean())
+
+
 def test_integers_stay_integers_when_a_module_changes_dtype():
     criterion = MSBRegLoss().to(torch.bfloat16)
     assert criterion.seed.dtype == criterion.step.dtype == torch.int64
@@ -421,6 +431,8 @@ def test_defaults_are_the_same_everywhere():
         assert module[name] == function[name]
     for name in ("spectrum", "smoothing", "solver"):
         assert defaults(SingularValueLoss)[name] == defaults(singular_value_loss)[name] == function[name]
+    assert defaults(BrownianLoss)["per"] == defaults(brownian_loss)["per"] == function["per"]
+    assert defaults(BrownianLoss)["seed"] == defaults(MSBRegLoss)["seed"] == 0
     assert (
         defaults(CentroidLoss)["leave_one_out"] == defaults(centroid_loss)["leave_one_out"] == module["leave_one_out"]
     )

@@ -46,6 +46,7 @@ def test_byol_is_the_symmetric_cosine_loss():
         _, t = twin.target([views(2)], BATCH)
     expected = 2 - cosine_similarity(p[0], t[1], dim=1).mean() - cosine_similarity(p[1], t[0], dim=1).mean()
     torch.testing.assert_close(out.loss, expected)
+    assert out.terms.keys() == {"centroid"}
 
 
 def test_simsiam_is_the_symmetric_cosine_loss_with_stopped_targets():
@@ -68,6 +69,15 @@ def test_total_is_the_weighted_sum_of_the_terms(disperse):
     torch.testing.assert_close(out.loss.detach(), total)
     assert out.embeddings.shape == (3, BATCH, 8)
     assert not out.embeddings.requires_grad and not out.features.requires_grad
+
+
+def test_options_reach_the_networks_and_their_loss():
+    options = {"lambda_m": 0.7, "lambda_s": 0.1, "lambda_b": 0.2, "leave_one_out": True, "spectrum": "whitening"}
+    of_the_method = {f"method__{name}": value for name, value in options.items()}
+    method = build(small_config(**of_the_method, run__seed=7, model__predictor=False, model__view_chunk=3))
+    assert {name: getattr(method.criterion, name) for name in options} == options
+    assert method.criterion.seed == 7 and method.predictor is None and method.online.view_chunk == 3
+    assert build(small_config()).predictor is not None
 
 
 def test_dispersion_acts_on_the_tensor_it_is_told_to():

@@ -15,10 +15,10 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
 
 
-def gradients(module: nn.Module, step: int) -> None:
+def gradients(module: nn.Module, step: int, scale: float = 1.0) -> None:
     generator = torch.Generator().manual_seed(step)
     for parameter in module.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
 
 
 def plain_lars(w, g, m, *, lr, momentum, decay, eta, adapt):
@@ -32,12 +32,13 @@ def plain_lars(w, g, m, *, lr, momentum, decay, eta, adapt):
 
 def test_lars_equals_its_plain_twin_over_several_steps():
     module = network()
+    nn.init.normal_(module[3].weight, std=0.01)  # weights, and at the last step gradients, that are shorter than 1
     optimizer = build_optimizer("lars", module, lr=0.5, weight_decay=0.1, momentum=0.8)
     twins = [(parameter.detach().clone(), torch.zeros_like(parameter)) for parameter in module.parameters()]
     for step, lr in enumerate([0.5, 0.25, 1.0]):
         for group in optimizer.param_groups:
             group["lr"] = lr
-        gradients(module, step)
+        gradients(module, step, 0.01**step)
         for index, parameter in enumerate(module.parameters()):
             tensor = parameter.ndim > 1
             twins[index] = plain_lars(
@@ -58,8 +59,8 @@ def test_lars_takes_plain_steps_where_a_norm_is_zero():
 
 
 def test_lars_passes_over_parameters_without_a_gradient_and_returns_the_closures_loss():
-    used, unused = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
-    optimizer = LARS([used, unused], lr=0.1)
+    used, unused, alone = (nn.Parameter(torch.ones(2, 2)) for _ in range(3))
+    optimizer = LARS([{"params": [used, unused]}, {"params": [alone]}], lr=0.1)
 
     def closure():
         loss = (used**2).sum()
@@ -67,7 +68,7 @@ def test_lars_passes_over_parameters_without_a_gradient_and_returns_the_closures
         return loss
 
     assert optimizer.step(closure) == 4.0
-    assert torch.equal(unused, torch.ones(2, 2))
+    assert torch.equal(unused, torch.ones(2, 2)) and torch.equal(alone, torch.ones(2, 2))
     assert not torch.equal(used, torch.ones(2, 2))
 
 
@@ -104,3 +105,10 @@ def test_a_group_without_parameters_is_left_out():
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(MSBRegError, match="got 'adam'"):
         build_optimizer("adam", network(), lr=0.1)
+
+
+def test_the_momentum_of_a_run_is_byols():
+    for name in ("lars", "sgd"):
+        assert {group["momentum"] for group in build_optimizer(name, network(), lr=0.1).param_groups} == {0.9}
+    assert {group["betas"] for group in build_optimizer("adamw", network(), lr=0.1).param_groups} == {(0.9, 0.999)}
+    assert LARS(network().parameters(), lr=0.1).defaults["momentum"] == 0.9

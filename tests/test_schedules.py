@@ -28,6 +28,7 @@ def test_no_warm_up_starts_at_the_peak_and_all_warm_up_ends_there():
     assert warmup_cosine(0, 5, 0, 3.0) == 3.0
     assert warmup_cosine(4, 5, 5, 3.0) == pytest.approx(2.4)
     assert warmup_cosine(5, 5, 5, 3.0) == 0.0
+    assert warmup_cosine(0, 1, 0, 3.0) == 3.0  # a run of one step
 
 
 def test_a_warm_up_longer_than_the_run_is_refused():

@@ -282,6 +282,7 @@ def test_nuclear_norm_and_its_polar_gradient(solver, shape):
     u, _, vt = torch.linalg.svd(m, full_matrices=False)
     assert torch.allclose(gradient, u @ vt, atol=1e-8)
     assert torch.allclose(linalg.polar(m, solver=solver), u @ vt, atol=1e-8)
+    assert torch.allclose(linalg.polar(m[0], solver=solver), (u @ vt)[0], atol=1e-8)
     assert torch.autograd.gradcheck(lambda m: nuclear_norm(m, solver=solver, smoothing=0.1), (m.requires_grad_(),))
 
 
@@ -362,6 +363,11 @@ def test_effective_rank():
     entropy = -(p * p.log()).sum()
     assert linalg.effective_rank(with_spectrum(9, 2, 8 * p)).item() == pytest.approx(math.exp(entropy))
     assert linalg.effective_rank(torch.full((3, 2), math.nan)).isnan()
+
+
+def test_the_solver_that_is_chosen_is_the_exact_one_but_on_gpus():
+    chosen = {device: linalg.resolve_solver("auto", torch.device(device)) for device in ("cpu", "meta", "cuda")}
+    assert chosen == {"cpu": "eigh", "meta": "eigh", "cuda": "newton_schulz"}
 
 
 @pytest.mark.parametrize("function", [linalg.singular_values, linalg.effective_rank, linalg.polar])

@@ -1,5 +1,7 @@
 """The training step: what it makes the host wait for, how it is compiled, how it is recorded."""
 
+import copy
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,6 +14,7 @@ from msbreg.compilation import regions
 from msbreg.config import Config
 from msbreg.data import Batch, ViewLoader
 from msbreg.errors import MSBRegError
+from msbreg.evaluation import OnlineProbe
 from msbreg.models import build_backbone, mlp_head
 from msbreg.monitor import Stopwatch, read_metrics
 from msbreg.processes import Processes
@@ -158,6 +161,48 @@ def test_no_round_of_the_loop_reads_a_number(monkeypatch, tmp_path):
     assert rounds == [[]] * 5  # the sixth and last writes to metrics.jsonl
 
 
+def test_steps_are_gradients_then_momentum_sgd_then_the_moving_average():
+    step = build(optim__name="sgd", optim__lr=8.0, optim__weight_decay=0.1, method__tau=0.9)
+    twin, probe = copy.deepcopy(step.method), OnlineProbe(step.method.online.backbone.num_features, 5)
+    learning = [weight for weight in twin.parameters() if weight.requires_grad]
+    momenta = [torch.zeros_like(weight) for weight in learning]
+    for number in (3, 4):
+        images, cosine = batch(seed=number), lambda at, whole: (1 + math.cos(math.pi * at / whole)) / 2
+        out, expected = step(images, number), twin(images.views, BATCH)
+        gradients = torch.autograd.grad(expected.loss, learning)
+        lr, tau = 8.0 * BATCH / 256 * cosine(number - 1, STEPS - 1), 1 - 0.1 * cosine(number, STEPS)
+        with torch.no_grad():
+            for weight, gradient, momentum in zip(learning, gradients, momenta, strict=True):
+                momentum.mul_(0.9).add_(gradient + (0.1 * weight if weight.ndim > 1 else 0.0))
+                weight.sub_(lr * momentum)
+            for follower, leader in zip(twin.target.parameters(), twin.online.parameters(), strict=True):
+                follower.copy_(tau * follower + (1 - tau) * leader)
+        probe.learn(expected.features, images.labels)
+        torch.testing.assert_close(out.loss, expected.loss.detach())
+        assert step.lr == pytest.approx(lr) and not out.loss.requires_grad
+    for name, value in step.method.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[name], msg=name, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(step.probe.weight, probe.weight)
+
+
+def test_what_a_step_draws_depends_on_seed_number_and_rank_alone():
+    step = build()
+
+    def drawn(number: int, *, seed: int = 0, rank: int = 0) -> tuple[float, ...]:
+        step.config.run.seed, step.processes.world, step.processes.rank = seed, 2, rank
+        step(batch(), number)
+        return tuple(torch.rand(4).tolist())  # what dropout in this step would have drawn: nothing else draws
+
+    one = drawn(3)
+    others = [drawn(4), drawn(3, rank=1), drawn(3, seed=1), drawn(43)]
+    assert len({one, *others}) == 5 and drawn(3) == one
+
+
+def test_half_precision_is_for_gpus_unless_it_is_asked_for():
+    dtypes = {precision: build(model__precision=precision).input_dtype for precision in ("auto", "fp32", "bf16")}
+    assert dtypes == {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
 @pytest.mark.parametrize("chunk", [0, 1])
 def test_compiled_networks_compute_the_same(chunk):
     eager, compiled = (build(model__view_chunk=chunk, optim__name="sgd", optim__lr=0.1) for _ in range(2))
@@ -189,6 +234,11 @@ def test_the_option_compiles_every_region(on):
 def test_a_graph_needs_a_gpu():
     with pytest.raises(MSBRegError, match="cuda_graph needs a GPU"):
         build(model__cuda_graph=True)
+
+
+def test_a_size_that_the_backbone_does_not_take_is_refused_before_the_first_step():
+    with pytest.raises(MSBRegError, match="squeezenet1_1 does not take images of 8 pixels"):
+        build(model__backbone="squeezenet1_1", data__size=8)
 
 
 @pytest.mark.parametrize("name", [pytest.param("cuda", marks=gpu), "cpu"])
