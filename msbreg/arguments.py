@@ -1,6 +1,7 @@
 """What the losses are called with: checked, with a sentence for what does not fit, and made one tensor."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, get_args
 
 import torch
@@ -10,7 +11,7 @@ from msbreg.reference import Spectrum
 
 __all__ = [
     "Views", "batch_size", "check_choice", "check_embedding", "check_smoothing", "check_spectral", "check_targets",
-    "raised", "raised_dtype", "stacked",
+    "full_precision", "raised", "raised_dtype", "stacked",
 ]  # fmt: skip
 
 Views = Tensor | Sequence[Tensor]
@@ -97,6 +98,12 @@ def check_choice(name: str, value: str, choices: Any) -> None:
     """Raises ValueError for what is not among the values of a Literal."""
     if value not in get_args(choices):
         raise ValueError(f"expected {name} to be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    """Within it autocast is off, for devices that have one: meta tensors are on one that has not."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def raised_dtype(x: Tensor) -> torch.dtype:

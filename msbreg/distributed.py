@@ -5,22 +5,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from msbreg.derivatives import once_differentiable
 from msbreg.errors import MSBRegError
 
 __all__ = ["CrossRankBatchNorm", "all_reduce_sum", "convert_sync_batchnorm", "rank", "world_size"]
 
 
 def world_size(group: dist.ProcessGroup | None) -> int:
-    """Processes in the group; 1 for None, which stands for this process alone."""
-    return 1 if group is None else dist.get_world_size(group)
+    """Processes in the group, which this one must belong to; 1 for None, which stands for this process alone."""
+    return 1 if group is None else _member(dist.get_world_size(group))
 
 
 def rank(group: dist.ProcessGroup | None) -> int:
     """This process's number in the group; 0 for None."""
-    return 0 if group is None else dist.get_rank(group)
+    return 0 if group is None else _member(dist.get_rank(group))
+
+
+def _member(number: int) -> int:
+    """What torch says of a group, which is -1 to processes outside it."""
+    if number < 0:
+        raise ValueError("expected a group that this process belongs to, got one of other processes")
+    return number
 
 
 def all_reduce_sum(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from msbreg import kernels, linalg, reference
 from msbreg.arguments import (
@@ -21,10 +20,12 @@ from msbreg.arguments import (
     check_smoothing,
     check_spectral,
     check_targets,
+    full_precision,
     raised,
     raised_dtype,
     stacked,
 )
+from msbreg.derivatives import once_differentiable
 from msbreg.distributed import all_reduce_sum, world_size
 from msbreg.linalg import Solver
 from msbreg.noise import brownian_directions, check_noise, integer_on
@@ -331,6 +332,10 @@ def _losses(
         from msbreg import ops  # needs triton
 
         if z.shape[-1] <= kernels.MAX_DIM:
+            if targets is not None:
+                # A tensor of inference mode cannot be saved for the way back.
+                fresh = torch.compiler.is_compiling() or not targets.is_inference()
+                targets = targets.detach() if fresh else targets.clone()
             seed: Tensor | None = None
             step: Tensor | None = None
             if noise is not None:
@@ -338,7 +343,7 @@ def _losses(
                 seed, step = integer_on(z.device, noise[0]), integer_on(z.device, noise[1])
             return ops.losses(
                 z,
-                None if targets is None else targets.detach(),
+                targets,
                 seed,
                 step,
                 first_image=0 if noise is None else noise[2],
@@ -378,7 +383,7 @@ class _RowLosses(torch.autograd.Function):
     def forward(
         ctx: Any, z: Tensor, c_hat: Tensor | None, n_hat: Tensor | None, spectral: _Spectral | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             z_hat, norms = reference.unit_rows(raised(z))
             attraction, dispersion, push = (z_hat.new_zeros(()) for _ in range(3))
             weight = None
@@ -396,7 +401,7 @@ class _RowLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_attraction: Tensor, d_dispersion: Tensor, d_push: Tensor) -> tuple[Tensor | None, ...]:
         z_hat, norms, c_hat, n_hat, weight = ctx.saved_tensors
-        with torch.autocast(z_hat.device.type, enabled=False):
+        with full_precision(z_hat):
             g = torch.zeros_like(z_hat) if weight is None else linalg.multiply(z_hat, weight * d_dispersion)
             if c_hat is not None:
                 g.addcmul_(reference.centroid_gradient(z_hat, c_hat), d_attraction[..., None])
@@ -423,7 +428,7 @@ class _NuclearNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, smoothing: float, solver: Solver, group: dist.ProcessGroup | None) -> Tensor:
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             x = raised(z)
             world, (_, rows, dim) = world_size(group), x.shape
             gram, inverse_root = _gram(x, smoothing, solver, group)
@@ -435,7 +440,7 @@ class _NuclearNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_values: Tensor) -> tuple[Tensor | None, ...]:
         z, weight = ctx.saved_tensors
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             gradient = d_values[:, None, None] * _products(z).multiply(raised(z), weight)
             return gradient.to(z.dtype), None, None, None
 
@@ -445,7 +450,7 @@ class _CodingRate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, precision: float, group: dist.ProcessGroup | None) -> Tensor:
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             x = raised(z)
             world, (_, rows, dim) = world_size(group), x.shape
             gram = all_reduce_sum(_products(x).gram(x, smaller=group is None), group)
@@ -459,7 +464,7 @@ class _CodingRate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_values: Tensor) -> tuple[Tensor | None, ...]:
         z, weight = ctx.saved_tensors
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z):
             gradient = d_values[:, None, None] * _products(z).multiply(raised(z), weight)
             return gradient.to(z.dtype), None, None
 
@@ -495,7 +500,7 @@ def _gram(
 
 @torch.no_grad()
 def _centroids(z: Tensor, t: Tensor, leave_one_out: bool) -> Tensor:
-    with torch.autocast(z.device.type, enabled=False):
+    with full_precision(z):
         return reference.centroids(raised(t), leave_one_out=leave_one_out).to(raised_dtype(z))
 
 

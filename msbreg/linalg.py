@@ -193,9 +193,11 @@ def newton_schulz(gram: Tensor, shift: float, trace: float | None = None) -> Ten
     Args:
         gram: G, (..., p, p), float32 or float64.
         shift: at least 0; raised to what rounding leaves of the small eigenvalues of G, `NEWTON_SCHULZ_FLOOR`.
-        trace: at least the trace of G, where it is known beforehand: a large shift beside it saves steps.
+        trace: at least the trace of G, where it is known beforehand: a large shift beside it saves steps. Not while
+            torch.compile traces, which may know it as a symbol alone.
     """
-    floor, steps = newton_schulz_plan(0.0 if trace is None else shift / trace, gram.dtype)
+    share = 0.0 if trace is None or torch.compiler.is_compiling() else shift / trace
+    floor, steps = newton_schulz_plan(share, gram.dtype)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # By the Frobenius norm rather than the trace: eigenvalues as large as can be keep their digits.
     size = torch.linalg.matrix_norm(gram, keepdim=True)
@@ -221,6 +223,11 @@ def newton_schulz_plan(shift: float, dtype: torch.dtype) -> tuple[float, list[tu
     floor = NEWTON_SCHULZ_FLOOR * torch.finfo(dtype).eps
     smallest = max(shift, floor)
     return floor, newton_schulz_steps(smallest / (1 + smallest), dtype)
+
+
+# As torch.compiler.assume_constant_result does, which would import the compiler: traced, the loop would not come to an
+# end where numbers are symbols.
+newton_schulz_plan._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def newton_schulz_steps(smallest: float, dtype: torch.dtype) -> list[tuple[float, float]]:

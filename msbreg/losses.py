@@ -1,6 +1,7 @@
 """The losses as modules. `MSBRegLoss` is the whole method; the others are its parts."""
 
-from typing import TypedDict
+import copy
+from typing import Any, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from msbreg.functional import (
     Reduction,
 )
 from msbreg.linalg import Solver
+from msbreg.noise import check_noise
 from msbreg.reference import Spectrum
 
 __all__ = ["BrownianLoss", "CentroidLoss", "MSBRegLoss", "SingularValueLoss"]
@@ -35,6 +37,15 @@ class Loss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Loss":
+        """A copy of the same process group, which cannot be copied itself."""
+        group = getattr(self, "group", None)
+        memo[id(group)] = group
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
 
 class _Noise(TypedDict):
@@ -49,7 +60,8 @@ class _NoisyLoss(Loss):
     """Holds the noise's seed and step as int64 buffers, so that a state_dict resumes the noise where it was saved.
 
     In training mode a forward pass uses the current step, then advances it by one. In eval mode it uses the current
-    step and leaves it, so that evaluation is repeatable and disturbs nothing. An explicit step does neither.
+    step and leaves it, so that evaluation is repeatable and disturbs nothing. An explicit step does neither: give one
+    where `torch.utils.checkpoint` recomputes the loss, which would else draw the next step's noise.
     """
 
     seed: Tensor
@@ -57,6 +69,7 @@ class _NoisyLoss(Loss):
 
     def __init__(self, seed: int, group: dist.ProcessGroup | None) -> None:
         super().__init__()
+        check_noise(seed, 0, 0)
         self.group = group
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
         self.register_buffer("step", torch.tensor(0, dtype=torch.int64))

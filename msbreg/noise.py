@@ -41,7 +41,7 @@ def brownian_directions(
         (batch, dim), or (views, batch, dim).
 
     Raises:
-        ValueError: batch, dim or views below 1.
+        ValueError: batch, dim or views below 1, a seed or step beyond 64 bits.
         TypeError: a seed or step that is neither an int nor a zero-dimensional int64 tensor, a first image that is no
             int, or a dtype that is not floating point.
     """
@@ -92,7 +92,10 @@ def integer_on(device: torch.device, value: int | Tensor) -> Tensor:
 
 
 def check_noise(seed: int | Tensor, step: int | Tensor, first_image: int) -> None:
-    """Raises TypeError for a seed or step that is no int or int64 scalar, or a first image that is no int."""
+    """Raises TypeError for a seed or step that is no int or int64 scalar, or a first image that is no int.
+
+    ValueError for a seed or step beyond 64 bits.
+    """
     for name, value in (("seed", seed), ("step", step)):
         if isinstance(value, Tensor):
             if value.dtype != torch.int64 or value.dim() != 0:
@@ -100,7 +103,9 @@ def check_noise(seed: int | Tensor, step: int | Tensor, first_image: int) -> Non
                     f"expected {name} to be a zero-dimensional int64 tensor, got {value.dtype} of shape "
                     f"{tuple(value.shape)}"
                 )
-        elif not isinstance(value, int):
-            raise TypeError(f"expected {name} to be an int or an int64 tensor, got {type(value).__name__}")
-    if not isinstance(first_image, int):
-        raise TypeError(f"expected first_image to be an int, got {type(first_image).__name__}")
+        elif not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"expected {name} to be an int or an int64 tensor, got {type(value)}")
+        elif type(value) is int and not -(2**63) <= value < 2**63:
+            raise ValueError(f"expected {name} to be an int of 64 bits, got {value}")
+    if not isinstance(first_image, (int, torch.SymInt)):
+        raise TypeError(f"expected first_image to be an int, got {type(first_image)}")

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from msbreg import linalg, reference
+from msbreg.arguments import full_precision
+from msbreg.derivatives import once_differentiable
 from msbreg.distributed import world_size
 from msbreg.kernels.gradient import row_losses_backward
 from msbreg.kernels.gram import gram as gram_of_rows
@@ -67,7 +68,7 @@ class Dispersion(NamedTuple):
         """What does not depend on the embeddings; the p - r zeros that a sum over processes adds are taken off."""
         zeros = self.side - self.rank
         if self.spectrum == "nuclear":
-            return self.side * (self.smoothing**2 + 1) - zeros * (self.smoothing - 1) ** 2
+            return self.side * (self.smoothing**2 + 1) - zeros * (1 - self.smoothing) ** 2
         return -float(zeros) if self.spectrum == "whitening" else 0.0
 
     @property
@@ -140,7 +141,7 @@ def _forward(
         sent = dist.all_reduce(g, group=_group(group), async_op=True)
         rows = row_losses(z, t, noise, **row_options)
         sent.wait()
-    with torch.autocast(z.device.type, enabled=False):
+    with full_precision(z):
         sums, weight = (None, None) if dispersion is None or g is None else dispersion.sums(g)
     total, parts = totals(
         rows.images,
@@ -336,16 +337,12 @@ def _multiply_fake(matrix: Tensor, weight: Tensor) -> Tensor:
     return torch.empty(matrix.shape, dtype=accumulator(matrix.dtype), device=matrix.device)
 
 
-def _inverse_root(
-    gram: Tensor, shift: float, floor: float, identity_weights: Sequence[float], product_weights: Sequence[float]
-) -> Tensor:
-    steps = list(zip(identity_weights, product_weights, strict=True))
+def _newton_schulz(gram: Tensor, shift: float, trace: float | None) -> Tensor:
+    floor, steps = linalg.newton_schulz_plan(0.0 if trace is None else shift / trace, gram.dtype)
     return run_inverse_root(gram.contiguous(), shift, floor, steps)
 
 
-def _inverse_root_fake(
-    gram: Tensor, shift: float, floor: float, identity_weights: Sequence[float], product_weights: Sequence[float]
-) -> Tensor:
+def _newton_schulz_fake(gram: Tensor, shift: float, trace: float | None) -> Tensor:
     return torch.empty(gram.shape, dtype=gram.dtype, device=gram.device)
 
 
@@ -353,8 +350,8 @@ _gram_operator = torch.library.custom_op("msbreg::gram", _gram, mutates_args=())
 _gram_operator.register_fake(_gram_fake)
 _multiply_operator = torch.library.custom_op("msbreg::multiply", _multiply, mutates_args=())
 _multiply_operator.register_fake(_multiply_fake)
-_inverse_root_operator = torch.library.custom_op("msbreg::inverse_root", _inverse_root, mutates_args=())
-_inverse_root_operator.register_fake(_inverse_root_fake)
+_newton_schulz_operator = torch.library.custom_op("msbreg::newton_schulz", _newton_schulz, mutates_args=())
+_newton_schulz_operator.register_fake(_newton_schulz_fake)
 
 
 def gram(matrix: Tensor, *, smaller: bool = True) -> Tensor:
@@ -373,6 +370,4 @@ def multiply(matrix: Tensor, weight: Tensor) -> Tensor:
 
 def newton_schulz(gram: Tensor, shift: float, trace: float | None = None) -> Tensor:
     """(G + shift I)^(-1/2), (K, p, p), of as many matrices as `gram` makes; see `linalg.newton_schulz`."""
-    floor, steps = linalg.newton_schulz_plan(0.0 if trace is None else shift / trace, gram.dtype)
-    run = _inverse_root_operator if torch.compiler.is_compiling() else _inverse_root
-    return run(gram, shift, floor, [a for a, _ in steps], [b for _, b in steps])
+    return (_newton_schulz_operator if torch.compiler.is_compiling() else _newton_schulz)(gram, shift, trace)

@@ -62,8 +62,8 @@ def unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def can_be_asked(z: Tensor) -> bool:
-    """Whether reading a number of z neither waits for a device nor breaks a graph that is being traced."""
-    return z.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether z has numbers, and reading one neither waits for a device nor breaks a graph that is being traced."""
+    return type(z) is Tensor and z.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def lengths(z: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def singular_value_loss(
     shift = smoothing**2 / c
     inverse = inverse_root(gram, shift)
     roots = c**0.5 * trace_of_root(gram, shift, inverse)
-    value = c * _trace(gram) + p * (smoothing**2 + 1) - 2 * roots - (p - r) * (smoothing - 1) ** 2
+    value = c * _trace(gram) + p * (smoothing**2 + 1) - 2 * roots - (p - r) * (1 - smoothing) ** 2
     return value.to(gram.dtype), torch.sub(2 * c * identity, inverse, alpha=2 * c**0.5)
 
 

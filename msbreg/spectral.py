@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from msbreg import linalg, reference
-from msbreg.arguments import Views, check_targets, raised, stacked
+from msbreg.arguments import Views, check_targets, full_precision, raised, stacked
+from msbreg.derivatives import once_differentiable
 from msbreg.distributed import world_size
 from msbreg.functional import SOLVER, coding_rate, nuclear_norm
 from msbreg.linalg import Solver
@@ -203,7 +203,7 @@ def covariance_energy(embeddings: Views) -> Tensor:
     """
     x = stacked(embeddings, "embeddings", one=True)
     rows, dim = x.shape[1:]
-    with torch.autocast(x.device.type, enabled=False):
+    with full_precision(x):
         x = raised(x)
         x = (x - x.mean(1, keepdim=True)) / math.sqrt(max(rows - 1, 1))
         gram = linalg.gram(x)
@@ -234,7 +234,7 @@ def cross_correlation_energy(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """
     z = stacked((x, y), "(x, y)")
     rows, dim = z.shape[1:]
-    with torch.autocast(z.device.type, enabled=False):
+    with full_precision(z):
         z = raised(z)
         z = z - z.mean(1, keepdim=True)
         z = z * torch.rsqrt(z.square().mean(1, keepdim=True) + BATCH_NORM_EPS) / math.sqrt(rows)

@@ -1,5 +1,6 @@
 """Real gloo processes: what they compute together is what one process computes on the joined batch."""
 
+import copy
 import multiprocessing
 from unittest import mock
 
@@ -9,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from msbreg import MSBRegLoss, functional
+from msbreg import BrownianLoss, MSBRegLoss, SingularValueLoss, functional
 from msbreg.distributed import CrossRankBatchNorm, all_reduce_sum, convert_sync_batchnorm, rank, world_size
 from msbreg.errors import MSBRegError
 from msbreg.functional import nuclear_norm
@@ -237,6 +238,22 @@ def test_layers_that_do_more_than_normalise_are_refused():
 
     with pytest.raises(MSBRegError, match=r"layer .1.*BatchNormAndMore"):
         convert_sync_batchnorm(nn.Sequential(nn.ReLU(), BatchNormAndMore(3)))
+
+
+def test_a_group_is_shared_by_copies_and_must_be_of_this_process(free_port):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port}", rank=0, world_size=1)
+    try:
+        z, criterion = torch.randn(2, 6, 4), MSBRegLoss(seed=3, group=dist.group.WORLD)
+        criterion(z, z)
+        twin = copy.deepcopy(nn.Sequential(nn.Linear(2, 2), criterion))[1]
+        assert twin.group is criterion.group and twin.step is not criterion.step and twin.step == 1
+        assert twin(z, z).loss == criterion(z, z).loss
+        others = dist.GroupMember.NON_GROUP_MEMBER  # what torch gives to a process that is not in a new group
+        for loss in (MSBRegLoss(group=others), BrownianLoss(group=others), SingularValueLoss(group=others)):
+            with pytest.raises(ValueError, match="a group that this process belongs to"):
+                loss(*[z] * (1 + isinstance(loss, MSBRegLoss)))
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("affine", [True, False])

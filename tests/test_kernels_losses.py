@@ -400,6 +400,30 @@ def test_offsets_do_not_overflow():
         assert (output.tolist() == expected) == wide  # the twin in int32 overflows
 
 
+@pytest.mark.timeout(100)  # the plan of the steps, traced with symbols, would not come to an end
+def test_the_nuclear_norm_compiles_for_all_batches_in_one_graph():
+    torch._dynamo.reset()
+    norm = lambda z: nuclear_norm(z, smoothing=0.5)  # noqa: E731
+    compiled = torch.compile(norm, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (5, 7):
+        z = gaussian(1, batch, 4, dtype=F32).requires_grad_()
+        values = compiled(z), norm(z)
+        gradients = (torch.autograd.grad(value.sum(), z)[0] for value in values)
+        assert torch.allclose(*values) and torch.allclose(*gradients)
+
+
+@pytest.mark.parametrize("options", [{"leave_one_out": True, "spectrum": "whitening"}, {"lambda_s": 0.0}])
+def test_second_derivatives_are_refused_and_targets_may_be_of_inference_mode(options):
+    x, weight = gaussian(2, 4, 3).requires_grad_(), gaussian(3, 3, seed=1).requires_grad_()
+    with torch.inference_mode():
+        t = gaussian(2, 4, 3, seed=2)
+    loss = msbreg_loss(x @ weight, t, **NOISE, **options).loss
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert gradient.norm() > 0
+    with pytest.raises(RuntimeError, match="got a second one"):
+        gradient.square().sum().backward()
+
+
 def test_too_wide_rows_go_the_plain_way(monkeypatch):
     z, t = gaussian(2, 4, 12, dtype=F32), gaussian(2, 4, 12, seed=1, dtype=F32)
     expected = losses_and_gradients([z], t, {"spectrum": "whitening"})

@@ -7,10 +7,22 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 
 import msbreg
-from msbreg import BrownianLoss, CentroidLoss, MSBRegLoss, SingularValueLoss, functional, losses, reference
+from msbreg import (
+    BrownianLoss,
+    CentroidLoss,
+    CodingRateLoss,
+    MMCRLoss,
+    MSBRegLoss,
+    SingularValueLoss,
+    SVMaxLoss,
+    functional,
+    losses,
+    reference,
+)
 from msbreg.functional import brownian_loss, centroid_loss, msbreg_loss, singular_value_loss
 from msbreg.noise import plain_directions
 
@@ -166,11 +178,48 @@ def test_target_gets_no_gradient():
     assert z.grad is not None and t.grad is None
 
 
-def test_second_derivatives_are_refused():
-    z = gaussian(2, 4, 3).requires_grad_()
-    (gradient,) = torch.autograd.grad(centroid_loss(z, gaussian(2, 4, 3, seed=1)), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        gradient.sum().backward()
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: MSBRegLoss()(z, z.detach().flip(0)).loss,
+        lambda z: centroid_loss(z, z.detach().flip(0)),
+        singular_value_loss,
+        lambda z: brownian_loss(z, **NOISE),
+        lambda z: functional.nuclear_norm(z).sum(),
+        lambda z: functional.coding_rate(z).sum(),
+        MMCRLoss(),
+        SVMaxLoss(),
+        CodingRateLoss(),
+    ],
+)
+def test_second_derivatives_are_refused(loss):
+    """As of a gradient penalty in a trainer, where weights before the embeddings need gradients of their own."""
+    x, weight = gaussian(2, 4, 3).requires_grad_(), gaussian(3, 3, seed=1).requires_grad_()
+    value = loss(x @ weight)
+    (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+    assert torch.equal(gradient, torch.autograd.grad(loss(x @ weight), x)[0])
+    with pytest.raises(RuntimeError, match=r"second|once_differentiable"):
+        (value + gradient.square().sum()).backward()
+
+
+@pytest.mark.parametrize("mode", ["meta", "fake"])
+def test_shapes_without_numbers(mode):
+    """What estimates memory and operations before there is a machine to run on."""
+    with FakeTensorMode() if mode == "fake" else torch.device("meta"):
+        z, criterion = torch.empty(2, 6, 4, requires_grad=True), MSBRegLoss()
+        out = criterion(z, torch.empty(2, 6, 4))
+        (out.loss + MMCRLoss()(z) + CodingRateLoss()(z)).backward()
+    assert out.loss.shape == () and z.grad.shape == z.shape
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_targets_of_inference_mode(leave_one_out):
+    z = gaussian(2, 6, 4).requires_grad_()
+    with torch.inference_mode():
+        t = gaussian(2, 6, 4, seed=1)
+    loss = centroid_loss(z, t, leave_one_out=leave_one_out)
+    loss.backward()
+    assert loss == centroid_loss(z, gaussian(2, 6, 4, seed=1), leave_one_out=leave_one_out) and z.grad.norm() > 0
 
 
 def test_lengths_are_the_same_whether_the_numbers_can_be_asked_or_not(monkeypatch):
@@ -359,6 +408,23 @@ def test_compiles_in_one_graph(options):
     assert all(torch.allclose(a, b) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.timeout(100)  # the plan of Newton-Schulz, traced with symbols, would not come to an end
+@pytest.mark.parametrize("solver", ["eigh", "newton_schulz"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiles_for_all_batches_and_smoothings_in_one_graph(solver, dynamic):
+    torch._dynamo.reset()
+
+    def step(z, smoothing):
+        return singular_value_loss(z, smoothing=smoothing, solver=solver)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch, smoothing in ((8, 0.03), (14, 0.03), (14, 0.05)):
+        z = gaussian(2, batch, 5, dtype=F32).requires_grad_()
+        value, expected = compiled(z, smoothing), step(z, smoothing)
+        assert torch.allclose(value, expected, rtol=1e-4)
+        assert torch.allclose(*(torch.autograd.grad(one, z)[0] for one in (value, expected)), atol=1e-5)
+
+
 def test_modules_compile_and_their_step_advances():
     torch._dynamo.reset()
     eager, z, t = MSBRegLoss(seed=2, lambda_s=0.0), gaussian(2, 8, 4).requires_grad_(), gaussian(2, 8, 4, seed=1)
@@ -467,6 +533,8 @@ REFUSED = [
     (lambda: msbreg_loss(OK, OK, embedding=OK.to("meta"), **NOISE), ValueError, "embedding on cpu"),
     (lambda: msbreg_loss(OK, OK, per="batch", **NOISE), ValueError, "per to be one of 'image', 'view'"),
     (lambda: msbreg_loss(OK, OK, seed=0.5, step=0), TypeError, "seed to be an int"),
+    (lambda: MSBRegLoss(seed=1.9), TypeError, "seed to be an int"),
+    (lambda: BrownianLoss(seed=2**63), ValueError, "seed to be an int of 64 bits"),
     (lambda: singular_value_loss(OK, spectrum="flat"), ValueError, "'nuclear', 'whitening', 'coding_rate', got 'flat'"),
     (lambda: singular_value_loss(OK, solver="qr"), ValueError, "solver to be one of .*got 'qr'"),
     (lambda: singular_value_loss(OK, smoothing=-1), ValueError, "at least 0, got -1"),
