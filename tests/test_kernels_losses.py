@@ -588,9 +588,7 @@ def test_matrix_operators_keep_torchs_rules():
         (torch.ops.msbreg.gram, (matrix, True)),
         (torch.ops.msbreg.gram, (matrix.mT, True)),
         (torch.ops.msbreg.multiply, (matrix, gaussian(2, 4, 4, dtype=F32))),
-        (
-            torch.ops.msbreg.inverse_root,
-            (torch.eye(4, device=DEVICE).repeat(2, 1, 1), 0.1, 1e-6, [1.5] * 2, [-0.5] * 2),
-        ),
+        (torch.ops.msbreg.newton_schulz, (torch.eye(4, device=DEVICE).repeat(2, 1, 1), 3.0, 4.0)),
+        (torch.ops.msbreg.newton_schulz, (torch.eye(4, device=DEVICE).repeat(2, 1, 1), 3.0, None)),
     ):
         torch.library.opcheck(operator.default, args)
