@@ -68,12 +68,12 @@ losses() {
 dry_run() {
     local seconds=$1
     shift
-    keep "$seconds" -m msbreg pretrain --dry-run --data.batch_size 256 --config "$@"
+    keep "$seconds" -m msbreg pretrain --dry-run --config "$@" --data.batch_size 256
 }
 
 # Images of 0.2 megapixels, ImageNet's mean, for views of 224: prints where they are, kept for the next time.
 photos() {
-    PYTHONPATH=bench timeout 60 "$python" -c 'import peers; print(peers.rendered(peers.CASES["imagenet"]))'
+    PYTHONPATH=bench${PYTHONPATH:+:$PYTHONPATH} timeout 60 "$python" -c 'import peers; print(peers.rendered(peers.CASES["imagenet"]))'
 }
 
 training() {

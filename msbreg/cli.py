@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str]) -> Namespace:
     """The command and its options; ends the process where they are not of their types."""
     try:
-        return build_parser().parse_args(name_configs(arguments))
+        return build_parser().parse_args(configs_first(arguments))
     except UnicodeDecodeError as error:
         raise MSBRegError(f"the file of --config is not text: {error}.") from error
 
@@ -113,21 +113,31 @@ def add_config(parser: ArgumentParser) -> None:
         "--config",
         action="config",
         help=f"YAML file of options, or the name of one that comes with msbreg: {', '.join(packaged_configs())}. May "
-        "be given again; later options win.",
+        "be given again: the later file wins, and options given by themselves win over files.",
     )
     parser.add_class_arguments(Config, None)
 
 
-def name_configs(arguments: list[str]) -> list[str]:
-    """Replaces the name of a packaged config after --config by its file."""
+def configs_first(arguments: list[str]) -> list[str]:
+    """Puts --config before the other options, so that these win, and the file of a packaged config for its name."""
+    command, options = arguments[:1], iter(arguments[1:])
     packaged = packaged_configs()
-    replaced = []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        name = argument.removeprefix("--config=")
-        if (before == "--config" or name != argument) and name in packaged and not os.path.isfile(name):
-            argument = argument[: len(argument) - len(name)] + str(packaged[name])
-        replaced.append(argument)
-    return replaced
+    configs, rest = [], []
+    for option in options:
+        flag, separator, name = option.partition("=")
+        if flag != "--config":
+            rest.append(option)
+            continue
+        value = name if separator else next(options, None)
+        if value is not None and not os.path.exists(value):
+            if value not in packaged:
+                raise MSBRegError(
+                    f"there is no file {value!r} for --config, and no config of that name: those that come with msbreg "
+                    f"are {', '.join(packaged)}."
+                )
+            value = str(packaged[value])
+        configs.append(flag if value is None else f"{flag}={value}")
+    return command + configs + rest
 
 
 def config_from(options: Namespace) -> Config:

@@ -113,8 +113,8 @@ class Processes:
             else:
                 why = "another one is gone, and its last message or the system's log says why"
             raise MSBRegError(
-                f"rank {self.rank} of {self.world} gave up at {place(trace)}: {why} ({first_sentence(error)}). "
-                "Run the same command again to go on from the last checkpoint."
+                f"rank {self.rank} of {self.world} gave up: {why} ({first_sentence(error)}; {place(trace)}). "
+                "Once that is mended, the same command goes on from the last checkpoint, where there is one."
             ) from error
 
     @property
@@ -190,8 +190,8 @@ def first_sentence(error: BaseException) -> str:
 
 
 def place(trace: TracebackType | None) -> str:
-    """The last line of msbreg's on the way to an error."""
+    """Where in msbreg an error came from."""
     frames = traceback.extract_tb(trace)
     here = Path(__file__).parent
     frame = [frame for frame in frames if here in Path(frame.filename).parents or frame is frames[0]][-1]
-    return f"{frame.line} ({Path(frame.filename).name}, line {frame.lineno})"
+    return f"{Path(frame.filename).name}, line {frame.lineno}"

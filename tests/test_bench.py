@@ -261,14 +261,6 @@ def test_the_report_draws_a_run(suite, tmp_path):
     assert "time / fused" in short and "| fused |" in short and "forward" not in short
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize(("part", "said"), [("training", "torch finds none here"), ("everything", "usage:")])
-def test_the_gpu_script_says_what_is_wrong(part, said):
-    command, environment = [ROOT / "bench" / "run_gpu.sh", part], os.environ | {"PYTHON": sys.executable}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2 and said in done.stderr
-
-
 def benchmark_of(provider, seconds, **info):
     info = {"shape": [8, 512, 256], "dtype": "bfloat16", "mode": "both", "clock": "graph", "about": "", **info}
     return {"extra_info": {"provider": provider, **info}, "stats": {"median": seconds}}

@@ -1,6 +1,7 @@
 """`msbreg pretrain --dry-run`: two steps, and what they say of a whole run."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -40,6 +41,12 @@ def test_the_networks_have_as_many_threads_as_in_the_run():
         assert torch.get_num_threads() == config.run.threads
     finally:
         torch.set_num_threads(config.run.threads - 1)
+
+
+@pytest.mark.parametrize("file", packaged_configs().values(), ids=packaged_configs())
+def test_every_number_of_a_config_has_its_source(file):
+    numbers = re.findall(r"^ +\w+: [\d.].*$", file.read_text(), re.MULTILINE)
+    assert len(numbers) > 15 and [line for line in numbers if not re.search(r"# \S+", line)] == []
 
 
 @pytest.mark.parametrize("name", packaged_configs())

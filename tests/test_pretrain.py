@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from msbreg.cli import main, name_configs
+from msbreg.cli import configs_first, main, parse
 from msbreg.config import Config
 from msbreg.inputs import open_images
 from msbreg.monitor import read_metrics
@@ -344,7 +344,22 @@ def test_a_tilde_is_the_home_folder(monkeypatch, swatches):
 def test_a_folder_does_not_hide_the_recipe_of_its_name(monkeypatch, tmp_path):
     (tmp_path / "cifar10-resnet18").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert name_configs(["--config", "cifar10-resnet18"])[1].endswith("cifar10-resnet18.yaml")
+    assert configs_first(["pretrain", "--config", "cifar10-resnet18"])[1].endswith("cifar10-resnet18.yaml")
+
+
+@pytest.mark.parametrize(
+    "config", [["--config", "FILE"], ["--config=FILE"], ["--config", "cifar10-resnet18", "--config", "FILE"]]
+)
+def test_options_win_over_config_files_wherever_they_stand(tmp_path, config):
+    (tmp_path / "config.yaml").write_text("data:\n  batch_size: 1024\n  views: 3\n")
+    config = [word.replace("FILE", str(tmp_path / "config.yaml")) for word in config]
+    options = parse(["pretrain", "--dry-run", "--data.batch_size", "256", *config, "--data.size", "64"])["pretrain"]
+    assert options.dry_run and (options.data.batch_size, options.data.views, options.data.size) == (256, 3, 64)
+
+
+def test_a_config_that_is_not_there(capsys):
+    for options in (["--config", "nope"], ["--config=nope", "--data.views", "2"]):
+        assert "there is no file 'nope' for --config" in refusal(capsys, *options)
 
 
 # Bad input: one clear sentence, exit status 2, nothing lost.

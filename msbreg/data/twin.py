@@ -81,8 +81,9 @@ class TorchvisionBackend:
         for image in batch.images:
             image.result()
         dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+        # To the GPU as they are: torch casts before it copies, which would be on the CPU, to memory that is not pinned.
         return tuple(
-            tensor.flatten(0, 1).to(self.device, dtype, non_blocking=True).permute(0, 3, 1, 2)
+            tensor.flatten(0, 1).to(self.device, non_blocking=True).to(dtype).permute(0, 3, 1, 2)
             for tensor in batch.tensors
         )
 

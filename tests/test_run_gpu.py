@@ -1,0 +1,77 @@
+"""bench/run_gpu.sh runs what it means to, and says what is wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+STAND_IN = """#!{python}
+import json, os, sys
+if sys.argv[1] == "-c":
+    print("pictures" if "rendered" in sys.argv[2] else "some-gpu")
+else:
+    with open(os.environ["CALLS"], "a") as file:
+        print(json.dumps([sys.argv[1:], os.environ.get("PYTHONPATH")]), file=file)
+"""
+"""In the place of Python: says that there is a GPU, and notes what is to be run."""
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """A function to the commands that a part of run_gpu.sh would run."""
+    shutil.copytree(ROOT / "bench", tmp_path / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    (tmp_path / "python").write_text(STAND_IN.format(python=sys.executable))
+    (tmp_path / "python").chmod(0o755)
+
+    def commands(part):
+        environment = os.environ | {"PYTHON": str(tmp_path / "python"), "CALLS": str(tmp_path / "calls")}
+        subprocess.run([tmp_path / "bench" / "run_gpu.sh", part], env=environment, capture_output=True, timeout=100)
+        return [json.loads(line)[0] for line in (tmp_path / "calls").read_text().splitlines()]
+
+    return commands
+
+
+@pytest.mark.parametrize(("part", "count"), [("training", 6), ("loader", 5)])
+def test_the_gpu_script_gives_msbreg_what_it_means(planned, part, count):
+    pytest.importorskip("jsonargparse")
+    from msbreg.cli import config_from, parse
+
+    commands = planned(part)
+    assert len(commands) == count
+    for command in commands:
+        if command[:2] == ["-m", "msbreg"]:
+            name, arguments = command[2], command[2:]
+            config = config_from(parse(arguments)[name])
+            assert config.data.batch_size == 256 and (name == "bench" or "--dry-run" in arguments)
+    if part == "training":
+        views = [config_from(parse(command[2:])["pretrain"]).data.views for command in commands]
+        assert views == [4, 4, 32, 4, 4, 4]
+
+
+@pytest.mark.parametrize(("part", "scripts"), [
+    ("losses", ["-m pytest tests", "-m pytest bench", "bench/report.py", "bench/report.py"]),
+    ("peers", ["bench/peers.py", "bench/peers.py"]),
+    ("alternatives", ["bench/operators.py", "bench/operators.py", "bench/pixels.py", "bench/one_launch.py"]),
+])  # fmt: skip
+def test_the_gpu_script_runs_what_is_there(planned, part, scripts):
+    commands = [" ".join(command) for command in planned(part)]
+    assert len(commands) == len(scripts)
+    assert all(command.startswith(script) for command, script in zip(commands, scripts, strict=True))
+    for words in map(str.split, commands):
+        script = (ROOT / (words[0] if words[0] != "-m" else "bench/conftest.py")).read_text()
+        options = [word for word in words if word.startswith("--") and word != "--benchmark-json"]
+        assert all(f'"{option}"' in script for option in options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("part", "said"), [("training", "torch finds none here"), ("everything", "usage:")])
+def test_the_gpu_script_says_what_is_wrong(part, said):
+    command, environment = [ROOT / "bench" / "run_gpu.sh", part], os.environ | {"PYTHON": sys.executable}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and said in done.stderr
