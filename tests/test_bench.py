@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("matplotlib", reason="the benchmarks need the extra [bench]")
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("jsonargparse", reason="this needs the extra [train]")
+
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import accuracy

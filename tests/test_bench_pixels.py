@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("PIL", reason="this needs the extra [train]")
+
 import torch
 
 pytest.importorskip("triton")

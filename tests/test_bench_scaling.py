@@ -4,6 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("torchvision", reason="this needs the extra [train]")
+
 import torch
 import torch.distributed as dist
 

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("tqdm", reason="this needs the extra [train]")
+
 import torch
 
 from msbreg import checkpoint

@@ -7,6 +7,9 @@ import warnings
 
 import numpy as np
 import pytest
+
+pytest.importorskip("PIL", reason="this needs the extra [train]")
+
 import torch
 from PIL import Image
 

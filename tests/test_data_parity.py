@@ -5,6 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("PIL", reason="this needs the extra [train]")
+pytest.importorskip("torchvision", reason="this needs the extra [train]")
+
 import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import InterpolationMode

@@ -5,6 +5,9 @@ import tarfile
 
 import numpy as np
 import pytest
+
+pytest.importorskip("PIL", reason="this needs the extra [train]")
+
 from PIL import Image, ImageOps
 
 from msbreg.data import ImageFolder, IndexFile, TarShards, open_source, open_split

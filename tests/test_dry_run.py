@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+
+pytest.importorskip("jsonargparse", reason="this needs the extra [train]")
+
 import torch
 
 from msbreg.cli import main

@@ -19,6 +19,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("jsonargparse", reason="this needs the extra [train]")
+
 import torch
 
 from msbreg.cli import main

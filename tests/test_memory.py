@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+pytest.importorskip("jsonargparse", reason="this needs the extra [train]")
+
 import torch
 from torch import nn
 

@@ -1,6 +1,9 @@
 """Backbones by name, the stem for small images, and the perceptron."""
 
 import pytest
+
+pytest.importorskip("torchvision", reason="this needs the extra [train]")
+
 import torch
 import torchvision
 from torch import nn

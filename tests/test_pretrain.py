@@ -11,6 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("jsonargparse", reason="this needs the extra [train]")
+
 import torch
 from PIL import Image
 

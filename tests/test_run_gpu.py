@@ -55,7 +55,7 @@ def test_the_gpu_script_gives_msbreg_what_it_means(planned, part, count):
 
 
 @pytest.mark.parametrize(("part", "scripts"), [
-    ("losses", ["-m pytest tests", "-m pytest bench", "bench/report.py", "bench/report.py"]),
+    ("losses", ["-m pytest tests", "-m pytest tests/", "-m pytest bench", "bench/report.py", "bench/report.py"]),
     ("peers", ["bench/peers.py", "bench/peers.py"]),
     ("alternatives", ["bench/operators.py", "bench/operators.py", "bench/pixels.py", "bench/one_launch.py"]),
 ])  # fmt: skip
@@ -65,7 +65,7 @@ def test_the_gpu_script_runs_what_is_there(planned, part, scripts):
     assert all(command.startswith(script) for command, script in zip(commands, scripts, strict=True))
     for words in map(str.split, commands):
         script = (ROOT / (words[0] if words[0] != "-m" else "bench/conftest.py")).read_text()
-        options = [word for word in words if word.startswith("--") and word != "--benchmark-json"]
+        options = [word for word in words if word.startswith("--") and word not in ("--benchmark-json", "--ignore")]
         assert all(f'"{option}"' in script for option in options)
 
 
@@ -75,3 +75,37 @@ def test_the_gpu_script_says_what_is_wrong(part, said):
     command, environment = [ROOT / "bench" / "run_gpu.sh", part], os.environ | {"PYTHON": sys.executable}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2 and said in done.stderr
+
+
+HIDDEN = """
+import importlib.abc
+import sys
+
+
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("jsonargparse", "nvidia", "PIL", "safetensors", "torchvision", "tqdm", "yaml"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+def test_the_tests_of_the_losses_need_no_trainer(tmp_path):
+    (tmp_path / "hidden.py").write_text(HIDDEN)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "hidden",
+        "tests",
+        "--collect-only",
+        "-q",
+        "-m",
+        "gpu or interpreter",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "test_kernels_losses.py" in done.stdout and "error" not in done.stdout

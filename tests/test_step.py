@@ -5,6 +5,11 @@ import math
 from collections.abc import Callable, Iterator
 
 import pytest
+
+pytest.importorskip("PIL", reason="this needs the extra [train]")
+pytest.importorskip("torchvision", reason="this needs the extra [train]")
+pytest.importorskip("tqdm", reason="this needs the extra [train]")
+
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("jsonargparse", reason="this needs the extra [train]")
+
 import torch
 
 from msbreg.cli import main
