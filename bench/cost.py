@@ -12,22 +12,23 @@ Mode = str
 """`"forward"`, `"backward"`, or `"both"`, one after the other."""
 
 
-def bytes_moved(read_views: int, written_views: int, batch: int, dim: int, itemsize: int, mode: Mode) -> int:
+def bytes_moved(views: int, target_views: int, batch: int, dim: int, itemsize: int, mode: Mode) -> int:
     """Bytes of device memory with each input read once and each output written once; a lower bound.
 
-    Matrices of K D² numbers and statistics of K B are left out: they stay in the cache at usual sizes. `"both"` counts
-    as one call: a cache that holds z from the forward to the backward pass saves reading it again.
+    Forward reads z and t; backward reads z and writes its gradient, since of t it needs the centroids alone. `"both"`
+    counts as one call: a cache that holds z from the forward to the backward pass saves reading it again. Matrices of
+    K D² numbers, centroids and statistics of K B are left out: they stay in the cache at usual sizes.
 
     Args:
-        read_views: of z and t together.
-        written_views: of the gradient.
+        views: of z, and of its gradient.
+        target_views: of t.
         batch: B.
         dim: D.
         itemsize: bytes of a number.
-        mode: nothing is written by `"forward"`.
+        mode: what is called.
     """
-    views = read_views + (0 if mode == "forward" else written_views)
-    return views * batch * dim * itemsize
+    moved = {"forward": views + target_views, "backward": 2 * views, "both": 2 * views + target_views}[mode]
+    return moved * batch * dim * itemsize
 
 
 def spectral_flops(views: int, batch: int, dim: int, spectrum: Spectrum, mode: Mode) -> float:

@@ -86,8 +86,8 @@ def resnet_seconds(shape: list[int], device: torch.device) -> float | None:
 def counted(provider: Provider, shape: shapes.Shape, dtype: torch.dtype, spectrum: str, mode: str) -> dict[str, float]:
     """Bytes, and for the singular value loss alone floating-point operations."""
     views = provider.views or shape.views
-    read = views * (2 if provider.targets else 1)
-    counts = {"bytes": bytes_moved(read, views, shape.batch, shape.dim, dtype.itemsize, mode)}
+    targets = views if provider.targets else 0
+    counts = {"bytes": bytes_moved(views, targets, shape.batch, shape.dim, dtype.itemsize, mode)}
     if provider.terms == "spectral":
         counts["flops"] = spectral_flops(*shape, spectrum, mode)
     return counts

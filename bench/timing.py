@@ -22,6 +22,8 @@ Round = Callable[[], float]
 """Seconds a call, of one pass over all calls."""
 
 L2_MULTIPLE = 3
+MOST_COPIES = 1000
+"""Of inputs; tiny ones, which nobody has targets for, stay in the cache."""
 BACKLOG = 50e-3
 """Seconds of idling that a GPU is given at most while the host queues a round."""
 
@@ -63,7 +65,8 @@ def copies(input_bytes: int, device: torch.device) -> int:
     """How many copies of the inputs to rotate among."""
     if device.type != "cuda":
         return 1
-    return max(1, math.ceil(L2_MULTIPLE * torch.cuda.get_device_properties(device).L2_cache_size / input_bytes))
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(MOST_COPIES, max(1, math.ceil(L2_MULTIPLE * cache / input_bytes)))
 
 
 def wall_round(calls: Sequence[Call], device: torch.device) -> Round:

@@ -441,7 +441,7 @@ class _NuclearNorm(torch.autograd.Function):
     def backward(ctx: Any, d_values: Tensor) -> tuple[Tensor | None, ...]:
         z, weight = ctx.saved_tensors
         with full_precision(z):
-            gradient = d_values[:, None, None] * _products(z).multiply(raised(z), weight)
+            gradient = d_values[:, None, None] * products(z).multiply(raised(z), weight)
             return gradient.to(z.dtype), None, None, None
 
 
@@ -453,9 +453,9 @@ class _CodingRate(torch.autograd.Function):
         with full_precision(z):
             x = raised(z)
             world, (_, rows, dim) = world_size(group), x.shape
-            gram = all_reduce_sum(_products(x).gram(x, smaller=group is None), group)
+            gram = all_reduce_sum(products(x).gram(x, smaller=group is None), group)
             values, weight = reference.coding_rate(
-                gram, rows=rows * world, dim=dim, precision=precision, gram_of=_products(x).gram
+                gram, rows=rows * world, dim=dim, precision=precision, gram_of=products(x).gram
             )
             ctx.save_for_backward(z, weight * world)
             return values
@@ -465,11 +465,11 @@ class _CodingRate(torch.autograd.Function):
     def backward(ctx: Any, d_values: Tensor) -> tuple[Tensor | None, ...]:
         z, weight = ctx.saved_tensors
         with full_precision(z):
-            gradient = d_values[:, None, None] * _products(z).multiply(raised(z), weight)
+            gradient = d_values[:, None, None] * products(z).multiply(raised(z), weight)
             return gradient.to(z.dtype), None, None
 
 
-def _products(x: Tensor) -> Any:
+def products(x: Tensor) -> Any:
     """Whose `gram`, `multiply` and `newton_schulz` to take, on matrices (K, N, D) and without autograd."""
     if x.device.type != kernels.DEVICE_TYPE:
         return linalg
@@ -487,12 +487,12 @@ def _gram(
     of the Gram matrix, where it is known.
     """
     x = m.double() if solver == "eigh" and smoothing == 0 else m
-    gram = all_reduce_sum(_products(x).gram(x, smaller=group is None), group)
+    gram = all_reduce_sum(products(x).gram(x, smaller=group is None), group)
     tolerance = linalg.rank_tolerance(m, solver)
 
     def inverse_root(gram: Tensor, shift: float) -> Tensor:
         if solver == "newton_schulz":
-            return _products(x).newton_schulz(gram, shift, trace)
+            return products(x).newton_schulz(gram, shift, trace)
         return linalg.inverse_root(gram, shift, solver, x, tolerance)
 
     return gram, inverse_root

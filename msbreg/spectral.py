@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msbreg import linalg, reference
+from msbreg import reference
 from msbreg.arguments import Views, check_targets, full_precision, raised, stacked
 from msbreg.derivatives import once_differentiable
 from msbreg.distributed import world_size
-from msbreg.functional import SOLVER, coding_rate, nuclear_norm
+from msbreg.functional import SOLVER, coding_rate, nuclear_norm, products
 from msbreg.linalg import Solver
 from msbreg.losses import Loss
 
@@ -198,7 +198,7 @@ def covariance_energy(embeddings: Views) -> Tensor:
         (K,), or a scalar for one tensor (N, D); float32, or float64 for float64 embeddings. 0 for N = 1.
 
     Raises:
-        ValueError: a wrong shape, an empty tensor.
+        ValueError: a wrong shape, an empty tensor; on a GPU more than 32,767 matrices.
         TypeError: not tensors, or not floating point.
     """
     x = stacked(embeddings, "embeddings", one=True)
@@ -206,7 +206,7 @@ def covariance_energy(embeddings: Views) -> Tensor:
     with full_precision(x):
         x = raised(x)
         x = (x - x.mean(1, keepdim=True)) / math.sqrt(max(rows - 1, 1))
-        gram = linalg.gram(x)
+        gram = _Gram.apply(x)
         if rows < dim:
             energies = gram.square().sum((1, 2)) - x.square().sum(1).square().sum(1)
         else:
@@ -240,7 +240,7 @@ def cross_correlation_energy(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         z = z * torch.rsqrt(z.square().mean(1, keepdim=True) + BATCH_NORM_EPS) / math.sqrt(rows)
         diagonal = (z[0] * z[1]).sum(0)
         if 2 * rows < dim:
-            gram = linalg.gram(z)
+            gram = _Gram.apply(z)
             off_diagonal = (gram[0] * gram[1]).sum() - diagonal.square().sum()
         else:
             off_diagonal = _off_diagonal(z[0].mT @ z[1]).square().sum()
@@ -249,6 +249,22 @@ def cross_correlation_energy(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 def _off_diagonal(matrix: Tensor) -> Tensor:
     return matrix - torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1))
+
+
+class _Gram(torch.autograd.Function):
+    """MᵀM, (K, D, D), or M Mᵀ, (K, N, N), where N < D, of matrices (K, N, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, m: Tensor) -> Tensor:
+        ctx.save_for_backward(m)
+        return products(m).gram(m)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (m,) = ctx.saved_tensors
+        with full_precision(m):
+            return products(m).multiply(m, g + g.mT)
 
 
 class _UnitRows(torch.autograd.Function):

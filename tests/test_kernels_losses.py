@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_losses import oracle
 from test_spectral import families, gradient_error, oracle_value, value_and_gradient
+from test_spectral_family import barlow, covariance
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -24,6 +25,7 @@ from msbreg.functional import (  # noqa: E402
     singular_value_loss,
 )
 from msbreg.kernels import gradient, gram, inverse_root, product, rows, tiles, totals  # noqa: E402
+from msbreg.spectral import CodingRateLoss, MMCRLoss, SVMaxLoss, covariance_energy, cross_correlation_energy  # noqa: E402
 
 DEVICE = kernels.DEVICE_TYPE
 RUNS = DEVICE == "cpu" or torch.cuda.is_available()
@@ -360,28 +362,58 @@ def test_compiles_in_one_graph(backend):
     assert torch.allclose(*(torch.autograd.grad(value, z)[0] for value in (compiled, eager)))
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
-def test_a_cuda_graph_draws_new_noise_at_every_replay():
-    z, t = gaussian(4, 64, 32, dtype=F32).requires_grad_(), gaussian(4, 64, 32, seed=1, dtype=F32)
-    criterion = MSBRegLoss(seed=3).to(DEVICE)
+needs_graphs = pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+
+
+def recorded(call):
+    """A CUDA graph of a call and of its gradient, and what the call returned."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
-            criterion(z, t).loss.backward()
+            call().backward()
     torch.cuda.synchronize()
-    z.grad = None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = criterion(z, t)
-        out.loss.backward()
+        value = call()
+        value.backward()
+    return graph, value
+
+
+@needs_graphs
+@pytest.mark.parametrize("spectrum", ["nuclear", "whitening", "coding_rate"])
+def test_a_cuda_graph_draws_new_noise_at_every_replay(spectrum):
+    z, t = gaussian(4, 64, 32, dtype=F32).requires_grad_(), gaussian(4, 64, 32, seed=1, dtype=F32)
+    criterion = MSBRegLoss(seed=3, spectrum=spectrum).to(DEVICE)
+    z.grad = torch.zeros_like(z)
+    graph, value = recorded(lambda: criterion(z, t).loss)
     for step in (7, 8):
         criterion.step.fill_(step)
+        z.grad.zero_()
         graph.replay()
         leaf = z.detach().requires_grad_()
-        expected = msbreg_loss(leaf, t, seed=3, step=step)
-        assert torch.equal(torch.stack(out).detach(), torch.stack(expected).detach())
+        expected = msbreg_loss(leaf, t, seed=3, step=step, spectrum=spectrum)
+        assert torch.equal(value.detach(), expected.loss.detach())
         assert torch.equal(z.grad, torch.autograd.grad(expected.loss, leaf)[0])
         assert criterion.step.item() == step + 1
+
+
+@needs_graphs
+@pytest.mark.parametrize(
+    "loss", [MMCRLoss(), SVMaxLoss(), CodingRateLoss(), lambda z: covariance_energy(z).sum()], ids=str
+)
+@pytest.mark.parametrize("shape", [(2, 64, 32), (2, 32, 64)])
+def test_the_spectral_family_records_in_cuda_graphs(loss, shape):
+    z = gaussian(*shape, dtype=F32).requires_grad_()
+    z.grad = torch.zeros_like(z)
+    graph, value = recorded(lambda: loss(z))
+    with torch.no_grad():
+        z.copy_(gaussian(*shape, seed=1, dtype=F32))
+    z.grad.zero_()
+    graph.replay()
+    leaf = z.detach().requires_grad_()
+    expected = loss(leaf)
+    assert torch.equal(value.detach(), expected.detach())
+    assert torch.equal(z.grad, torch.autograd.grad(expected, leaf)[0])
 
 
 @triton.jit
@@ -580,6 +612,21 @@ def test_nuclear_norm_and_coding_rate(shape):
         (gradient,) = torch.autograd.grad(got.sum(), m)
         (wanted,) = torch.autograd.grad(expected.sum(), exact, retain_graph=True)
         assert relative_error(gradient.cpu(), wanted) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 5), (2, 5, 12)])
+def test_energies(shape):
+    """VICReg's and Barlow Twins' on the smaller side, against their definitions."""
+    m = gaussian(*shape, dtype=F32).requires_grad_()
+    exact = m.detach().to("cpu", F64).requires_grad_()
+    for got, expected in (
+        (covariance_energy(m).sum(), sum(covariance(x) for x in exact)),
+        (sum(cross_correlation_energy(*m)), barlow(*exact).sum()),
+    ):
+        assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+        (gradient,) = torch.autograd.grad(got, m)
+        (wanted,) = torch.autograd.grad(expected, exact)
+        assert relative_error(gradient.cpu(), wanted) < 1e-5
 
 
 def test_matrix_operators_keep_torchs_rules():
