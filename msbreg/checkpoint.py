@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from msbreg.errors import MSBRegError
+from msbreg.processes import is_of_memory
 
 __all__ = ["FORMAT", "holds_one", "load_checkpoint", "load_run", "save_checkpoint", "whole_file"]
 
@@ -67,7 +68,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Reads one checkpoint to the CPU, without running any code that it may carry.
 
     Raises:
-        MSBRegError: where the file is missing, damaged, unreadable, or none of msbreg's.
+        MSBRegError: where the file is missing, damaged, unreadable, too large for the memory, or none of msbreg's.
     """
     try:
         with zipfile.ZipFile(path) as file:  # by its checksums, which torch.load does not look at
@@ -76,9 +77,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise DamagedError(f"there is no checkpoint {path}.") from error
-    except MemoryError:
-        raise
     except Exception as error:  # damaged names, sizes and pickles make zipfile and torch raise nearly anything
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_of_memory(error)):
+            raise MSBRegError(f"cannot read the checkpoint {path}: this machine's memory does not suffice.") from error
         # EINVAL is zipfile going to where a damaged directory points.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise MSBRegError(f"cannot read the checkpoint {path}: {error.strerror}.") from error

@@ -41,7 +41,8 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, *, title: str, score: st
         beside = losses.twinx()
         beside.plot(steps, [row["singular_value"] for row in train], color="tab:red", linewidth=1.0)
         beside.set_ylabel("singular value $L_S$ (right)", color="tab:red")
-        if min(row["singular_value"] for row in train) >= 0:  # the coding rate's are negative
+        # Null where it was not finite; negative where it is a coding rate.
+        if all(row["singular_value"] is None or row["singular_value"] >= 0 for row in train):
             beside.set_ylim(bottom=0)
     losses.legend(loc="upper right", fontsize=8)
 
@@ -60,7 +61,9 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, *, title: str, score: st
 
     for row, label in zip(evaluations[:: max(1, len(evaluations) - 1)], ("start", "end"), strict=False):
         values = row["spectrum"]
-        spectrum.semilogy(range(1, len(values) + 1), [max(value, 1e-4) for value in values], label=label)
+        spectrum.semilogy(
+            range(1, len(values) + 1), [None if value is None else max(value, 1e-4) for value in values], label=label
+        )
     spectrum.axhline(1.0, color="tab:gray", linestyle=":", label="flat")
     spectrum.set(title="Singular values of held-out embeddings", xlabel="index")
     spectrum.legend(fontsize=8)

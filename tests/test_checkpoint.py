@@ -1,6 +1,8 @@
 """Checkpoints: whole at every moment, and plain words where one is not."""
 
 import os
+import resource
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ pytest.importorskip("tqdm", reason="this needs the extra [train]")
 import torch
 
 from msbreg import checkpoint
+from msbreg.config import Config
 from msbreg.errors import MSBRegError
+from msbreg.export import backbone_of
 from msbreg.monitor import MetricsFile
 
 
@@ -29,6 +33,13 @@ def damage(path: Path) -> None:
     """Changes one bit in the middle of a tensor, which torch.load would not notice."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def misdirect(path: Path) -> None:
+    """Damages where the archive's directory says it begins: the system refuses to go where its files would be."""
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x06\x06") + 48] ^= 0x80
     path.write_bytes(data)
 
 
@@ -60,7 +71,7 @@ def test_all_bytes_are_on_the_disk_before_they_get_their_name_and_then_the_name_
     assert folder.st_ino == tmp_path.stat().st_ino
 
 
-@pytest.mark.parametrize("harm", [damage, lambda path: os.truncate(path, 200)])
+@pytest.mark.parametrize("harm", [damage, misdirect, lambda path: os.truncate(path, 200)])
 def test_the_one_before_is_kept_and_steps_in_for_a_damaged_one(tmp_path, harm):
     for step in (1, 2):
         checkpoint.save_checkpoint(tmp_path, state(step, method=WEIGHTS))
@@ -88,6 +99,21 @@ def test_one_that_the_system_cannot_read_is_no_damaged_one(tmp_path):
     (tmp_path / "other" / "checkpoint.pt").rename(tmp_path / "checkpoint.previous.pt")
     with pytest.raises(MSBRegError, match=r"cannot read the checkpoint .*: Is a directory"):
         checkpoint.load_run(tmp_path)
+
+
+def test_one_that_the_memory_does_not_suffice_for_is_no_damaged_one(tmp_path):
+    for step in (1, 2):
+        checkpoint.save_checkpoint(tmp_path, state(step, method={"w": torch.zeros(2**24)}))
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**25, hard))
+    try:
+        with pytest.raises(MSBRegError, match=r"checkpoint\.pt: this machine's memory does not suffice"):
+            checkpoint.load_run(tmp_path, to_go_on=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert names(tmp_path) == ["checkpoint.previous.pt", "checkpoint.pt"]
+    assert checkpoint.load_run(tmp_path)["step"] == 2
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
@@ -142,3 +168,8 @@ def test_other_files_are_written_whole_or_not_at_all(tmp_path, file_size_limit):
     with file_size_limit(1000), pytest.raises(MSBRegError, match=r"cannot write .*metrics\.jsonl: File too large"):
         MetricsFile(metrics, {"train": 1})
     assert names(tmp_path) == ["metrics.jsonl"] and metrics.read_bytes() == before
+
+
+def test_weights_of_another_network_are_one_sentence():
+    with pytest.raises(MSBRegError, match="the checkpoint's weights do not fit a convnet"):
+        backbone_of(state(1, config=asdict(Config()), method={"online.backbone.other": torch.zeros(1)}))
