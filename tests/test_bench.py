@@ -84,6 +84,12 @@ def test_the_check_refuses(name):
     assert "off by" in judged(WRONG[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_check_refuses_in_half_precision_too(dtype):
+    assert judged(RIGHT, dtype=dtype) is None
+    assert "its value is off by" in judged(lambda z, t, n: 1.05 * RIGHT(z, t, n), dtype=dtype)
+
+
 def test_a_wrong_plain_torch_excuses_nobody():
     poor = truth()._replace(plain=gate.Errors(1.0, 1.0))
     assert gate.refusal(lambda z, t, n: 1.05 * RIGHT(z, t, n), poor)
@@ -168,6 +174,8 @@ def test_rounds_fill_the_time():
     assert timing.plan(lambda: 0.01, 2, 1.0) == 50
     assert timing.plan(lambda: 5.0, 1, 1.0) == 3
     assert timing.plan(lambda: 1e-6, 1, 1.0) == 1000
+    rounds = iter([0.1, 0.01, 0.2])  # the shortest is what a call takes
+    assert timing.plan(lambda: next(rounds), 1, 1.0) == 100
 
 
 def test_ceilings_are_positive_and_differ_with_the_work():

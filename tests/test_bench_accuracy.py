@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,6 +172,25 @@ def test_a_run_that_does_not_save_itself_is_killed(monkeypatch):
 )
 def test_a_record_says_nothing_of_this_machines_folders(word, kept):
     assert records.without_folder(word, "/data/a=b") == kept
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+def test_a_record_has_the_commit_and_whether_files_differ_from_it(tmp_path, monkeypatch):
+    def git(*words: str) -> str:
+        command = ["git", "-c", "user.name=n", "-c", "user.email=e", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert records.commit() == ""
+    git("init")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "--message", "m")
+    git("tag", "--annotate", "v1", "--message", "v1")
+    assert records.commit() == git("rev-parse", "HEAD")
+    (tmp_path / "file").write_text("two")
+    assert records.commit() == git("rev-parse", "HEAD") + "+"
 
 
 def test_the_list_has_the_published_lengths_and_equal_views_and_begins_with_the_cheapest():

@@ -95,6 +95,21 @@ def test_the_page_shows_what_the_script_prints(monkeypatch, capsys):
         assert part in PAGE
 
 
+def test_what_was_measured_is_what_is_modelled(counts, monkeypatch, capsys):
+    monkeypatch.setattr(scaling, "count", lambda: counts)
+    command = "scaling.py --views-per-second 2000 --views 8 --batch 100"
+
+    def rows(*options: str) -> list[list[str]]:
+        monkeypatch.setattr(sys, "argv", [*command.split(), *options])
+        scaling.main()
+        lines = capsys.readouterr().out.strip().splitlines()[-6:]
+        return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+    assert [row[:3] for row in rows()][:2] == [["1", "100", "400"], ["8", "800", "400"]]
+    # A loader of 200 images/s takes half a second for them, and hides all waits on one GPU or eight.
+    assert [row[6:9] for row in rows("--loaded", "200")][:2] == [["500", "80%", "200"]] * 2
+
+
 def test_the_page_draws_its_conclusions_from_the_model(counts):
     text = " ".join(PAGE.split())
     views = scaling.SUPERVISED / counts.cost

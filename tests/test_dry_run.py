@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,8 +14,11 @@ import torch
 
 from msbreg.cli import main
 from msbreg.config import Config, packaged_configs
+from msbreg.data import ViewLoader
 from msbreg.dry_run import PIXELS_ON_A_CPU, dry_run
 from msbreg.errors import MSBRegError
+from msbreg.methods import build_method
+from msbreg.step import TrainingStep
 
 TINY = ["--model.backbone", "convnet", "--model.hidden", "32", "--model.dim", "16", "--run.device", "cpu"]
 
@@ -30,6 +34,8 @@ def test_the_default_runs_with_its_whole_batch(capsys, tmp_path, monkeypatch):
     rows = table(capsys.readouterr().out)
     assert rows["images a step, of all processes"] == "128"
     assert rows["steps of the run, 5,000 images"] == "312"
+    trained = sum(weight.numel() for weight in build_method(Config()).parameters() if weight.requires_grad)
+    assert rows["parameters trained"] == f"{trained / 1e6:.1f} M"
     assert float(rows["step 2, s"]) > 0 and float(rows["loading a batch of 32-pixel images, s"]) > 0
     assert float(rows["peak memory of a process, MB"].replace(",", "")) > 100
     assert list(tmp_path.iterdir()) == []  # no run folder
@@ -69,7 +75,23 @@ def test_every_packaged_recipe(name, capsys):
     assert ", measured with " in rows["images a step, of all processes"]
 
 
-def test_hours_are_those_of_the_whole_batch(swatches):
+def test_hours_are_those_of_the_whole_batch(swatches, monkeypatch):
+    """On a clock that moves on by hand: steps that take 4, 3, ... seconds, and batches that take a quarter."""
+    clock, step, batches = SimpleNamespace(now=0.0), TrainingStep.__call__, ViewLoader.batches
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr("msbreg.dry_run.time", clock)
+
+    def stepping(*arguments):
+        clock.now += 4 - arguments[-1]
+        return step(*arguments)
+
+    def loading(*arguments):
+        for batch in batches(*arguments):
+            clock.now += 0.25
+            yield batch
+
+    monkeypatch.setattr(TrainingStep, "__call__", stepping)
+    monkeypatch.setattr(ViewLoader, "batches", loading)
     config = Config()
     config.data.path, config.data.size, config.data.batch_size = str(swatches), 64, 200
     config.model.hidden, config.model.dim, config.run.device = 32, 16, "cpu"
@@ -77,9 +99,10 @@ def test_hours_are_those_of_the_whole_batch(swatches):
     rows = table(dry_run(config))
     with_images = PIXELS_ON_A_CPU // (4 * 64**2)
     assert rows["images a step, of all processes"] == f"200, measured with {with_images}"
-    seconds = float(rows["step 2, s"]) + float(rows["loading a batch of 64-pixel images, s"])
+    assert (rows["first step, s"], rows["step 2, s"]) == ("4.0", "3.000")
+    assert rows["loading a batch of 64-pixel images, s"] == "0.250"
     projected = rows["hours of the run, projected from the sum of step and loading"].replace(",", "")
-    assert float(projected) == pytest.approx(5000 * seconds * 200 / with_images / 3600, rel=0.02, abs=0.1)
+    assert float(projected) == pytest.approx(5000 * 3.25 * 200 / with_images / 3600, abs=0.05)
     assert config.data.batch_size == 200
 
 

@@ -139,7 +139,7 @@ def test_rows_whose_views_are_read_a_tile_at_a_time(launches, views):
 
 
 @interprets
-@pytest.mark.parametrize("shape", [(2, 40, 70), (1, 75, 70), (1, 20, 20)])
+@pytest.mark.parametrize("shape", [(2, 40, 70), (1, 75, 70), (1, 75, 90), (1, 20, 20)])
 @pytest.mark.parametrize("unit", [True, False])
 def test_gram_matrices_and_products_of_several_tiles(launches, shape, unit):
     z = torch.randn(shape)

@@ -134,7 +134,9 @@ def test_an_option_that_the_checkpoint_lacks_had_its_default(tmp_path, undisturb
 
 def test_lines_that_are_no_metrics_are_passed_over(tmp_path):
     good = b'{"event": "train", "step": 2}\n'
-    (tmp_path / "metrics.jsonl").write_bytes(good + b"\xff\xfe\n[3]\n7\n{}\n" + good + b'{"event": "tr')
+    (tmp_path / "metrics.jsonl").write_bytes(
+        good + b'\xff\xfe\n[3]\n7\n{}\n{"event": "eval"}\n' + good + b'{"event": "tr'
+    )
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2, 2]
 
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from msbreg import machine
+from msbreg.errors import MSBRegError
 from msbreg.machine import allowed_cores, usable_cores
 from msbreg.processes import Processes
 
@@ -62,3 +64,45 @@ def test_cores_of_their_own_are_not_divided(monkeypatch):
         monkeypatch.setattr("socket.gethostname", lambda: "here")
         monkeypatch.setattr(processes, "gather_objects", lambda mine, ranks=ranks: ranks)
         assert processes.share_of_cores() == share
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [
+        ("150000 100000", 2), ("max 100000", 4), ("1000 100000", 1), ("900000 100000", 4), ("", 4), (None, 4),
+    ],
+)  # fmt: skip
+def test_no_more_cores_than_the_containers_quota(tmp_path, monkeypatch, quota, cores):
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(machine, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(machine, "allowed_cores", lambda: {0, 1, 2, 3})
+    assert usable_cores() == cores
+
+
+def test_ranks_that_see_other_numbers_are_told(monkeypatch):
+    processes = Processes("cpu")
+    processes.agree(240, "the training images")
+    monkeypatch.setattr(processes, "gather", lambda number: [number, number - 1])
+    with pytest.raises(MSBRegError, match=r"do not see the same of the training images: \[240, 239\] by rank"):
+        processes.agree(240, "the training images")
+
+
+@pytest.mark.parametrize("device", ["gpu", "meta", "cpu:x"])
+def test_devices_that_cannot_be(device):
+    with pytest.raises(MSBRegError, match=f"the device is '{device}'; expected auto, cpu, cuda or cuda:N"):
+        Processes(device)
+
+
+def test_each_process_has_a_gpu_of_its_own_machine(monkeypatch):
+    """The second of two machines with two GPUs each."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for name, value in (("RANK", "3"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert str(Processes().device) == str(Processes("cuda").device) == "cuda:1"
+    with pytest.raises(MSBRegError, match="the device is 'cuda:0' for all 2 processes; say cuda for one each"):
+        Processes("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(MSBRegError, match="process 3 needs GPU 2, but this machine has 2"):
+        Processes("cuda")

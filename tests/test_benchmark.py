@@ -1,0 +1,37 @@
+"""`msbreg bench`: its figures are of one step each, on a clock that moves on by hand."""
+
+from types import SimpleNamespace
+
+from msbreg.cli import main
+from msbreg.data import ViewLoader
+from msbreg.step import TrainingStep
+
+
+def test_figures_are_of_one_step(monkeypatch, small, capsys):
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr("msbreg.benchmark.time", clock)
+
+    def passes(seconds: float) -> None:
+        clock.now += seconds
+
+    def batches(loader: ViewLoader):
+        while True:
+            passes(0.25)
+            yield None
+
+    monkeypatch.setattr(ViewLoader, "batches", batches)
+    monkeypatch.setattr(TrainingStep, "__call__", lambda step, batch, number: passes(0.5))
+    monkeypatch.setattr(TrainingStep, "loss_alone", lambda step, batch: lambda: passes(0.125))
+    assert main(["bench", "--steps", "3", *small]) == 0
+    rows = [line.strip("| ").split("|") for line in capsys.readouterr().out.splitlines()]
+    found = {name.strip(): value.strip() for name, value in rows}
+    assert found["loader alone"] == "250.0 ms  128 images/s  256 views/s"
+    assert found["step alone"] == "500.0 ms  64 images/s  128 views/s"
+    assert found["both"] == "750.0 ms  43 images/s  85 views/s"
+    assert found["loss, forward and backward alone"] == "125.0 ms  25.0% of the step"
+
+
+def test_no_steps_are_none_to_time(small, capsys):
+    assert main(["bench", "--steps", "0", *small]) == 2
+    assert "--steps is 0, but must be at least 1" in capsys.readouterr().err

@@ -1,0 +1,86 @@
+"""Which images a run trains and is judged on, and which of them each process has."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from msbreg.config import Config
+from msbreg.data import ImageFolder
+from msbreg.errors import MSBRegError
+from msbreg.inputs import has_labels, open_images, open_loader, set_aside, share_of_batch
+from msbreg.processes import Processes
+
+
+@pytest.fixture
+def config() -> Config:
+    config = Config()
+    config.data.size, config.data.batch_size, config.data.backend, config.data.threads = 16, 32, "torchvision", 1
+    return config
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(config):
+    processes = Processes("cpu")
+    processes.world = 4
+    assert share_of_batch(config, processes) == 8
+    processes.world = 5
+    with pytest.raises(MSBRegError, match="32 images over all processes, which 5 processes cannot share evenly"):
+        share_of_batch(config, processes)
+
+
+def test_the_seed_orders_the_images(config, swatches):
+    def order(seed: int) -> list[int]:
+        config.run.seed = seed
+        loader = open_loader(config, Processes("cpu"), ImageFolder(swatches / "train"))
+        try:
+            return next(loader.batches(stop=1)).index.tolist()
+        finally:
+            loader.close()
+
+    assert order(0) == order(0) != order(1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "votes"),
+    [
+        ([0, 1] * 4, True),
+        ([0, 0, 0, 0, 0, 0, 0, 1], True),  # four a class on average
+        ([0, 1] * 3 + [0], False),
+        ([0] * 8, False),
+        ([-1] * 8 + [0] * 8, False),
+        ([-1] * 8 + [0, 1] * 4, True),
+        ([-1] * 8, False),
+    ],
+)
+def test_labels_vote_where_two_classes_have_enough(labels, votes):
+    assert has_labels(SimpleNamespace(labels=np.array(labels))) is votes
+
+
+def test_images_set_aside_are_not_trained_on(swatches):
+    source = ImageFolder(swatches / "train")
+    train, held_out = ([part.name(index) for index in range(len(part))] for part in set_aside(source))
+    assert (len(train), len(held_out)) == (216, 24)
+    assert sorted(train + held_out) == [source.name(index) for index in range(240)]
+
+
+def linked(folder: Path, names: list[str], swatches: Path) -> str:
+    """A folder with images under these names."""
+    for name, image in zip(names, sorted((swatches / "train").rglob("*.jpg")), strict=False):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(image)
+    return str(folder)
+
+
+def test_images_without_labels_are_all_trained_on(config, tmp_path, swatches):
+    config.data.path = linked(tmp_path, [f"{index}.jpg" for index in range(40)], swatches)
+    train, held_out = open_images(config, Processes("cpu"))
+    assert len(train) == 40 and held_out is None
+
+
+def test_classes_of_held_out_images_are_matched_by_name(config, tmp_path, swatches):
+    names = [f"{'abc'[index % 3]}/{index}.jpg" for index in range(12)]
+    config.data.path = linked(tmp_path / "train", names, swatches)
+    config.data.eval_path = linked(tmp_path / "others", ["b/1.jpg", "c/1.jpg"], swatches)
+    train, held_out = open_images(config, Processes("cpu"))
+    assert train.classes == ["a", "b", "c"] and held_out.labels.tolist() == [1, 2]

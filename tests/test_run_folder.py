@@ -1,0 +1,45 @@
+"""The folder of a run: where it is, and which options may change when the run goes on."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from msbreg.config import Config
+from msbreg.errors import MSBRegError
+from msbreg.processes import Processes
+from msbreg.run_folder import refuse_other_config, run_folder
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = Config()
+    config.run.dir = "~/runs/one"
+    with run_folder(config, Processes("cpu")) as folder:
+        assert folder == tmp_path / "runs" / "one" and folder.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("run.threads", 3), ("run.log_every", 3), ("data.path", "elsewhere"), ("data.backend", "torchvision"),
+        ("data.prefetch", 3), ("eval.k", 3), ("eval.every", 3.0),
+    ],
+)  # fmt: skip
+def test_what_may_change_in_the_middle(name, value):
+    refuse_other_config({"config": asdict(Config())}, changed(name, value), Path())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("run.seed", 3), ("data.views", 3), ("optim.lr", 3.0), ("optim.steps", 3), ("eval.linear", False)],
+)
+def test_what_may_not(name, value):
+    with pytest.raises(MSBRegError, match=f"holds a run with other options: --{name} was .* and is now {value}. "):
+        refuse_other_config({"config": asdict(Config())}, changed(name, value), Path())
+
+
+def changed(name: str, value: object) -> Config:
+    config, (group, option) = Config(), name.split(".")
+    setattr(getattr(config, group), option, value)
+    return config
