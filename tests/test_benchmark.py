@@ -2,6 +2,10 @@
 
 from types import SimpleNamespace
 
+import pytest
+
+pytest.importorskip("jsonargparse", reason="this needs the extra [train]")
+
 from msbreg.cli import main
 from msbreg.data import ViewLoader
 from msbreg.step import TrainingStep

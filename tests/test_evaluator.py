@@ -4,6 +4,10 @@ import os
 import shutil
 
 import pytest
+
+pytest.importorskip("PIL", reason="this needs the extra [train]")
+pytest.importorskip("tqdm", reason="this needs the extra [train]")
+
 import torch
 from PIL import Image
 from torch import nn

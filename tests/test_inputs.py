@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+pytest.importorskip("PIL", reason="this needs the extra [train]")
+
 from msbreg.config import Config
 from msbreg.data import ImageFolder
 from msbreg.errors import MSBRegError

@@ -5,6 +5,9 @@ import math
 from types import SimpleNamespace
 
 import pytest
+
+pytest.importorskip("tqdm", reason="this needs the extra [train]")
+
 import torch
 
 from msbreg.monitor import MetricsFile, Progress, Stopwatch, embedding_statistics, read_metrics

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("PIL", reason="this needs the extra [train]")
+
 from msbreg.config import Config
 from msbreg.errors import MSBRegError
 from msbreg.processes import Processes
