@@ -239,7 +239,7 @@ def brownian_loss(
 def nuclear_norm(
     embeddings: Views, *, smoothing: float = 0.0, solver: Solver = SOLVER, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """Σ_j sqrt(s_j² + δ²) over the min(N, D) singular values of each matrix; the nuclear norm where δ is 0.
+    """Σ_j sqrt(s_j² + δ²) over the min(N, D) singular values, one number a matrix; the nuclear norm where δ is 0.
 
     Rows are taken as they are, not normalised. The gradient is the polar factor, over the nonzero singular values.
     MMCR (https://arxiv.org/abs/2303.03307) is `-nuclear_norm(normalize(z, dim=-1).mean(0))`, SVMax
@@ -268,7 +268,7 @@ def nuclear_norm(
 def coding_rate(
     embeddings: Views, *, precision: float = reference.CODING_PRECISION, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """½ log det(I + D / (N ε) MᵀM) of each matrix M, (N, D): large where its rows spread out.
+    """½ log det(I + D / (N ε) MᵀM), one number a matrix M, (N, D): large where its rows spread out.
 
     Yu, Chan, You, Song, Ma, https://arxiv.org/abs/2006.08558, with ε not squared, as EMP-SSL
     (https://arxiv.org/abs/2304.03977) has it. Rows are taken as they are, not normalised.

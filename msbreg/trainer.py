@@ -111,6 +111,8 @@ class Trainer:
         self.bad_losses = torch.zeros(2, dtype=torch.int64, device=self.device)  # in a row now, and the longest row
         self.done, self.stopwatch = 0, Stopwatch(self.device)
         self.results: dict[str, Any] = {}
+        self.change = ""
+        """What is to be said of the number of processes, where it is another one than before."""
         if state is not None:
             self._restore(state)
         self.logged = self.done
@@ -135,7 +137,7 @@ class Trainer:
             if self.done == 0:
                 self._evaluate()
             elif self.done < self.steps:
-                self.progress.say(f"going on from step {self.done} of {self.steps} in {self.folder}")
+                self.progress.say(f"going on from step {self.done} of {self.steps} in {self.folder}{self.change}")
                 if self.done % self.eval_every == 0 and self.results["evaluated"] < self.done:
                     self._evaluate()  # during which it was killed
             self._train(stop)
@@ -307,6 +309,7 @@ class Trainer:
         return {
             "step": self.done,
             "images": len(self.source),
+            "processes": self.processes.world,
             "config": asdict(self.config),
             **self.step.state_dict(),
             "unreadable": dict(self.loader.unreadable),
@@ -324,6 +327,12 @@ class Trainer:
             ) from error
         self.loader.recall(state["unreadable"])
         self.done, self.results = state["step"], state["results"]
+        before, now = state.get("processes", self.processes.world), self.processes.world
+        if before != now:
+            plural = "es" if now > 1 else ""
+            self.change = (
+                f", with {now} process{plural} instead of {before}; images and views of each step are the same"
+            )
         self.stopwatch = Stopwatch(self.device, state["seconds"], state["waited"])
 
     def _finish(self) -> dict[str, Any]:

@@ -86,10 +86,10 @@ def test_two_processes_go_on_as_one_and_one_as_two(tmp_path, small, start):
     first = start(2).stop_after(6)
     run = start(1)
     second = run.stop_after(first + 6)
-    assert f"going on from step {first} of {STEPS}" in run.text()
+    assert f"going on from step {first} of {STEPS}" in run.text() and "with 1 process instead of 2; " in run.text()
     run = start(2)
     run.wait()
-    assert f"going on from step {second} of {STEPS}" in run.text()
+    assert f"going on from step {second} of {STEPS}" in run.text() and "with 2 processes instead of 1; " in run.text()
     assert 6 <= first < second < STEPS
     assert main(["pretrain", "--run.dir", str(tmp_path / "undisturbed"), *small, *OPTIONS]) == 0
 
