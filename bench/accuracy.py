@@ -1,6 +1,6 @@
 """Accuracy per minute of training: MSBReg at 2 to 20 views and with its parts left out, BYOL and SimSiam, on CIFAR-10.
 
-    python bench/accuracy.py --data CIFAR10 --folder runs/accuracy --minutes 8.5 --json accuracy.json
+    python bench/accuracy.py --data CIFAR10 --folder runs/accuracy --minutes 8 --json accuracy.json
 
 goes through a fixed list of runs, cheap ones first, and ends in time: the run at hand saves itself, and the same
 command goes on from there. Each call draws page and plot anew, beside the JSON, from all runs that have finished, and

@@ -393,12 +393,14 @@ def main() -> None:
         options.cuda_graph,
         options.threads,
     )
-    result = facts(options, setting)
+    result = facts(options, setting) | {"rows": [], "left_out": {}, "failed": False}
     turns = measure(options.providers, setting, rounds=options.rounds, seconds=options.seconds, steps=options.steps)
-    for measured in turns:
-        result |= measured
-        keep(result, options.json)
-    print(table(result))
+    try:
+        for measured in turns:
+            result |= measured
+            keep(result, options.json)
+    finally:  # whoever interrupts it has what was measured by then
+        print(table(result), flush=True)
     sys.exit(int(result["failed"]))
 
 

@@ -100,8 +100,8 @@ loader() {
 
 peers() {
     photos >/dev/null || status=$?                                               # 40
-    keep 160 bench/peers.py --seconds 3 --rounds 2 --json "$out/peers-small.json"                        # 125
-    keep 310 bench/peers.py --case imagenet --seconds 4 --rounds 2 --json "$out/peers-imagenet.json"     # 200
+    keep 170 bench/peers.py --seconds 3 --rounds 2 --json "$out/peers-small.json"                        # 150
+    keep 320 bench/peers.py --case imagenet --seconds 4 --rounds 2 --json "$out/peers-imagenet.json"     # 260
 }
 
 alternatives() {

@@ -376,6 +376,18 @@ def test_there_is_a_result_after_every_turn(monkeypatch, swatches):
     ]
 
 
+def test_an_interrupted_comparison_shows_what_it_has(monkeypatch, capsys, swatches):
+    def measure(*_, **__):
+        yield {"rows": [], "left_out": {"lightly": "it is not installed"}, "failed": False}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(peers, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--device", "cpu", "--data", str(swatches)])
+    with pytest.raises(KeyboardInterrupt):
+        peers.main()
+    assert "Left out: lightly: it is not installed." in capsys.readouterr().out
+
+
 def test_workers_that_would_have_no_room_for_their_batches_are_not_started(swatches):
     wanted = setting(swatches)
     peer_trainers.require_shared_memory(wanted)
