@@ -7,7 +7,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
-__all__ = ["Access", "accesses", "amd_resources", "dots", "matrix_units", "overflows", "ptxas_resources"]
+__all__ = [
+    "Access", "accesses", "amd_resources", "coarse_dots", "dots", "float_atomics", "matrix_units", "overflows",
+    "ptxas_resources",
+]  # fmt: skip
 
 MAX_BLOCK = 1024
 """The number of a program times a block size up to this counts rows, and those fit into the int32 that counts them."""
@@ -143,6 +146,16 @@ def counts_rows(product: str, values: Values) -> bool:
 def dots(ttir: str) -> int:
     """How many matrix products there are in a kernel's TTIR."""
     return len(re.findall(r"\btt\.dot\b", ttir))
+
+
+def coarse_dots(ttir: str) -> int:
+    """How many of them multiply float32 matrices in TF32, of ten bits, once."""
+    return len(re.findall(r"\btt\.dot\b.* inputPrecision = tf32 : tensor<[\dx]+xf32>", ttir))
+
+
+def float_atomics(ttir: str) -> int:
+    """How many atomic sums of floating-point numbers there are, whose order, and so whose last digit, is by chance."""
+    return len(re.findall(r"\btt\.atomic_rmw fadd\b", ttir))
 
 
 def matrix_units(assembly: str) -> str | None:

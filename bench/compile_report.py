@@ -6,7 +6,7 @@ Needs no GPU: Triton's wheel has the compilers for all of them. A row is a kerne
 several calls share is compiled once, and Triton's cache keeps it for the next time. An architecture takes about two
 minutes on one core. The exit status is 1 where a row has a fault: a kernel that does not compile, spills registers,
 needs more shared memory than there is, loads narrowly what could be loaded 16 bytes at a time, multiplies matrices
-without tensor cores, or computes addresses in 32 bits.
+without tensor cores or float32 ones by a single TF32 product, adds by atomics, or computes addresses in 32 bits.
 
 A second table has what each call moves and multiplies, and how long an H200 would take for it at least.
 """
@@ -27,7 +27,16 @@ from unittest import mock
 import launch_cost
 import torch
 import triton
-from assembly import accesses, amd_resources, dots, matrix_units, overflows, ptxas_resources
+from assembly import (
+    accesses,
+    amd_resources,
+    coarse_dots,
+    dots,
+    float_atomics,
+    matrix_units,
+    overflows,
+    ptxas_resources,
+)
 from records import provenance
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -267,6 +276,10 @@ def faults(row: Row, ttir: str, arguments: Mapping[str, Any]) -> list[str]:
         found.append(f"needs {row.shared_bytes} bytes of shared memory, of {SHARED_BYTES[row.arch]}")
     if row.dots and not row.matrix_units:
         found.append("multiplies matrices without tensor cores")
+    if coarse_dots(ttir):
+        found.append("multiplies float32 matrices by one TF32 product")
+    if float_atomics(ttir):
+        found.append("adds by atomics, in another order at each run")
     found.extend(f"computes an address in 32 bits: {line}" for line in overflows(ttir))
     return found
 

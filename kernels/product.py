@@ -79,7 +79,7 @@ def product(z: Tensor, norms: Tensor | None, weight: Tensor) -> Tensor:
     views, batch, dim = z.shape
     side = weight.shape[-1]
     output = torch.empty(z.shape, device=z.device, dtype=accumulator(z.dtype))
-    config = tile(batch, dim)
+    config = tile(batch, dim, output.element_size())
     grid = (triton.cdiv(batch, config["BLOCK_I"]), triton.cdiv(dim, config["BLOCK_D"]), views)
     with torch.cuda.device_of(z):
         product_kernel[grid](
@@ -98,14 +98,18 @@ def product(z: Tensor, norms: Tensor | None, weight: Tensor) -> Tensor:
     return output
 
 
-def tile(rows: int, columns: int) -> dict[str, int | bool]:
-    """The block sizes and warps of a product: 16 sums a thread, 64 where there is more than enough to do."""
-    large = rows >= 1024 and columns >= 1024
-    block = 128 if large else 64
+def tile(rows: int, columns: int, itemsize: int) -> dict[str, int | bool]:
+    """The block sizes and warps of a product: 16 sums a thread, 64 where there is more than enough to do.
+
+    Float64, whose large tiles are more than the shared memory of some GPUs, has small ones.
+    """
+    large = rows >= 1024 and columns >= 1024 and itemsize == 4
+    block = 32 if itemsize == 8 else 128 if large else 64
+    narrow = itemsize == 8 or rows % 16 or columns % 16  # numbers with an address each take more registers
     return {
         "BLOCK_I": min(block, max(16, triton.next_power_of_2(rows))),
         "BLOCK_D": min(block, max(16, triton.next_power_of_2(columns))),
-        "BLOCK_Q": 16 if rows % 16 or columns % 16 else 32,  # numbers with an address each take more registers
+        "BLOCK_Q": 16 if narrow else 32,
         "num_warps": 8 if large else 4,
         "enable_fp_fusion": True,
     }

@@ -197,7 +197,7 @@ def singular_value_loss(
 
     Raises:
         ValueError: a wrong shape, an empty tensor, an unknown spectrum or solver, a negative smoothing, `"svd"` with a
-            group.
+            group; on a GPU more than 32,767 views.
         TypeError: not tensors, or not floating point.
     """
     z = stacked(embeddings, "embeddings", one=True)

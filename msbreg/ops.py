@@ -276,6 +276,13 @@ class _Losses(torch.autograd.Function):
         return _gradients(_backward, ctx, d_total, d_attraction)
 
 
+def _check_count(matrices: Tensor) -> None:
+    if matrices.shape[0] > MAX_MATRICES:
+        raise ValueError(
+            f"expected at most {MAX_MATRICES:,} matrices at once, got {matrices.shape[0]:,}; make several calls of it"
+        )
+
+
 def losses(
     z: Tensor,
     t: Tensor | None,
@@ -311,6 +318,8 @@ def losses(
         The weighted sum, differentiable; the three losses, (3,), detached; and |ẑ - ĉ|², (K, B), or empty,
         differentiable.
     """
+    if spectrum is not None:
+        _check_count(z)
     run = _losses_operator if torch.compiler.is_compiling() else _Losses.apply
     name = None if group is None else group.group_name
     total, parts, attraction, *_ = run(
@@ -356,10 +365,7 @@ _newton_schulz_operator.register_fake(_newton_schulz_fake)
 
 def gram(matrix: Tensor, *, smaller: bool = True) -> Tensor:
     """MᵀM, (K, D, D), or with `smaller` and N < D, M Mᵀ, (K, N, N); matrix is (K, N, D), any floating dtype."""
-    if matrix.shape[0] > MAX_MATRICES:
-        raise ValueError(
-            f"expected at most {MAX_MATRICES:,} matrices at once, got {matrix.shape[0]:,}; make several calls of it"
-        )
+    _check_count(matrix)
     return (_gram_operator if torch.compiler.is_compiling() else _gram)(matrix, smaller)
 
 

@@ -96,6 +96,12 @@ def multiply(x, y, stride, PRECISION: tl.constexpr, BLOCK: tl.constexpr, DEPTH: 
 
 
 @triton.jit
+def summed_by_atomics(x, y, stride, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * stride + tl.arange(0, BLOCK)
+    tl.atomic_add(y, tl.sum(tl.load(x + place), axis=0))
+
+
+@triton.jit
 def broken(x, y, stride, BLOCK: tl.constexpr):
     tl.store(y, tl.load(x + tl.arange(0, BLOCK)))
 
@@ -109,11 +115,17 @@ TWINS = {  # kernel, what is passed beside x, y and the stride, what is to be fo
     "narrow_in_a_loop": (narrow_in_a_loop, {"BLOCK": 512}, "computes an address in 32 bits"),
     "without_hint": (without_hint, {"BLOCK": 512}, "loads 32 bits at a time from x"),
     "large_tile": (large_tile, {"BLOCK": 2048, "num_warps": 1, "maxnreg": 32}, "spills"),
-    "multiply": (multiply, {"PRECISION": "tf32", "BLOCK": 32, "DEPTH": 32}, None),
+    "multiply": (multiply, {"PRECISION": "tf32x3", "BLOCK": 32, "DEPTH": 32}, None),
+    "multiply_once": (multiply, {"PRECISION": "tf32", "BLOCK": 32, "DEPTH": 32}, "by one TF32 product"),
     "multiply_ieee": (
         multiply, {"PRECISION": "ieee", "BLOCK": 32, "DEPTH": 32}, "multiplies matrices without tensor cores"
     ),
-    "multiply_deep": (multiply, {"PRECISION": "tf32", "BLOCK": 64, "DEPTH": 512, "num_warps": 16}, "of shared memory"),
+    "multiply_deep": (
+        multiply,
+        {"PRECISION": "tf32x3", "BLOCK": 64, "DEPTH": 128, "num_warps": 8, "num_stages": 8},
+        "of shared memory",
+    ),
+    "summed_by_atomics": (summed_by_atomics, {"BLOCK": 512}, "adds by atomics"),
     "broken": (broken, {"BLOCK": 512}, "does not compile"),
 }  # fmt: skip
 
@@ -134,9 +146,14 @@ def compile_all() -> dict:
         (launch,) = report.recorded(lambda k=kernel, o=options: k[(64,)](x, y, x.stride(0), **{"num_warps": 4} | o))
         twins[name] = report.compiled(launch, report.target_of("90")).faults
     launches = [launch for case in report.QUICK for made in report.calls(case).values() for launch in made]
+    one = report.calls(report.Case(1, 1, 1, torch.bfloat16, ("whitening",)))["forward"]
+    large = report.calls(report.Case(2, 1024, 1024, torch.float64, ("whitening",)))["backward"]
     return {
         "rows": [dataclasses.asdict(row) for row in rows],
         "twins": twins,
+        "one": {launch.kernel.__name__: report.compiled(launch, report.target_of("90")).faults for launch in one},
+        "large": dataclasses.asdict(report.compiled(large[0], report.target_of("86"))),
+        "options": [sorted(launch.options) for launch in launches],
         "specialised": [(specialised(launch), by_triton(launch)) for launch in launches],
     }
 
@@ -258,3 +275,19 @@ def test_launches_are_specialised_as_triton_does_it(compiled):
     assert len(compiled["specialised"]) > 40
     for ours, tritons in compiled["specialised"]:
         assert ours == tritons
+        assert not any(kind == "fp32" for kind, _ in ours.values())  # Python's floats are float64
+
+
+def test_launches_choose_what_versions_of_triton_choose_differently(compiled):
+    assert all("enable_fp_fusion" in options and "num_warps" in options for options in compiled["options"])
+
+
+def test_sizes_of_one_compile(compiled):
+    """Which Triton puts in as constants, without the methods of a tensor."""
+    assert compiled["one"] == {f"{name}_kernel": [] for name in ("rows_forward", "gram", "spectral_sums", "totals")}
+
+
+def test_large_products_of_float64_fit_into_the_least_shared_memory(compiled):
+    row = compiled["large"]
+    assert (row["kernel"], row["arch"], row["spilled_bytes"]) == ("product_kernel", "sm_86", 0)
+    assert not [fault for fault in row["faults"] if "shared memory" in fault]

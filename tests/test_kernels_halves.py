@@ -186,3 +186,15 @@ def test_widths_that_16_does_not_divide_are_filled_up_with_nothing(monkeypatch):
     values, vectors = torch.linalg.eigh(gram.to("cpu", F64))
     exact = (vectors * (values + 0.1).rsqrt()[:, None]) @ vectors.mT
     assert torch.allclose(expected.to("cpu", F64), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_each_view_has_the_shift_or_what_the_floor_makes_it():
+    rows = torch.randn(2, 30, 9, generator=torch.Generator().manual_seed(0))
+    gram = linalg.gram(rows * torch.tensor([1.0, 10.0])[:, None, None])
+    floor, size = 0.2, torch.linalg.matrix_norm(gram.to(F64))
+    shift = 10 * floor * size[0].item()
+    root = inverse_root(gram.to(DEVICE), shift, floor, linalg.newton_schulz_steps(floor / (1 + floor), F32))
+    values, vectors = torch.linalg.eigh(gram.to(F64))
+    h = torch.stack((torch.tensor(shift, dtype=F64), floor * size[1]))[:, None]
+    exact = (vectors * (values + h).rsqrt()[:, None]) @ vectors.mT
+    assert torch.allclose(root.to("cpu", F64), exact, rtol=1e-4, atol=1e-6)

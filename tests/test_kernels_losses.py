@@ -1,5 +1,6 @@
 """The losses through the Triton kernels, on a GPU or in Triton's interpreter, against the float64 definitions."""
 
+import contextlib
 import inspect
 import math
 import os
@@ -15,8 +16,9 @@ from test_spectral_family import barlow, covariance
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from msbreg import MSBRegLoss, kernels, ops  # noqa: E402
+from msbreg import MSBRegLoss, kernels, linalg, ops  # noqa: E402
 from msbreg.functional import (  # noqa: E402
+    brownian_directions,
     brownian_loss,
     centroid_loss,
     coding_rate,
@@ -102,6 +104,17 @@ def test_other_dtypes(dtype):
     check_against_oracle([gaussian(2, 5, 7, dtype=dtype)], gaussian(2, 5, 7, seed=2, dtype=dtype), options)
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 7), (2, 7, 5)])
+def test_float64_keeps_its_digits(shape):
+    """All but the noise, which is float32."""
+    options = {"spectrum": "whitening", "lambda_s": 0.1, "lambda_b": 0.0, "leave_one_out": True}
+    inputs = [gaussian(*shape)], gaussian(*shape, seed=2)
+    (values, (got,)), (expected, (wanted,)) = (
+        f(*inputs, options) for f in (losses_and_gradients, oracle_and_gradients)
+    )
+    assert torch.allclose(values.cpu(), expected, rtol=1e-13) and relative_error(got.cpu(), wanted) < 1e-13
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 6, 4), (2, 1, 9), (32, 3, 2), (1, 40, 33), (2, 20, 65), (1, 2, 600), (5, 3, 2100)]
 )
@@ -128,13 +141,19 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"spectrum": "whitening", "lambda_s": 0.1}, {"lambda_s": 0.0, "lambda_b": 0.0}],
+    ids=["by view", "by image"],
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout):
+def test_layouts(layout, options):
+    """By programs that have rows of one view and by those that have an image's; targets are laid out otherwise."""
     z, t = gaussian(2, 9, 6, dtype=F32), gaussian(2, 9, 6, seed=2, dtype=F32)
-    laid, laid_target = LAYOUTS[layout](z), LAYOUTS[layout](t)
-    plain = torch.stack(laid) if isinstance(laid, list) else laid.contiguous()
-    plain_target = torch.stack(laid_target) if isinstance(laid, list) else laid_target.contiguous()
-    options = {"leave_one_out": True, "spectrum": "whitening", "lambda_s": 0.1}
+    names = list(LAYOUTS)
+    laid, laid_target = LAYOUTS[layout](z), LAYOUTS[names[names.index(layout) - 1]](t)
+    plain, plain_target = (torch.stack(x) if isinstance(x, list) else x.contiguous() for x in (laid, laid_target))
+    options = {"leave_one_out": True, **options}
     values, (gradient,) = losses_and_gradients([plain], plain_target, options)
     if isinstance(laid, list):
         leaves = [view.clone().requires_grad_() for view in laid]
@@ -167,9 +186,10 @@ def test_noise_of_no_integer_is_refused(noise):
         msbreg_loss(z, z, **noise)
 
 
-def test_more_matrices_than_a_grid_can_number_are_refused():
+@pytest.mark.parametrize("loss", [nuclear_norm, singular_value_loss])
+def test_more_matrices_than_a_grid_can_number_are_refused(loss):
     with pytest.raises(ValueError, match="at most 32,767 matrices at once, got 32,768"):
-        nuclear_norm(torch.zeros(2**15, 3, 2, device=DEVICE))
+        loss(torch.zeros(2**15, 3, 2, device=DEVICE), solver="newton_schulz")
 
 
 FAMILIES = list(families(4, 4))
@@ -213,6 +233,27 @@ def test_gradcheck(shape, options):
     assert torch.autograd.gradcheck(each, (z,))
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 4), (2, 4, 6)])
+def test_gradients_are_multiplied_by_those_that_come_in(shape):
+    z, t = gaussian(*shape, dtype=F32).requires_grad_(), gaussian(*shape, seed=1, dtype=F32)
+    loss = msbreg_loss(z, t, spectrum="whitening", lambda_s=0.1, **NOISE).loss
+    once, thrice = (torch.autograd.grad(factor * loss, z, retain_graph=True)[0] for factor in (1, 3))
+    assert torch.allclose(thrice, 3 * once, rtol=1e-5, atol=1e-7)
+
+
+def test_each_rows_gradient_is_its_own_beside_that_of_the_sum():
+    """However the incoming gradient lies in memory; `expand` makes one number of it, as a sum does."""
+    z, t, seed = gaussian(2, 6, 4, dtype=F32).requires_grad_(), gaussian(2, 6, 4, dtype=F32, seed=1), torch.tensor(3)
+    options = {"first_image": 0, "leave_one_out": True, "per_view": False, "smoothing": 0.0, "group": None}
+    options |= {"weights": (0.5, 0.1, 1.0), "spectrum": "whitening", "each": True}
+    total, _, each = ops.losses(z, t, seed.to(DEVICE), seed.to(DEVICE), **options)
+    alone = centroid_loss(z, t, leave_one_out=True, reduction="none")
+    for weights in (gaussian(6, 2, dtype=F32).T, torch.full((), 0.3, device=DEVICE).expand(2, 6)):
+        calls = ((total, None), (alone, weights.contiguous()), ((total, each), (None, weights)))
+        by_sum, by_row, both = (torch.autograd.grad(a, z, b, retain_graph=True)[0] for a, b in calls)
+        assert torch.allclose(by_sum + by_row, both, rtol=1e-5, atol=1e-7)
+
+
 def test_parts_are_what_their_functions_give():
     z, t = gaussian(3, 7, 5, dtype=F32), gaussian(3, 7, 5, seed=1, dtype=F32)
     whole = msbreg_loss(z, t, spectrum="whitening", **NOISE)
@@ -250,11 +291,12 @@ def test_zero_rows_have_no_gradient_and_huge_ones_no_overflow():
 
 
 def test_noise_does_not_depend_on_how_images_are_split():
-    z = gaussian(2, 8, 6, dtype=F32)
+    z = gaussian(2, 8, 6, dtype=F32).requires_grad_()
     for per in ("image", "view"):
         whole = brownian_loss(z, per=per, **NOISE)
-        halves = [brownian_loss(z[:, i : i + 4], per=per, first_image=i, **NOISE) for i in (0, 4)]
-        assert whole.item() == pytest.approx(sum(halves).item() / 2, rel=1e-6)
+        mean = sum(brownian_loss(z[:, i : i + 4], per=per, first_image=i, **NOISE) for i in (0, 4)) / 2
+        assert whole.item() == pytest.approx(mean.item(), rel=1e-6)
+        assert torch.allclose(*(torch.autograd.grad(value, z)[0] for value in (whole, mean)), atol=1e-8)
         assert whole.item() != brownian_loss(z, per=per, seed=11, step=6).item()
 
 
@@ -264,9 +306,10 @@ def test_results_are_the_same_bit_for_bit_at_every_run():
     assert torch.equal(first[0], second[0]) and torch.equal(first[1][0], second[1][0])
 
 
-def test_blocks_change_nothing_but_rounding(monkeypatch):
+@pytest.mark.parametrize("options", [SMOOTH, {"leave_one_out": True, "per": "view", "spectrum": "whitening"}])
+def test_blocks_change_nothing_but_rounding(options, monkeypatch):
     z, t = gaussian(3, 20, 18, dtype=F32), gaussian(3, 20, 18, seed=1, dtype=F32)
-    values, (got,) = losses_and_gradients([z], t, SMOOTH)
+    values, (got,) = losses_and_gradients([z], t, options)
     small = {"BLOCK_K": 2, "BLOCK_D": 32, "num_warps": 1, "enable_fp_fusion": True}
     square = {"BLOCK_P": 16, "BLOCK_Q": 16, "num_warps": 1, "enable_fp_fusion": True}
     for module in (rows, gradient):
@@ -274,7 +317,7 @@ def test_blocks_change_nothing_but_rounding(monkeypatch):
     monkeypatch.setattr(gram, "tile", lambda *sizes: square)
     monkeypatch.setattr(inverse_root, "tile", lambda *sizes: square)
     monkeypatch.setattr(gradient, "FUSED_DIM", 0)
-    other, (other_gradient,) = losses_and_gradients([z], t, SMOOTH)
+    other, (other_gradient,) = losses_and_gradients([z], t, options)
     assert torch.allclose(values, other, rtol=1e-6) and torch.allclose(got, other_gradient, rtol=1e-4, atol=1e-7)
 
 
@@ -334,16 +377,18 @@ def test_autocast_changes_nothing(dtype):
 
 def test_operators_keep_torchs_rules():
     z, t = gaussian(2, 6, 4, dtype=F32).requires_grad_(), gaussian(3, 6, 4, seed=1, dtype=F32)
+    wide = gaussian(5, 4, 2, dtype=F16).permute(2, 1, 0).requires_grad_()
     seed, step = torch.tensor(1, device=DEVICE), torch.tensor(2, device=DEVICE)
     for args in (
         (z, t, seed, step, 3, False, True, True, [1.0, 0.1, 0.5], "whitening", 0.03, None),
+        (wide, None, None, None, 0, False, False, False, [0.0, 1.0, 0.0], "whitening", 1.0, None),
         (z, None, None, None, 0, False, False, False, [0.0, 1.0, 0.0], "nuclear", 1.0, None),
     ):
         torch.library.opcheck(torch.ops.msbreg.losses.default, args)
         total, _, _, *saved = torch.ops.msbreg.losses(*args)
         torch.library.opcheck(
             torch.ops.msbreg.losses_backward.default,
-            (torch.ones_like(total), None, z.detach(), None, *(x.detach() for x in saved), *args[4:7], *args[8:]),
+            (torch.ones_like(total), None, args[0].detach(), None, *(x.detach() for x in saved), *args[4:7], *args[8:]),
         )
 
 
@@ -545,12 +590,14 @@ import os, sys
 import torch, torch.distributed as dist, torch.multiprocessing as mp
 from msbreg import MSBRegLoss
 
-def inputs():
-    draw = lambda seed: torch.randn(2, 8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+CASES = [("nuclear", 5), ("nuclear", 12), ("whitening", 5), ("whitening", 12)]  # 12 is more than the rows of all
+
+def inputs(dim):
+    draw = lambda seed: torch.randn(2, 8, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return draw(0), draw(1)
 
 def loss_and_gradient(z, t, group, spectrum):
-    criterion = MSBRegLoss(lambda_s=0.3, spectrum=spectrum, smoothing=1.0, group=group)
+    criterion = MSBRegLoss(lambda_s=0.3, spectrum=spectrum, smoothing=0.8, group=group)
     z = z.clone().requires_grad_()
     out = criterion(z, t)
     out.loss.backward()
@@ -558,21 +605,21 @@ def loss_and_gradient(z, t, group, spectrum):
 
 def work(rank, path):
     dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=2)
-    for spectrum in ("nuclear", "whitening"):
-        z, t = (x.chunk(2, dim=1)[rank] for x in inputs())
+    for spectrum, dim in CASES:
+        z, t = (x.chunk(2, dim=1)[rank] for x in inputs(dim))
         values, gradient = loss_and_gradient(z, t, dist.group.WORLD, spectrum)
         gathered = [torch.zeros_like(gradient) for _ in range(2)]
         dist.all_gather(gathered, gradient)
         dist.all_reduce(values)
         if rank == 0:
-            torch.save((values / 2, torch.cat(gathered, dim=1) / 2), path + spectrum)
+            torch.save((values / 2, torch.cat(gathered, dim=1) / 2), f"{path}{spectrum}{dim}")
     dist.destroy_process_group()
 
 if __name__ == "__main__":
     mp.spawn(work, (sys.argv[1],), nprocs=2)
-    for spectrum in ("nuclear", "whitening"):
-        got = torch.load(sys.argv[1] + spectrum)
-        expected = loss_and_gradient(*inputs(), None, spectrum)
+    for spectrum, dim in CASES:
+        got = torch.load(f"{sys.argv[1]}{spectrum}{dim}")
+        expected = loss_and_gradient(*inputs(dim), None, spectrum)
         for a, b in zip(got, expected):
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
     print("equal")
@@ -627,6 +674,69 @@ def test_energies(shape):
         (gradient,) = torch.autograd.grad(got, m)
         (wanted,) = torch.autograd.grad(expected, exact)
         assert relative_error(gradient.cpu(), wanted) < 1e-5
+
+
+def test_nuclear_norm_without_smoothing_takes_no_heed_of_what_is_zero():
+    m = gaussian(2, 12, 2, dtype=F32) @ gaussian(2, 2, 5, seed=1, dtype=F32)
+    m[1] = 0
+    norms = nuclear_norm(m.requires_grad_(), solver="newton_schulz")
+    (gradient,) = torch.autograd.grad(norms.sum(), m)
+    u, s, vt = torch.linalg.svd(m[0].detach().to("cpu", F64), full_matrices=False)
+    assert norms[0].item() == pytest.approx(s.sum().item(), rel=1e-3) and norms[1] == 0
+    assert relative_error(gradient[0].cpu(), u[:, :2] @ vt[:2]) < 2e-2 and not gradient[1].any()
+
+
+@pytest.mark.parametrize("shape", [(2, 40, 70), (1, 75, 70)])
+def test_matrices_of_several_tiles(shape):
+    """Gram matrices of both sides, and products from both sides, of rows whose numbers do not lie side by side."""
+    z = gaussian(*reversed(shape), dtype=F32).permute(2, 1, 0)
+    norms = z.norm(dim=-1).contiguous()
+    unit = (z / norms[..., None]).to("cpu", F64)
+    for smaller in (True, False):
+        g = gram.gram(z, norms, smaller=smaller)
+        made = product.product(z, norms, g)
+        expected = linalg.gram(unit, smaller=smaller)
+        assert torch.allclose(g.to("cpu", F64), expected, atol=1e-6)
+        assert torch.allclose(made.to("cpu", F64), linalg.multiply(unit, expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 1024, 2500])
+def test_sums_over_more_numbers_than_a_block_are_of_all(count):
+    images, spectral = gaussian(2, count), gaussian(count, seed=1)
+    options = {"views": 2, "weights": (1.0, 2.0, 3.0), "spectral_constant": 0.5, "dtype": F64, "device": images.device}
+    total, parts = totals.totals(images, spectral, **options)
+    expected = torch.stack((images[0].mean() / 2, spectral.sum() / 2 + 0.5, images[1].mean() / 2))
+    assert torch.allclose(parts, expected, rtol=1e-12, atol=1e-12)
+    assert total.item() == pytest.approx((expected[0] + 2 * expected[1] + 3 * expected[2]).item(), rel=1e-12)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="only Triton's interpreter has its launches watched")
+def test_every_launch_is_made_on_the_device_of_its_tensors(monkeypatch):
+    """Which Triton does not see to: it launches on torch's current device, wherever the tensors are."""
+    from triton.runtime.interpreter import GridExecutor
+
+    chosen, launched = [], set()
+    launch = GridExecutor.__call__
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        chosen.append(tensor)
+        yield
+        chosen.pop()
+
+    def launching(self, *args, **options):
+        assert chosen and chosen[-1].device.type == DEVICE, self.fn.__name__
+        launched.add(self.fn.__name__.removesuffix("_kernel"))
+        return launch(self, *args, **options)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(GridExecutor, "__call__", launching)
+    for shape in ((1, 3, 2), (1, 2, 3)):
+        losses_and_gradients([gaussian(*shape, dtype=F32)], gaussian(*shape, seed=1, dtype=F32), {"smoothing": 3.0})
+    brownian_directions(2, 3, **NOISE, device=DEVICE)
+    coding_rate(gaussian(3, 2, dtype=F32).requires_grad_()).backward()
+    expected = {"brownian_directions", "first_factors", "gram", "image_gradient", "product", "rows_forward"}
+    assert launched == expected | {"spectral_sums", "step", "totals", "view_gradient"}
 
 
 def test_matrix_operators_keep_torchs_rules():

@@ -108,6 +108,23 @@ def test_all_of_the_output_is_written_and_nothing_else(batch, dim):
     assert not written[batch:].any()
 
 
+@triton.jit
+def store_lengths(rows, output, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Writes the lengths of rows [ROWS, COLUMNS] to output [ROWS]."""
+    i = tl.arange(0, ROWS)
+    place = i[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(output + i, kernels.row_lengths(tl.load(rows + place)))
+
+
+@runs_kernels
+def test_lengths_of_rows_are_rounded_once():
+    """To the one float32 that is nearest, whichever way a GPU shares a row's numbers among its threads."""
+    rows = torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
+    output = torch.zeros(32, device=DEVICE)
+    store_lengths[(1,)](rows.to(DEVICE), output, ROWS=32, COLUMNS=256, enable_fp_fusion=True)
+    assert torch.equal(output.cpu(), rows.double().norm(dim=1).float())
+
+
 @runs_kernels
 def test_an_empty_batch_is_empty():
     assert kernels.brownian_directions(0, 16, seed=on_device(0), step=on_device(0)).shape == (0, 16)
