@@ -444,7 +444,9 @@ def test_a_cuda_graph_draws_new_noise_at_every_replay(spectrum):
 
 @needs_graphs
 @pytest.mark.parametrize(
-    "loss", [MMCRLoss(), SVMaxLoss(), CodingRateLoss(), lambda z: covariance_energy(z).sum()], ids=str
+    "loss",
+    [MMCRLoss(), SVMaxLoss(), CodingRateLoss(), lambda z: covariance_energy(z).sum()],
+    ids=["mmcr", "svmax", "coding rate", "covariance"],
 )
 @pytest.mark.parametrize("shape", [(2, 64, 32), (2, 32, 64)])
 def test_the_spectral_family_records_in_cuda_graphs(loss, shape):
