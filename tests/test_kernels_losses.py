@@ -12,6 +12,7 @@ import torch
 from test_losses import oracle
 from test_spectral import families, gradient_error, oracle_value, value_and_gradient
 from test_spectral_family import barlow, covariance
+from torch.autograd.gradcheck import GradcheckError
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -335,12 +336,14 @@ def poisoned(make):
 def test_every_output_is_written(monkeypatch):
     """Memory that torch.empty hands out holds NaN here, and the losses come out as always."""
     z, t = gaussian(3, 9, 5, dtype=F32), gaussian(3, 9, 5, seed=1, dtype=F32)
-    expected = [losses_and_gradients([z], t, options) for options in OPTIONS[:3]]
+    wide = z[:, :3], t[:, :3]  # more dimensions than rows: the other backward kernel, and the product through memory
+    cases = [*((z, t, options) for options in OPTIONS[:3]), (*wide, OPTIONS[1]), (*wide, OPTIONS[4])]
+    expected = [losses_and_gradients([z], t, options) for z, t, options in cases]
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
     assert torch.empty(2).isnan().all()
-    for options, (values, (wanted,)) in zip(OPTIONS[:3], expected, strict=True):
+    for (z, t, options), (values, (wanted,)) in zip(cases, expected, strict=True):
         got_values, (got,) = losses_and_gradients([z], t, options)
         assert torch.equal(got_values, values) and torch.equal(got, wanted)
 
@@ -558,6 +561,18 @@ def careless_affine(x, rows, columns, side, identity, scale):
     return scale * x
 
 
+@triton.jit
+def careless_strides(pointer, rows, row_count, row_stride, columns, column_count, column_stride, ACC: tl.constexpr):
+    """Twin of `load_tile` that takes the numbers of a row to lie side by side."""
+    mask = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+    return tl.load(pointer + tiles.offsets(rows, row_stride, columns, 1), mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def careless_store(pointer, low, x, mask):
+    """Twin of `store_number` that stores nothing."""
+
+
 TWINS = {
     "zero rows": (careless_unit, "unit", [rows], test_zero_rows_have_no_gradient_and_huge_ones_no_overflow, ()),
     "masks": (careless_load, "load_tile", [rows], test_losses_and_gradients_equal_the_oracle, (SMOOTH, F32)),
@@ -575,6 +590,13 @@ TWINS = {
         careless_affine, "affine", [inverse_root], test_losses_and_gradients_equal_the_oracle,
         (SMOOTH, F32),
     ),
+    "strides": (
+        careless_strides, "load_tile", [rows, gradient], test_layouts,
+        ("every second number", (2, 3, 2), {"lambda_s": 0.0, "lambda_b": 0.0}),
+    ),
+    "derivative": (
+        careless_gradient, "row_gradient", [gradient], test_gradcheck, ((1, 2, 2), {"spectrum": "whitening"}),
+    ),
 }  # fmt: skip
 
 
@@ -585,8 +607,15 @@ def test_checks_catch_broken_twins(name, monkeypatch):
     check(*arguments)
     for module in modules:
         monkeypatch.setattr(module, place, twin)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, GradcheckError)):
         check(*arguments)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="compiled kernels do not see a twin put in a function's place")
+def test_the_check_of_outputs_catches_one_that_is_not_written(monkeypatch):
+    monkeypatch.setattr(inverse_root, "store_number", careless_store)
+    with pytest.raises(AssertionError):
+        test_every_output_is_written(monkeypatch)
 
 
 PROCESSES = """
