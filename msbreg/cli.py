@@ -129,13 +129,13 @@ def configs_first(arguments: list[str]) -> list[str]:
             rest.append(option)
             continue
         value = name if separator else next(options, None)
-        if value is not None and not os.path.exists(value):
-            if value not in packaged:
-                raise MSBRegError(
-                    f"there is no file {value!r} for --config, and no config of that name: those that come with msbreg "
-                    f"are {', '.join(packaged)}."
-                )
+        if value in packaged and not os.path.isfile(value):
             value = str(packaged[value])
+        elif value is not None and not os.path.exists(value):
+            raise MSBRegError(
+                f"there is no file {value!r} for --config, and no config of that name: those that come with msbreg are "
+                f"{', '.join(packaged)}."
+            )
         configs.append(flag if value is None else f"{flag}={value}")
     return command + configs + rest
 
