@@ -44,6 +44,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
 from msbreg.functional import LAMBDA_B, LAMBDA_S, SMOOTHING
+from msbreg.kernels import halves
 
 __all__ = ["CASES", "QUICK", "Case", "Launch", "Row", "calls", "compiled", "faults", "main", "recorded", "specialised"]
 
@@ -67,9 +68,10 @@ NARROW = {  # smaller pieces, in bits, in which arguments may be loaded, and why
     "key_pointer": (64, "two numbers"),
     "image_pointer": (32, "its second half begins wherever the number of images puts it"),
     "squares_pointer": (64, "a few numbers, with a warp's loads side by side"),
+    "weights_pointer": (64, "two numbers"),
+    "counter_pointer": (32, "one number"),
     "spectral_pointer": (64, "a few kilobytes, with a warp's loads side by side"),
     "image_gradient centroid_pointer": (32, "one row for all threads of a program: one to four numbers for each"),
-    "view_gradient z_pointer": (32, "as a factor it is a tile of two or four numbers a thread, 1/32 of W's or less"),
     "gram z_pointer": (32, "Triton turns a factor by copying it number by number, a warp's side by side"),
     "product z_pointer": (64, "Triton copies four half-precision numbers of a factor at a time"),
 }
@@ -88,7 +90,9 @@ class Case(NamedTuple):
     dim: int
     dtype: torch.dtype
     options: tuple[str, ...] = ()
-    """Of `leave_one_out`, `per_view`, `each` (the centroid loss of each row) and `whitening`; or `directions`."""
+    """Of `leave_one_out`, `per_view`, `each` (the centroid loss of each row) and `whitening`; or one alone of
+    `directions`, `root` (the inverse root of K matrices (D, D) in one launch), and `matrix` (the Gram matrices of any
+    matrices, and a product with them)."""
 
     def __str__(self) -> str:
         return " ".join([f"{self.views}x{self.batch}x{self.dim}", TYPES[self.dtype], *self.options])
@@ -103,6 +107,8 @@ CASES = (
     Case(8, 512, 256, BF16, ("whitening",)),
     Case(8, 512, 256, FP32),
     Case(8, 512, 256, FP32, ("directions",)),
+    Case(8, 512, 256, FP32, ("root",)),
+    Case(8, 512, 256, FP32, ("matrix",)),
     Case(8, 512, 256, FP16),
     Case(2, 256, 256, BF16),
     Case(4, 256, 128, BF16),
@@ -110,6 +116,9 @@ CASES = (
     Case(4, 512, 2048, BF16, ("leave_one_out", "per_view")),
     Case(4, 512, 2048, BF16, ("directions",)),
     Case(4, 512, 2048, FP32),
+    Case(4, 512, 2048, FP32, ("matrix",)),
+    Case(2, 100, 130, FP32, ("root",)),
+    Case(2, 64, 64, FP64, ("root",)),
     Case(2, 256, 8192, BF16),
     Case(2, 256, 8192, FP32),
     Case(8, 4096, 512, BF16),
@@ -118,7 +127,16 @@ CASES = (
     Case(2, 100, 130, BF16),
     Case(2, 64, 64, FP64),
 )
-QUICK = (Case(8, 512, 256, BF16), Case(4, 512, 2048, FP32), Case(8, 512, 256, FP32, ("directions",)))
+QUICK = (
+    Case(8, 512, 256, BF16),
+    Case(8, 512, 256, FP32, ("root",)),
+    Case(4, 512, 2048, FP32),
+    Case(8, 512, 256, BF16, ("whitening",)),
+    Case(8, 512, 256, BF16, ("matrix",)),
+    Case(8, 512, 256, FP32, ("directions",)),
+)
+PROCESSORS = 132
+"""Of an H100 and an H200: programs that run at the same time."""
 
 
 class Launch(NamedTuple):
@@ -175,6 +193,7 @@ def recorded(call: Callable[[], object]) -> list[Launch]:
 def calls(case: Case) -> dict[str, list[Launch]]:
     """The launches of the forward and the backward pass of a case."""
     from msbreg import ops
+    from msbreg.kernels import gram, inverse_root, product
     from msbreg.kernels.philox import brownian_directions
 
     shape, whitening = (case.views, case.batch, case.dim), "whitening" in case.options
@@ -184,6 +203,16 @@ def calls(case: Case) -> dict[str, list[Launch]]:
     if "directions" in case.options:
         options = {"seed": seed, "step": step, "dtype": case.dtype}
         return {"directions": recorded(lambda: brownian_directions(case.batch, case.dim, **options))}
+    square = torch.empty(case.views, case.dim, case.dim, dtype=case.dtype)
+    if "root" in case.options:
+        # As many tiles as the triangle of the Gram matrix has add up to |G|².
+        squares, plan = torch.empty(case.views, 10, dtype=torch.float64), (0.1, 0.0, ((1.5, -0.5),) * 11)
+        with mock.patch.object(inverse_root, "processors", return_value=PROCESSORS):
+            call = lambda: inverse_root.inverse_root(square, squares, *plan, weights=(0.5, -1.0), at_once=True)  # noqa: E731
+            return {"root": recorded(call)}
+    if "matrix" in case.options:
+        call = lambda: (gram.gram(z, smaller=True), product.product(z, square))  # noqa: E731
+        return {"matrix": recorded(call)}
     options = {name: name in case.options for name in ("leave_one_out", "per_view", "each")}
     results: list[Tensor] = []
 
@@ -305,9 +334,14 @@ def report(cases: Iterable[Case], names: Sequence[str], say: Callable[[str], Non
     costs: list[dict] = []
     for name in names:
         target = target_of(name)
-        # The launchers ask torch whether this is AMD's, whose matrix units take other precisions.
-        with mock.patch.object(torch.version, "hip", "ahead of time" if target.backend == "hip" else None):
-            launches = {case: calls(case) for case in cases}
+        # The launchers ask whether this is AMD's, whose matrix units take other precisions, and what memory there is.
+        with (
+            mock.patch.object(torch.version, "hip", "ahead of time" if target.backend == "hip" else None),
+            mock.patch.object(halves, "shared_memory", return_value=SHARED_BYTES[named(target)]),
+        ):
+            # Before Hopper the inverse root is a sequence of launches.
+            at_once = halves.since_hopper(torch.device("cpu"))
+            launches = {case: calls(case) for case in cases if at_once or "root" not in case.options}
         for case, by_call in launches.items():
             say(f"{named(target)} {case}")
             for launch in (launch for made in by_call.values() for launch in made):
@@ -325,8 +359,11 @@ def cost_of(case: Case, call: str, launches: Sequence[Launch]) -> dict[str, Any]
     """What a call moves and multiplies, and the time that it takes an H200 at least."""
     parts = [launch_cost.of(launch.kernel.__name__, launch.arguments) for launch in launches]
     flops, half_flops = sum(part.flops for part in parts), sum(part.half_flops for part in parts)
-    views = {"forward": 2, "backward": 2 + ("leave_one_out" in case.options)}.get(call, 1 / case.views)
-    once = round(views * case.views * case.batch * case.dim * case.dtype.itemsize)
+    views = {"forward": 2, "backward": 2 + ("leave_one_out" in case.options), "root": 2, "matrix": 2}.get(
+        call, 1 / case.views
+    )
+    rows = case.dim if call == "root" else case.batch
+    once = round(views * case.views * rows * case.dim * case.dtype.itemsize)
     return {
         "call": call,
         "case": str(case),

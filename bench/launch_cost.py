@@ -41,10 +41,22 @@ def of(kernel: str, arguments: Mapping[str, Any]) -> Cost:
     """The cost of a launch of the kernel of that name with these arguments, by name."""
     loaded, stored, *flops = FORMULAS[kernel](**arguments)
     tensors = {name: value for name, value in arguments.items() if hasattr(value, "element_size")}
-    if kernel == "step_kernel" and not arguments["LAST"]:
-        del tensors["squares_pointer"]  # passed, but not read
+    for name in unread(kernel, arguments):
+        tensors.pop(name, None)
     places = {tensor.data_ptr(): size(tensor) for tensor in tensors.values()}
+    if kernel == "unit_product_kernel" and arguments["WEIGHT_LEFT"]:  # what fills up the weight is not read
+        weight, batch = arguments["weight_pointer"], arguments["batch"]
+        places[weight.data_ptr()] = size(weight) * batch**2 // arguments["weight_width"] ** 2
     return Cost(loaded, stored, sum(places.values()), *flops)
+
+
+def unread(kernel: str, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """Tensors that are passed but not loaded or stored: those of other steps, and what is for atomics alone."""
+    if kernel == "step_kernel" and not arguments["LAST"]:
+        return "squares_pointer", "gram_pointer"
+    if kernel == "step_kernel" and arguments["sums_pointer"] is None:
+        return ("gram_pointer",)
+    return ("counter_pointer",) if kernel == "root_kernel" else ()
 
 
 def h200_seconds(launches: int, moved: int, flops: int, half_flops: int = 0, *, double: bool = False) -> float:
@@ -62,13 +74,13 @@ def h200_seconds(launches: int, moved: int, flops: int, half_flops: int = 0, *, 
 
 
 def rows_forward(
-    *, z_pointer, t_pointer, seed_pointer, norm_pointer, centroid_pointer, attraction_pointer, image_pointer,
-    key_pointer, views, target_views, batch, dim, LEAVE_ONE_OUT, **_: Any,
+    *, z_pointer, t_pointer, seed_pointer, norm_pointer, z_hat_pointer, centroid_pointer, attraction_pointer,
+    image_pointer, key_pointer, views, target_views, batch, dim, LEAVE_ONE_OUT, **_: Any,
 ) -> tuple[int, int, int]:  # fmt: skip
     """Each row once, with leave_one_out the targets twice, and the noise's seed and step by each image."""
     acc = norm_pointer.element_size()
     loaded = views * batch * dim * z_pointer.element_size()
-    stored = views * batch * acc
+    stored = views * batch * acc + size(z_hat_pointer)
     if t_pointer is not None:
         loaded += (1 + LEAVE_ONE_OUT) * target_views * batch * dim * t_pointer.element_size()
         stored += batch * dim * acc
@@ -92,33 +104,32 @@ def image_gradient(
     return loaded, size(dz_pointer), 0
 
 
-def view_gradient(
-    *, z_pointer, t_pointer, key_pointer, norm_pointer, centroid_pointer, weight_pointer, d_total_pointer, dz_pointer,
-    views, batch, dim, LEAVE_ONE_OUT, BLOCK_I, BLOCK_D, BLOCK_Q, **_: Any,
-) -> tuple[int, int, int]:  # fmt: skip
-    """Each row twice, once as a factor; the centroids by each view; W by each program."""
-    acc, programs = norm_pointer.element_size(), views * cdiv(batch, BLOCK_I)
-    loaded = size(norm_pointer) + programs * (d_total_pointer.element_size() + dim * dim * acc)
-    loaded += 2 * views * batch * dim * z_pointer.element_size()
-    if LEAVE_ONE_OUT:
-        loaded += views * batch * dim * t_pointer.element_size()
-    if centroid_pointer is not None:
-        loaded += views * batch * dim * acc
-    if key_pointer is not None:
-        loaded += 16 * programs
-    return loaded, size(dz_pointer), 2 * programs * BLOCK_I * BLOCK_D * BLOCK_Q * cdiv(dim, BLOCK_Q)
-
-
 def gram(
-    *, z_pointer, norm_pointer, gram_pointer, batch, dim, side, ROWS, BLOCK_P, BLOCK_Q, **_: Any
-) -> tuple[int, int, int]:
+    *, z_pointer, gram_pointer, batch, dim, side, ROWS, BLOCK_P, BLOCK_Q, **_: Any
+) -> tuple[int, int, int]:  # fmt: skip
     """With T tiles a side, each is a factor of T + 1 of the lower triangle's T (T + 1) / 2 products."""
     views, tiles = gram_pointer.numel() // side**2, cdiv(side, BLOCK_P)
     inner, programs = (dim if ROWS else batch), views * tiles * (tiles + 1) // 2
     loaded = views * (tiles + 1) * side * inner * z_pointer.element_size()
-    if norm_pointer is not None:
-        loaded += (views * (tiles + 1) * side if ROWS else programs * batch) * norm_pointer.element_size()
     return loaded, size(gram_pointer), 2 * programs * BLOCK_P**2 * BLOCK_Q * cdiv(inner, BLOCK_Q)
+
+
+def unit_gram(
+    *, z_hat_pointer, gram_pointer, squares_pointer, batch, dim, width, ROWS, BLOCK_P, BLOCK_Q, **_: Any
+) -> tuple[int, ...]:
+    """As `gram`, of all parts of the numbers, and what fills up their width."""
+    side, inner = (batch, width) if ROWS else (dim, batch)
+    filled = batch if ROWS else width
+    views, tiles, parts = gram_pointer.numel() // side**2, cdiv(side, BLOCK_P), parts_of(z_hat_pointer)
+    across = min(tiles * BLOCK_P, filled)  # tiles end with the side, and loads with the width
+    loaded = views * (tiles + 1) * across * inner * parts * z_hat_pointer.element_size()
+    flops = views * tiles * (tiles + 1) * BLOCK_P**2 * BLOCK_Q * cdiv(inner, BLOCK_Q)
+    return loaded, size(gram_pointer) + size(squares_pointer), *by_parts(parts, flops)
+
+
+def to_numbers(*, matrix_pointer, number_pointer, **_: Any) -> tuple[int, int, int]:
+    """Each once."""
+    return size(matrix_pointer), size(number_pointer), 0
 
 
 def first_factors(
@@ -131,36 +142,62 @@ def first_factors(
 
 
 def step(
-    *, left_pointer, squares_pointer, output_pointer, side, width, count, LAST, BLOCK_P, BLOCK_Q, **_: Any
-) -> tuple[int, int, int, int]:
-    """Of each product, both factors by each of the T tiles of a side; in the last step |G|² by each tile."""
-    parts = 2 if left_pointer.element_size() == 2 else 1  # halves are in pairs
-    matrix = side**2 if LAST else parts * width**2
-    products, tiles = output_pointer.numel() // matrix, cdiv(width, BLOCK_P)
-    loaded = products * 2 * tiles * parts * width**2 * left_pointer.element_size()
+    *, left_pointer, gram_pointer, squares_pointer, output_pointer, sums_pointer, views, width, output_width, count,
+    LAST, BLOCK_P, BLOCK_R, BLOCK_Q, **_: Any,
+) -> tuple[int, ...]:  # fmt: skip
+    """Of each product, both factors by each of the tiles of a side; in the last step |G|² by each tile, and G once."""
+    parts = parts_of(left_pointer)
+    products = output_pointer.numel() // (parts_of(output_pointer) * output_width**2)
+    down, across = cdiv(width, BLOCK_P), cdiv(width, BLOCK_R)
+    loaded = products * (down + across) * parts * width**2 * left_pointer.element_size()
     if LAST:
-        loaded += products * tiles**2 * count * squares_pointer.element_size()
-    flops = 2 * products * tiles**2 * BLOCK_P**2 * BLOCK_Q * cdiv(width, BLOCK_Q)
-    return loaded, size(output_pointer), *((flops, 0) if parts == 1 else (0, PRODUCTS * flops))
+        loaded += products * down * across * count * squares_pointer.element_size()
+        loaded += 0 if sums_pointer is None else size(gram_pointer)
+    flops = 2 * products * down * across * BLOCK_P * BLOCK_R * BLOCK_Q * cdiv(width, BLOCK_Q)
+    return loaded, size(output_pointer) + size(sums_pointer), *by_parts(parts, flops)
+
+
+def root(
+    *, gram_pointer, squares_pointer, work_pointer, output_pointer, sums_pointer, views, members, width, count, steps,
+    BLOCK_P, BLOCK_Q, **_: Any,
+) -> tuple[int, ...]:  # fmt: skip
+    """As all of a sequence together."""
+    parts, tiles, products = parts_of(work_pointer), cdiv(width, BLOCK_P), views * (3 * steps - 3)
+    matrix = parts * width**2 * work_pointer.element_size()
+    loaded = size(gram_pointer) * (1 if sums_pointer is None else 2) + products * 2 * tiles * matrix
+    loaded += views * members * (count * squares_pointer.element_size() + 16 * steps)
+    stored = (2 * views + products - views) * matrix + size(output_pointer) + size(sums_pointer)
+    return loaded, stored, *by_parts(parts, 2 * products * tiles**2 * BLOCK_P**2 * BLOCK_Q * cdiv(width, BLOCK_Q))
 
 
 def product(
-    *, z_pointer, norm_pointer, weight_pointer, output_pointer, batch, dim, side, WEIGHT_LEFT, BLOCK_I, BLOCK_D,
-    BLOCK_Q, **_: Any,
-) -> tuple[int, int, int]:  # fmt: skip
+    *, z_pointer, weight_pointer, output_pointer, batch, dim, side, WEIGHT_LEFT, BLOCK_I, BLOCK_D, BLOCK_Q, **_: Any
+) -> tuple[int, int, int]:
     """Rows of the left factor by each tile of columns, columns of the right one by each tile of rows."""
     views = output_pointer.numel() // (batch * dim)
     down, across = cdiv(batch, BLOCK_I), cdiv(dim, BLOCK_D)
     z, w = z_pointer.element_size() * batch * dim, weight_pointer.element_size() * side**2
     left, right = (w, z) if WEIGHT_LEFT else (z, w)
-    norms = across * (down if WEIGHT_LEFT else 1) * size(norm_pointer)
-    loaded = views * (across * left + down * right) + norms
+    loaded = views * (across * left + down * right)
     return loaded, size(output_pointer), 2 * views * down * across * BLOCK_I * BLOCK_D * BLOCK_Q * cdiv(side, BLOCK_Q)
 
 
-def spectral_sums(*, gram_pointer, root_pointer, sums_pointer, **_: Any) -> tuple[int, int, int]:
+def unit_product(
+    *, z_hat_pointer, weight_pointer, output_pointer, batch, dim, width, weight_width, WEIGHT_LEFT, BLOCK_I, BLOCK_D,
+    BLOCK_Q, **_: Any,
+) -> tuple[int, ...]:  # fmt: skip
+    """As `product`, of all parts of the numbers, and what fills up their width."""
+    views, parts = output_pointer.numel() // (batch * dim), parts_of(z_hat_pointer)
+    down, across = cdiv(batch, BLOCK_I), cdiv(dim, BLOCK_D)
+    inner, columns = (batch if WEIGHT_LEFT else width), min(across * BLOCK_D, width)
+    numbers = across * batch * inner + down * inner * columns
+    flops = 2 * views * down * across * BLOCK_I * BLOCK_D * BLOCK_Q * cdiv(inner, BLOCK_Q)
+    return views * parts * numbers * z_hat_pointer.element_size(), size(output_pointer), *by_parts(parts, flops)
+
+
+def spectral_sums(*, gram_pointer, sums_pointer, **_: Any) -> tuple[int, int, int]:
     """Each matrix once."""
-    return size(gram_pointer) + size(root_pointer), size(sums_pointer), 0
+    return size(gram_pointer), size(sums_pointer), 0
 
 
 def totals(*, image_pointer, spectral_pointer, total_pointer, parts_pointer, **_: Any) -> tuple[int, int, int]:
@@ -176,11 +213,21 @@ def brownian_directions(*, output_pointer, seed_pointer, views, batch, BLOCK_ROW
 FORMULAS: dict[str, Callable[..., tuple[int, ...]]] = {
     f"{formula.__name__}_kernel": formula
     for formula in (
-        rows_forward, image_gradient, view_gradient, gram, first_factors, step, product, spectral_sums, totals,
-        brownian_directions,
+        rows_forward, image_gradient, gram, unit_gram, to_numbers, first_factors, step, root, product, unit_product,
+        spectral_sums, totals, brownian_directions,
     )
 }  # fmt: skip
 """Bytes loaded, bytes stored, operations, and where there are any, operations on halves."""
+
+
+def parts_of(tensor: Any) -> int:
+    """Of numbers: halves are in pairs."""
+    return 2 if tensor.element_size() == 2 else 1
+
+
+def by_parts(parts: int, flops: int) -> tuple[int, int]:
+    """Operations of a product of numbers in float32 or float64, and in halves."""
+    return (flops, 0) if parts == 1 else (0, PRODUCTS * flops)
 
 
 def size(tensor: Any) -> int:

@@ -14,6 +14,7 @@ Needs a GPU. Whichever is faster is what `kernels/inverse_root.py` should do.
 
 import argparse
 import functools
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -28,22 +29,16 @@ from timing import device_round, plan
 from torch import Tensor
 
 from msbreg.functional import SMOOTHING
-from msbreg.kernels.inverse_root import (
-    affine_product,
-    first_factors,
-    inverse_root,
-    iterates,
-    normalisation,
-    parts_of,
-    tile,
-)
-from msbreg.kernels.totals import spectral_sums
+from msbreg.kernels.halves import numbers, parts_of
+from msbreg.kernels.inverse_root import affine_product, first_factors, inverse_root, normalisation, store_numbers, tile
+from msbreg.kernels.tiles import load_tile
 from msbreg.linalg import newton_schulz_plan
 
 __all__ = ["one_launch", "one_launch_kernel", "oracle_error", "refusal"]
 
 SHAPES = ((2, 256), (4, 128), (8, 128), (8, 256), (16, 256), (4, 512), (8, 512), (16, 512))
 """K and p."""
+SCALE = tl.constexpr(1.65)
 REPEATS = 50
 """Calls on each input whose results are compared."""
 CALLS = 10
@@ -55,7 +50,7 @@ processors are enough for the 256 tiles of (8, 256)."""
 
 @triton.jit
 def wait_for_all(counter_pointer, goal):
-    """Returns once all programs have come here, and sees what they had stored by then.
+    """Returns once all programs of a view have come here, and sees what they had stored by then.
 
     counter_pointer: one int32, zero before the launch; goal: how many programs come, times how often until now.
     """
@@ -67,18 +62,27 @@ def wait_for_all(counter_pointer, goal):
 
 
 @triton.jit
+def coefficients(x):
+    """a and b of a step for square roots of eigenvalues from x to 1, and the smallest after it; see `linalg`."""
+    c = tl.minimum(SCALE, tl.sqrt(3.0 / (1.0 + x + x * x)))
+    a, b = 1.5 * c, -0.5 * c * c * c
+    return a, b, tl.minimum(a * x + b * x * x * x, a + b)
+
+
+@triton.jit
 def one_launch_kernel(
     gram_pointer,
     squares_pointer,
-    weights_pointer,
     work_pointer,
     output_pointer,
     counter_pointer,
     views,
+    members,
     side,
     width,
-    count,
+    output_width,
     steps,
+    smallest: tl.float64,
     shift: tl.float64,
     floor: tl.float64,
     BLOCK_P: tl.constexpr,
@@ -87,85 +91,113 @@ def one_launch_kernel(
     """All steps of `inverse_root`.
 
     gram_pointer: [views, side, side], G, contiguous.
-    squares_pointer: [views, count], float64, which add up to |G|² of each view.
-    weights_pointer: [steps, 2], float64, a and b of each step; two steps or more.
+    squares_pointer: [views, members], float64, which add up to |G|² of each view once they are written.
     work_pointer: [5, views, parts, width, width], see `iterates`: Y and Z after the first step and every second one
         from there, those after the others, and T, where A is at first.
     output_pointer: [views, side, side].
-    counter_pointer: see `wait_for_all`.
+    counter_pointer: [views, 32] int32, zero; see `wait_for_all`.
+    steps: two or more. smallest: square root of the smallest eigenvalue of A, at least.
     shift, floor: see `normalisation`.
 
-    All programs run at once; each makes some tiles of every product.
+    All programs run at once. So many members have a view to themselves; each makes some tiles of every product.
     """
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    member = tl.program_id(0) % members
     across = tl.cdiv(width, BLOCK_P)
-    tiles = views * across * across
+    tiles = across * across
     matrix = tl.full([], parts_of(work_pointer), tl.int64) * width * width
     batch = views * matrix
-    t = work_pointer + 4 * batch
-    for item in range(program, tiles, programs):
-        k = (item // (across * across)).to(tl.int64)
-        first_factors(
-            gram_pointer + k * side * side, squares_pointer + k * count, t + k * matrix,
-            work_pointer + batch + k * matrix, side, width, count, tl.load(weights_pointer),
-            tl.load(weights_pointer + 1), shift, floor, item // across % across, item % across, BLOCK_P,
-        )  # fmt: skip
-    # The first step's Y = T A, then two phases to each later step: T = a I + b Y Z; then T Y and Z T, of which the last
-    # step has the second alone.
-    for phase in range(1, 2 * steps):
-        wait_for_all(counter_pointer, phase * programs)
-        step = phase // 2
-        first, mixing, last = phase == 1, phase % 2 == 0, phase == 2 * steps - 1
-        y = work_pointer + (step + 1) % 2 * 2 * batch  # Z comes behind it
-        new = work_pointer + step % 2 * 2 * batch
-        for item in range(program, tl.where(first | mixing | last, tiles, 2 * tiles), programs):
-            second = last | (item >= tiles)
-            k = (item % tiles // (across * across)).to(tl.int64)
-            left = tl.where(first, new + batch, tl.where(second, y + batch, tl.where(mixing, y, t)))
-            right = tl.where(first | second, t, tl.where(mixing, y + batch, y))
-            output = tl.where(mixing, t, tl.where(second, new + batch, new))
-            identity, scale = tl.full([], 0.0, tl.float64), tl.full([], 1.0, tl.float64)
-            if mixing:
-                identity, scale = tl.load(weights_pointer + 2 * step), tl.load(weights_pointer + 2 * step + 1)
-            row, column = item // across % across, item % across
+    for view in range(tl.program_id(0) // members, views, tl.num_programs(0) // members):
+        k = tl.full([], view, tl.int64)
+        counter = counter_pointer + 32 * k
+        gram, squares = gram_pointer + k * side * side, squares_pointer + k * members
+        work = work_pointer + k * matrix
+        t = work + 4 * batch
+        zero = tl.zeros([], tl.float64)
+
+        total = tl.zeros([BLOCK_P, BLOCK_P], tl.float64)
+        for item in range(member, tiles, members):
+            p, r = rows_of(item // across, BLOCK_P), rows_of(item % across, BLOCK_P)
+            g = load_tile(gram, p, side, side, r, side, 1, tl.float64)
+            total += g * g
+        tl.store(squares + member, tl.sum(tl.sum(total, axis=1), axis=0))
+        wait_for_all(counter, members)
+        s, h = normalisation(squares, members, shift, floor, 64)
+
+        a, b, x = coefficients(tl.full([], smallest, tl.float64))
+        for item in range(member, tiles, members):
+            p, r = rows_of(item // across, BLOCK_P), rows_of(item % across, BLOCK_P)
+            first_factors(gram, t, work + batch, side, width, a, b, s, h, p, r)
+        wait_for_all(counter, 2 * members)
+        for item in range(member, tiles, members):
+            p, r = rows_of(item // across, BLOCK_P), rows_of(item % across, BLOCK_P)
+            store_numbers(
+                work, affine_product(work + batch, t, side, width, zero, zero + 1, p, r, BLOCK_Q), p, r, width
+            )
+        wait_for_all(counter, 3 * members)
+
+        for step in range(1, steps):
+            y, new = work + (step + 1) % 2 * 2 * batch, work + step % 2 * 2 * batch  # Z comes behind Y
+            a, b, x = coefficients(x)
+            last = step == steps - 1
             if last:
-                size, _ = normalisation(squares_pointer + k * count, count, shift, floor, 64)
-                affine_product(
-                    left + k * matrix, right + k * matrix, output_pointer + k * side * side, side, width, side,
-                    identity, tl.sqrt(size), row, column, BLOCK_P, BLOCK_Q,
-                )  # fmt: skip
+                a, b = zero + 1.5, zero - 0.5
+            for item in range(member, tiles, members):
+                p, r = rows_of(item // across, BLOCK_P), rows_of(item % across, BLOCK_P)
+                store_numbers(t, affine_product(y, y + batch, side, width, a, b, p, r, BLOCK_Q), p, r, width)
+            wait_for_all(counter, (2 * step + 2) * members)
+            if last:
+                for item in range(member, tiles, members):
+                    p, r = rows_of(item // across, BLOCK_P), rows_of(item % across, BLOCK_P)
+                    root = affine_product(y + batch, t, side, width, zero, tl.sqrt(s), p, r, BLOCK_Q)
+                    size = tl.full([], parts_of(output_pointer), tl.int64) * output_width * output_width
+                    store_numbers(output_pointer + k * size, root, p, r, output_width)
             else:
-                affine_product(
-                    left + k * matrix, right + k * matrix, output + k * matrix, side, width, width,
-                    identity, scale, row, column, BLOCK_P, BLOCK_Q,
-                )  # fmt: skip
+                for item in range(member, 2 * tiles, members):
+                    second = item >= tiles
+                    p, r = rows_of(item % tiles // across, BLOCK_P), rows_of(item % across, BLOCK_P)
+                    left, right = tl.where(second, y + batch, t), tl.where(second, t, y)
+                    made = affine_product(left, right, side, width, zero, zero + 1, p, r, BLOCK_Q)
+                    store_numbers(tl.where(second, new + batch, new), made, p, r, width)
+                wait_for_all(counter, (2 * step + 3) * members)
+
+
+@triton.jit
+def rows_of(block, BLOCK: tl.constexpr):
+    """The rows of a block, int32."""
+    return block * BLOCK + tl.arange(0, BLOCK)
 
 
 def one_launch(gram: Tensor, shift: float, floor: float, steps: Sequence[tuple[float, float]]) -> Tensor:
     """What `msbreg.kernels.inverse_root.inverse_root` returns for the same arguments."""
     views, side, _ = gram.shape
-    squares = spectral_sums(gram, None, identity=0.0, scale=1.0, trace_weight=0.0, square_weight=1.0, root_weight=0.0)
-    work, output = iterates(gram, 5), torch.empty_like(gram)
+    work, output = numbers(gram, (5, views), side, side, square=True), torch.empty_like(gram)
     width = work.shape[-1]
     config = tile(width, views, gram.element_size())
-    tiles = views * triton.cdiv(width, config["BLOCK_P"]) ** 2
-    # As many as are sure to run at once. In the interpreter, which needs no GPU, programs run one after another: the
-    # first would wait for the second for ever.
-    processors = torch.cuda.get_device_properties(gram.device).multi_processor_count if gram.is_cuda else 0
-    programs = max(1, min(2 * tiles, RESIDENT * processors))
-    counter = torch.zeros(1, dtype=torch.int32, device=gram.device)
+    tiles = triton.cdiv(width, config["BLOCK_P"]) ** 2
+    programs = processors(gram.device)
+    members = min(tiles, max(1, programs // views))
+    groups = min(views, max(1, programs // members))
+    squares = torch.empty(views, members, device=gram.device, dtype=torch.float64)
+    counter = torch.zeros(views, 32, device=gram.device, dtype=torch.int32)
+    smallest = max(shift / (gram.shape[1] * 1e9), floor)
+    smallest = SMALLEST.get((shift, floor, len(steps)), smallest)
+    if gram.device.type == "cuda":
+        config["launch_cooperative_grid"] = True
     with torch.cuda.device_of(gram):
-        one_launch_kernel[(programs,)](
-            gram, squares, weights_of(tuple(steps), gram.device), work, output, counter, views, side, width,
-            squares.shape[1], len(steps), shift, floor, launch_cooperative_grid=gram.is_cuda, **config,
+        one_launch_kernel[(groups * members,)](
+            gram, squares, work, output, counter, views, members, side, width, side, len(steps),
+            math.sqrt(smallest / (1 + smallest)), shift, floor, **config,
         )  # fmt: skip
     return output
 
 
-@functools.lru_cache
-def weights_of(steps: tuple[tuple[float, float], ...], device: torch.device) -> Tensor:
-    """(steps, 2) on the device, copied there once."""
-    return torch.tensor(steps, dtype=torch.float64, device=device)
+SMALLEST: dict = {}
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many programs are on the GPU at once; one in Triton's interpreter, which runs them one after another."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def oracle_error(root: Tensor, gram: Tensor, shift: float) -> float:
@@ -192,6 +224,7 @@ def measure(views: int, side: int, device: torch.device, *, seconds: float, roun
     gram, other = rows.mT @ rows
     shift = SMOOTHING**2 * 2  # c = side / rows
     floor, steps = newton_schulz_plan(shift / (2 * side), gram.dtype)
+    SMALLEST[shift, floor, len(steps)] = max(shift / (2 * side), floor)
     ways: dict[str, Callable[[Tensor], Tensor]] = {
         "sequence": lambda g: inverse_root(g, shift, floor, steps),
         "one launch": lambda g: one_launch(g, shift, floor, steps),

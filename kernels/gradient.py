@@ -1,8 +1,6 @@
 """The gradient of the three losses with respect to the embeddings, in one pass that writes one tensor.
 
-The noise is drawn again from its counters. The singular value loss adds ẑ W, a matrix product: for rows of up to
-`FUSED_DIM` numbers it is made where it is used, in registers, by a program that has some rows of one view; of wider
-rows a program holds too few for what it reads of W, and they have it from memory.
+The noise is drawn again from its counters. What the singular value loss adds, ẑ W, is a matrix product before it.
 """
 
 import torch
@@ -11,13 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 from msbreg.kernels.philox import brownian_rows
-from msbreg.kernels.product import product
+from msbreg.kernels.product import unit_product
 from msbreg.kernels.rows import centroid_of_others, tile
-from msbreg.kernels.tiles import EPS, load_tile, offsets, precision, unit
+from msbreg.kernels.tiles import EPS, load_tile, offsets
 
-__all__ = ["image_gradient_kernel", "row_gradient", "row_losses_backward", "view_gradient_kernel"]
-
-FUSED_DIM = 256
+__all__ = ["image_gradient_kernel", "row_gradient", "row_losses_backward"]
 
 
 @triton.jit
@@ -62,6 +58,7 @@ def image_gradient_kernel(
     PER_VIEW: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """The gradient with respect to z of all the losses at once.
 
@@ -87,7 +84,7 @@ def image_gradient_kernel(
             image = first_image + i + tl.zeros([1], tl.int64)
             shared = brownian_rows(seed, step, image, tl.zeros([1], tl.int32), dim, BLOCK_D).to(ACC)
 
-    for first in range(0, views, BLOCK_K):
+    for first in tl.range(0, views, BLOCK_K, num_stages=STAGES):
         k = first + tl.arange(0, BLOCK_K)
         row = k.to(tl.int64) * batch + i
         norm = tl.load(norm_pointer + row, mask=k < views, other=1.0)
@@ -113,80 +110,9 @@ def image_gradient_kernel(
         g = tl.zeros([BLOCK_K, BLOCK_D], ACC)
         if product_pointer is not None:
             g += tl.full([], product_weight, ACC) * d_total * tl.load(product_pointer + place, mask=mask, other=0.0)
-        dz = row_gradient(g, z / norm[:, None], norm, c_hat, n_hat, attraction, tl.full([], push_weight, ACC) * d_total)
+        z_hat = z * (1.0 / norm)[:, None]
+        dz = row_gradient(g, z_hat, norm, c_hat, n_hat, attraction, tl.full([], push_weight, ACC) * d_total)
         tl.store(dz_pointer + place, dz.to(dz_pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["views", "batch", "first_image"])
-def view_gradient_kernel(
-    z_pointer,
-    t_pointer,
-    key_pointer,
-    norm_pointer,
-    centroid_pointer,
-    weight_pointer,
-    d_total_pointer,
-    dz_pointer,
-    views,
-    batch,
-    dim,
-    first_image: tl.int64,
-    attraction_weight: tl.float64,
-    product_weight: tl.float64,
-    push_weight: tl.float64,
-    z_stride_k,
-    z_stride_i,
-    z_stride_d,
-    t_stride_k,
-    t_stride_i,
-    t_stride_d,
-    LEAVE_ONE_OUT: tl.constexpr,
-    PER_VIEW: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-):
-    """As `image_gradient_kernel`, with the product ẑ W made here.
-
-    weight_pointer: [views, dim, dim], W, contiguous, in the accumulator's dtype.
-
-    One program does BLOCK_I images of one view.
-    """
-    ACC: tl.constexpr = norm_pointer.dtype.element_ty
-    k = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)
-    d = tl.arange(0, BLOCK_D)
-    d_total = tl.load(d_total_pointer)
-    norm = tl.load(norm_pointer + k * batch + i, mask=i < batch, other=1.0)
-    z_view = z_pointer + k * z_stride_k
-    w_view = weight_pointer + k * dim * dim
-
-    g = tl.zeros([BLOCK_I, BLOCK_D], ACC)
-    for first in range(0, dim, BLOCK_Q):
-        q = first + tl.arange(0, BLOCK_Q)
-        z_part = load_tile(z_view, i, batch, z_stride_i, q, dim, z_stride_d, ACC) / norm[:, None]
-        w = load_tile(w_view, q, dim, dim, d, dim, 1, ACC)
-        g = tl.dot(z_part, w, g, input_precision=PRECISION, out_dtype=ACC)
-    g *= tl.full([], product_weight, ACC) * d_total
-    if key_pointer is not None:  # before anything else is held beside g: the noise takes the most registers
-        stream = tl.zeros([BLOCK_I], tl.int32) + ((1 + k).to(tl.int32) if PER_VIEW else 0)
-        n_hat = brownian_rows(tl.load(key_pointer), tl.load(key_pointer + 1), first_image + i, stream, dim, BLOCK_D)
-        g += tl.full([], push_weight, ACC) * d_total * n_hat.to(ACC)
-
-    z_hat = load_tile(z_view, i, batch, z_stride_i, d, dim, z_stride_d, ACC) / norm[:, None]
-    if centroid_pointer is None:
-        c_hat = None
-    elif LEAVE_ONE_OUT:
-        t_hat, _ = unit(load_tile(t_pointer + k * t_stride_k, i, batch, t_stride_i, d, dim, t_stride_d, ACC))
-        c_hat, _ = unit((load_tile(centroid_pointer, i, batch, dim, d, dim, 1, ACC) - t_hat) / (views - 1))
-    else:
-        c_hat = load_tile(centroid_pointer, i, batch, dim, d, dim, 1, ACC)
-    attraction = tl.zeros([BLOCK_I], ACC) + 2 * tl.full([], attraction_weight, ACC) * d_total
-    dz = row_gradient(g, z_hat, norm, c_hat, None, attraction, None)
-    mask = (i < batch)[:, None] & (d < dim)[None, :]
-    place = offsets(k * batch + i, dim, d, 1)
-    tl.store(dz_pointer + place, dz.to(dz_pointer.dtype.element_ty), mask=mask)
 
 
 def row_losses_backward(
@@ -197,16 +123,18 @@ def row_losses_backward(
     key: Tensor | None,
     norms: Tensor,
     centroid: Tensor | None,
+    z_hat: Tensor | None,
     weight: Tensor | None,
     *,
     attraction_weight: float,
     product_weight: float,
+    weight_left: bool,
     push_weight: float,
     first_image: int,
     leave_one_out: bool,
     per_view: bool,
 ) -> Tensor:
-    """dL/dz, (K, B, D), contiguous, in z's dtype, in one launch, or two where ẑ W goes through memory.
+    """dL/dz, (K, B, D), contiguous, in z's dtype, in one launch, or two with a singular value loss.
 
     Args:
         d_total: one element, the gradient of the weighted sum of the losses.
@@ -216,9 +144,11 @@ def row_losses_backward(
         key: (2,) of `row_losses`; None for no Brownian loss.
         norms: (K, B) of `row_losses`.
         centroid: (B, D) of `row_losses`.
-        weight: W, (K, D, D), or (K, B, B) for W ẑ, in the accumulator's dtype; None for no singular value loss.
+        z_hat: (K, parts, B, w) numbers of `row_losses`.
+        weight: W, numbers of D x D matrices, or with weight_left of B x B; None for no singular value loss.
         attraction_weight: of each |ẑ - ĉ|² in the weighted sum.
         product_weight: of ẑ W.
+        weight_left: whether it is W ẑ.
         push_weight: of each <ẑ, n̂>.
         first_image: as in `row_losses`.
         leave_one_out: as there.
@@ -226,34 +156,29 @@ def row_losses_backward(
     """
     views, batch, dim = z.shape
     dz = torch.empty(z.shape, device=z.device, dtype=z.dtype)
-    t_strides = t.stride() if leave_one_out and t is not None else (0, 0, 0)
-    sizes = (views, batch, dim, first_image, attraction_weight, product_weight, push_weight, *z.stride(), *t_strides)
-    options = {"LEAVE_ONE_OUT": leave_one_out, "PER_VIEW": per_view}
-    rows = (z, t if leave_one_out else None, key, norms, centroid)
+    made = None if weight is None or z_hat is None else unit_product(z_hat, weight, dim, left=weight_left)
     with torch.cuda.device_of(z):
-        if weight is not None and weight.shape[-1] == dim <= FUSED_DIM and d_attraction is None:
-            config = fused_tile(dim, weight.element_size())
-            grid = (triton.cdiv(batch, config["BLOCK_I"]), views)
-            view_gradient_kernel[grid](
-                *rows, weight, d_total, dz, *sizes, PRECISION=precision(norms.dtype), **options, **config
-            )
-        else:
-            made = None if weight is None else product(z, norms, weight)
-            image_gradient_kernel[(batch,)](
-                *rows, made, d_total, d_attraction, dz, *sizes, **options, **tile(views, dim)
-            )
+        image_gradient_kernel[(batch,)](
+            z,
+            t if leave_one_out else None,
+            key,
+            norms,
+            centroid,
+            made,
+            d_total,
+            d_attraction,
+            dz,
+            views,
+            batch,
+            dim,
+            first_image,
+            attraction_weight,
+            product_weight,
+            push_weight,
+            *z.stride(),
+            *(t.stride() if leave_one_out and t is not None else (0, 0, 0)),
+            LEAVE_ONE_OUT=leave_one_out,
+            PER_VIEW=per_view,
+            **tile(views, dim),
+        )
     return dz
-
-
-def fused_tile(dim: int, itemsize: int) -> dict[str, int | bool]:
-    """The block sizes and warps for a fused product: 8192 float32 sums, 32 a thread, or half as many in float64."""
-    double = itemsize == 8
-    block_d = max(16, triton.next_power_of_2(dim))
-    block_i = min(64, max(16, 8192 // (itemsize // 4) // block_d))  # `dot` takes 16 or more
-    return {
-        "BLOCK_I": block_i,
-        "BLOCK_D": block_d,
-        "BLOCK_Q": min(16 if double else 32, block_d),
-        "num_warps": max(1, block_i * block_d // (512 if double else 1024)),
-        "enable_fp_fusion": True,
-    }

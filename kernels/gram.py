@@ -1,19 +1,19 @@
-"""Gram matrices of unit rows, or of rows as they are, all views at once."""
+"""Gram matrices, all views at once: of any matrices, and of unit rows, whose numbers halves can hold."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from msbreg.kernels.halves import STAGES, depth, parts_of, product_of_numbers
 from msbreg.kernels.tiles import accumulator, load_tile, offsets, precision
 
-__all__ = ["gram", "gram_kernel"]
+__all__ = ["gram", "gram_kernel", "unit_gram", "unit_gram_kernel"]
 
 
 @triton.jit(do_not_specialize=["batch"])
 def gram_kernel(
     z_pointer,
-    norm_pointer,
     gram_pointer,
     batch,
     dim,
@@ -26,13 +26,12 @@ def gram_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """MᵀM of the rows of each view, or with ROWS M Mᵀ.
+    """MᵀM of each matrix, or with ROWS M Mᵀ.
 
-    z_pointer: [views, batch, dim], any strides, any floating dtype.
-    norm_pointer: [views, batch], what rows are divided by, in the accumulator's dtype, contiguous; None for nothing.
-    gram_pointer: [views, side, side], in the accumulator's dtype; side is dim, or batch with ROWS.
+    z_pointer: [views, batch, dim], M, any strides, any floating dtype, numbers of any size.
+    gram_pointer: [views, side, side], float32, or float64 for float64 matrices; side is dim, or batch with ROWS.
 
-    One program makes a tile of one view's lower triangle and writes it on both sides of the diagonal.
+    One program makes a tile of one matrix's lower triangle and writes it on both sides of the diagonal.
     """
     if tl.program_id(1) > tl.program_id(0):
         return
@@ -41,11 +40,6 @@ def gram_kernel(
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     r = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     z_view = z_pointer + k * z_stride_k
-    if norm_pointer is not None:
-        norm_view = norm_pointer + k * batch
-        if ROWS:
-            norm_p = tl.load(norm_view + p.to(tl.int64), mask=p < batch, other=1.0)
-            norm_r = tl.load(norm_view + r.to(tl.int64), mask=r < batch, other=1.0)
 
     sums = tl.zeros([BLOCK_P, BLOCK_P], ACC)
     for first in range(0, dim if ROWS else batch, BLOCK_Q):
@@ -53,31 +47,63 @@ def gram_kernel(
         if ROWS:
             left = load_tile(z_view, p, batch, z_stride_i, q, dim, z_stride_d, ACC)
             right = load_tile(z_view, r, batch, z_stride_i, q, dim, z_stride_d, ACC)
-            if norm_pointer is not None:
-                left /= norm_p[:, None]
-                right /= norm_r[:, None]
             sums = tl.dot(left, tl.trans(right), sums, input_precision=PRECISION, out_dtype=ACC)
         else:
             left = load_tile(z_view, q, batch, z_stride_i, p, dim, z_stride_d, ACC)
             right = load_tile(z_view, q, batch, z_stride_i, r, dim, z_stride_d, ACC)
-            if norm_pointer is not None:
-                norm = tl.load(norm_view + q.to(tl.int64), mask=q < batch, other=1.0)
-                left /= norm[:, None]
-                right /= norm[:, None]
             sums = tl.dot(tl.trans(left), right, sums, input_precision=PRECISION, out_dtype=ACC)
-    mask = (p < side)[:, None] & (r < side)[None, :]
-    g_view = gram_pointer + k * side * side
-    tl.store(g_view + offsets(p, side, r, 1), sums, mask=mask)
+    store_symmetric(gram_pointer + k * side * side, sums, p, r, side)
+
+
+@triton.jit
+def unit_gram_kernel(
+    z_hat_pointer,
+    gram_pointer,
+    squares_pointer,
+    batch,
+    dim,
+    width,
+    ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """As `gram_kernel`, of unit rows.
+
+    z_hat_pointer: [views, parts, batch, width] numbers, ẑ of dim dimensions; see `halves`.
+    gram_pointer: [views, dim, dim], or with ROWS [views, batch, batch], float32 or float64.
+    squares_pointer: [views, tiles of the triangle], float64, which add up to |G|² of each view.
+    """
+    if tl.program_id(1) > tl.program_id(0):
+        return
+    k = tl.program_id(2).to(tl.int64)
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    r = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    low = tl.full([], batch, tl.int64) * width
+    m = z_hat_pointer + k * parts_of(z_hat_pointer) * low
+    if ROWS:
+        sums = product_of_numbers(m, low, width, 1, m, low, 1, width, p, batch, width, width, r, batch, BLOCK_Q)
+        store_symmetric(gram_pointer + k * batch * batch, sums, p, r, batch)
+    else:
+        sums = product_of_numbers(m, low, 1, width, m, low, width, 1, p, width, batch, batch, r, width, BLOCK_Q)
+        store_symmetric(gram_pointer + k * dim * dim, sums, p, r, dim)
+    row, column, rows = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(0).to(tl.int64)
+    square = tl.sum((sums * sums).to(tl.float64)) * tl.where(row == column, 1.0, 2.0)
+    tl.store(squares_pointer + (k * (rows * (rows + 1) // 2) + row * (row + 1) // 2 + column), square)
+
+
+@triton.jit
+def store_symmetric(matrix, tile, p, r, side):
+    """Writes a tile [P, R] of a matrix [side, side] at rows p and columns r, and below the diagonal turned too."""
+    tl.store(matrix + offsets(p, side, r, 1), tile, mask=(p < side)[:, None] & (r < side)[None, :])
     if tl.program_id(1) < tl.program_id(0):
-        tl.store(g_view + offsets(p, 1, r, side), sums, mask=mask)
+        tl.store(matrix + offsets(r, side, p, 1), tl.trans(tile), mask=(r < side)[:, None] & (p < side)[None, :])
 
 
-def gram(z: Tensor, norms: Tensor | None, *, smaller: bool) -> Tensor:
-    """MᵀM of the rows of each view, (K, D, D), or with `smaller` and B < D, M Mᵀ, (K, B, B), as the accumulator is.
+def gram(z: Tensor, *, smaller: bool) -> Tensor:
+    """MᵀM of each matrix, (K, D, D), or with `smaller` and B < D, M Mᵀ, (K, B, B), float32 or float64 as it is summed.
 
     Args:
-        z: (K, B, D), any floating dtype and strides.
-        norms: (K, B), what rows are divided by: |z| for unit rows; None for nothing.
+        z: M, (K, B, D), any floating dtype and strides.
         smaller: whether the smaller of the two may be taken; it does not add up over processes.
     """
     views, batch, dim = z.shape
@@ -89,7 +115,6 @@ def gram(z: Tensor, norms: Tensor | None, *, smaller: bool) -> Tensor:
     with torch.cuda.device_of(z):
         gram_kernel[(tiles, tiles, views)](
             z,
-            norms,
             output,
             batch,
             dim,
@@ -102,6 +127,25 @@ def gram(z: Tensor, norms: Tensor | None, *, smaller: bool) -> Tensor:
     return output
 
 
+def unit_gram(z_hat: Tensor, dim: int, *, smaller: bool) -> tuple[Tensor, Tensor]:
+    """As `gram`, of unit rows as `row_losses` makes them, (K, parts, B, w) numbers of dim dimensions.
+
+    Returns:
+        The Gram matrices, and (K, n), float64, which add up over a view to |G|², its squared Frobenius norm.
+    """
+    views, _, batch, width = z_hat.shape
+    rows = smaller and batch < dim
+    side = batch if rows else dim
+    dtype = torch.float32 if z_hat.dtype == torch.float16 else z_hat.dtype
+    output = torch.empty(views, side, side, device=z_hat.device, dtype=dtype)
+    config = unit_tile(side, output)
+    tiles = triton.cdiv(side, config["BLOCK_P"])
+    squares = torch.empty(views, tiles * (tiles + 1) // 2, device=z_hat.device, dtype=torch.float64)
+    with torch.cuda.device_of(z_hat):
+        unit_gram_kernel[(tiles, tiles, views)](z_hat, output, squares, batch, dim, width, ROWS=rows, **config)
+    return output, squares
+
+
 def tile(side: int, itemsize: int) -> dict[str, int | bool]:
     """The block sizes and warps: small tiles for float64, and while there are few, so that each processor has one."""
     block = 32 if side <= 256 or itemsize == 8 else 64 if side < 1024 else 128
@@ -109,5 +153,17 @@ def tile(side: int, itemsize: int) -> dict[str, int | bool]:
         "BLOCK_P": min(block, max(16, triton.next_power_of_2(side))),
         "BLOCK_Q": 16 if block == 128 else 32,  # 128 x 32 numbers a factor spill on sm_80
         "num_warps": 8 if block == 128 else 4,
+        "enable_fp_fusion": True,
+    }
+
+
+def unit_tile(side: int, like: Tensor) -> dict[str, int | bool]:
+    """As `tile`, of numbers of a tensor like that."""
+    block = 32 if like.dtype == torch.float64 else 64 if side < 1024 else 128
+    return {
+        "BLOCK_P": min(block, max(16, triton.next_power_of_2(side))),
+        "BLOCK_Q": depth(block, block, like),
+        "num_warps": 8 if block == 128 else 4,
+        "num_stages": STAGES,
         "enable_fp_fusion": True,
     }

@@ -4,19 +4,37 @@ Both are float16, of 11 bits: together 22, as many as three TF32 products keep, 
 halves goes from memory to the tensor cores as it is, where one of float32 is taken apart in registers whenever it is
 read. Low is scaled because float16's numbers end at 6e-8: without that, nothing of it is left in a number below 1e-4.
 
+Numbers, here and in the kernels that read them, are a tensor [..., parts, rows, width]: of float32 matrices two parts,
+the high halves and the low ones; of float64 one, and of float32 too on AMD, whose MI200 takes halves below 6e-5 for
+zero. The width is that of the matrix rounded up to a multiple of 16, which is what Triton must know to load 16 bytes at
+a time; beyond the matrix is zero.
+
 For matrices whose entries are about one: from 65520 on a number is infinite, below 6e-5 it is wrong by up to 1.5e-11.
 
 Ootomo, Yokota, "Recovering single precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak
 performance", 2022, https://arxiv.org/abs/2203.03341.
 """
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-__all__ = ["SCALE", "halves", "store_number"]
+from msbreg.kernels.tiles import load_tile, offsets
+
+__all__ = [
+    "LARGEST", "SCALE", "STAGES", "depth", "halves", "numbers", "parts_of", "product_of_numbers", "since_hopper",
+    "store_number", "to_numbers",
+]  # fmt: skip
 
 SCALE = tl.constexpr(2048.0)
 """Of the low half, which is then up to half as large as the high one."""
+LARGEST = 2.0**15
+"""What entries may come to, well below the 65520 that no half holds."""
+STAGES = 3
+"""Tiles of each factor that are on their way to a processor, or there."""
 
 
 @triton.jit
@@ -24,6 +42,12 @@ def halves(x):
     """High and low, float16, of float32 numbers."""
     high = x.to(tl.float16)
     return high, ((x - high.to(tl.float32)) * SCALE).to(tl.float16)
+
+
+@triton.jit
+def parts_of(pointer):
+    """How many numbers of the pointer's make one: two halves, or the number itself."""
+    return 2 if pointer.dtype.element_ty == tl.float16 else 1
 
 
 @triton.jit
@@ -35,3 +59,124 @@ def store_number(pointer, low, x, mask):
         tl.store(pointer + low, x_low, mask=mask)
     else:
         tl.store(pointer, x, mask=mask)
+
+
+@triton.jit
+def product_of_numbers(
+    left,
+    left_low,
+    left_stride_p,
+    left_stride_q,
+    right,
+    right_low,
+    right_stride_q,
+    right_stride_r,
+    p,
+    p_count,
+    left_count,
+    right_count,
+    r,
+    r_count,
+    BLOCK_Q: tl.constexpr,
+):
+    """A tile [P, R] of L R, float32, or float64 of such numbers.
+
+    left, left_stride_p, left_stride_q: L, [p_count, left_count] numbers; left_low: from a high half to its low one,
+        int64.
+    right and so on: R, [right_count, r_count] numbers. Where there are fewer than L has columns, those are zero.
+    p, r: int32, which rows and columns.
+    """
+    NUMBER: tl.constexpr = left.dtype.element_ty
+    ACC: tl.constexpr = tl.float32 if tl.float16 == NUMBER else NUMBER
+    q = tl.arange(0, BLOCK_Q)
+    x_place = left + offsets(p, left_stride_p, q, left_stride_q)
+    y_place = right + offsets(q, right_stride_q, r, right_stride_r)
+    block = tl.full([], BLOCK_Q, tl.int64)
+    sums = tl.zeros([p.shape[0], r.shape[0]], ACC)
+    sums_low = tl.zeros([p.shape[0], r.shape[0]], ACC)
+    for first in range(0, right_count, BLOCK_Q):
+        x_mask = (p < p_count)[:, None] & (q < left_count - first)[None, :]
+        y_mask = (q < right_count - first)[:, None] & (r < r_count)[None, :]
+        x, y = tl.load(x_place, mask=x_mask, other=0.0), tl.load(y_place, mask=y_mask, other=0.0)
+        sums = tl.dot(x, y, sums, input_precision="ieee", out_dtype=ACC)
+        if tl.float16 == NUMBER:  # low times low is below the last bit
+            sums_low = tl.dot(x, tl.load(y_place + right_low, mask=y_mask, other=0.0), sums_low)
+            sums_low = tl.dot(tl.load(x_place + left_low, mask=x_mask, other=0.0), y, sums_low)
+        x_place += block * left_stride_q
+        y_place += block * right_stride_q
+    return sums + sums_low / SCALE
+
+
+@triton.jit
+def to_numbers_kernel(
+    matrix_pointer, number_pointer, side, width, scale: tl.float64, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr
+):
+    """Numbers of scale * X.
+
+    matrix_pointer: [views, side, side], X, contiguous, float32 or float64.
+    number_pointer: [views, parts, width, width].
+
+    One program makes a tile.
+    """
+    ACC: tl.constexpr = matrix_pointer.dtype.element_ty
+    k = tl.program_id(2).to(tl.int64)
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    x = load_tile(matrix_pointer + k * side * side, p, side, side, q, side, 1, ACC) * tl.full([], scale, ACC)
+    low = tl.full([], width, tl.int64) * width
+    place = number_pointer + k * parts_of(number_pointer) * low + offsets(p, width, q, 1)
+    store_number(place, low, x, (p < width)[:, None] & (q < width)[None, :])
+
+
+def to_numbers(matrix: Tensor, scale: float) -> Tensor:
+    """Numbers, (K, parts, w, w), of scale X for matrices X, (K, p, p), contiguous, float32 or float64."""
+    views, side, _ = matrix.shape
+    output = numbers(matrix, (views,), side, side, square=True)
+    width = output.shape[-1]
+    grid = (triton.cdiv(width, 16), triton.cdiv(width, 128), views)
+    with torch.cuda.device_of(matrix):
+        to_numbers_kernel[grid](
+            matrix, output, side, width, scale, BLOCK_P=16, BLOCK_Q=128, num_warps=4, enable_fp_fusion=True
+        )
+    return output
+
+
+def numbers(like: Tensor, batch: tuple[int, ...], rows: int, columns: int, *, square: bool = False) -> Tensor:
+    """Memory for numbers of matrices (*batch, rows, columns) of a float32 or float64 tensor's dtype, on its device.
+
+    Where they are square, rows are rounded up too.
+    """
+    halved = like.dtype == torch.float32 and not torch.version.hip
+    width = 16 * triton.cdiv(columns, 16)
+    shape = (*batch, 1 + halved, width if square else rows, width)
+    return like.new_empty(shape, dtype=torch.float16 if halved else like.dtype)
+
+
+def depth(rows: int, columns: int, like: Tensor) -> int:
+    """The depth of the tiles of a product of numbers: 64, or what fits into the shared memory `STAGES` times.
+
+    GPUs before Hopper hold factors in registers too, and are given a part of their shared memory.
+
+    Args:
+        rows: of a tile of the product.
+        columns: of it.
+        like: a float32 or float64 tensor, whose numbers they are, on their device.
+    """
+    if like.dtype == torch.float64:
+        return 16
+    room = shared_memory(like.device) if since_hopper(like.device) else 64 << 10
+    return next((q for q in (64, 32) if STAGES * (rows + columns) * q * 4 <= room), 16)
+
+
+def since_hopper(device: torch.device) -> bool:
+    """Whether tensor cores take both factors from shared memory, of which there is more then."""
+    return shared_memory(device) >= 227 << 10
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have: a GPU's, or in Triton's interpreter an H100's."""
+    if device.type != "cuda":
+        return 227 << 10
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)

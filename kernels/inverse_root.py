@@ -1,15 +1,12 @@
 """Inverse square roots of symmetric positive matrices, all views at once, by matrix products alone.
 
-The coupled Newton-Schulz iteration Y ← T Y, Z ← Z T with T = a I + b Y Z takes Y = A, Z = I to A^(1/2) and A^(-1/2).
-A step is two launches: T, then both products with it. The factors do not commute exactly once they are rounded, so
-their order is not free to change, and symmetry must not be made use of: mirroring one triangle of the iterates
-diverges, multiplying in another order loses digits near collapse.
-
-The iterates are in memory as tensor cores want them: of float32 matrices as pairs of halves (`halves`), [..., 2, w, w],
-where entries stay below 2 / sqrt(smallest eigenvalue of A), 2e3; else as they are, [..., 1, w, w]. The width w is the
-side rounded up to a multiple of 16, which is what Triton must know to load 16 bytes at a time; beyond the side is zero.
+The iteration is in `newton_schulz`. Each product needs all tiles of the one before. In a sequence of launches, two a
+step, that is a matter of course; in one launch, the programs of a view wait for each other. Both make the same numbers,
+bit for bit. A GPU is a little faster with the sequence, but for small matrices the host takes longer to launch it than
+the GPU to compute it: so what is recorded in a CUDA graph is a sequence, and what is not is one launch.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -17,69 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.halves import SCALE, store_number
-from msbreg.kernels.tiles import load_tile, offsets
-from msbreg.kernels.totals import spectral_sums, total_of
+from msbreg.kernels.halves import STAGES, depth, numbers, parts_of, since_hopper
+from msbreg.kernels.newton_schulz import affine_product, first_factors, normalisation, spectral_sum, store_numbers
 
-__all__ = ["first_factors_kernel", "inverse_root", "step_kernel"]
+__all__ = ["first_factors_kernel", "inverse_root", "root_kernel", "step_kernel"]
 
-
-@triton.jit
-def affine(x, rows, columns, side, identity, scale):
-    """A tile of identity * I + scale * X, where X's tile is x."""
-    diagonal = (rows[:, None] == columns[None, :]) & (rows < side)[:, None]
-    return scale * x + tl.where(diagonal, identity, tl.zeros([], identity.dtype))
-
-
-@triton.jit
-def normalisation(squares_pointer, count, shift, floor, BLOCK: tl.constexpr):
-    """s and h of A = s (G + h I), whose eigenvalues are in (0, 1]: 1 / (|G| + h), and the shift or what floor makes it.
-
-    squares_pointer: [count], float64, the sum of which is |G|².
-    """
-    size = tl.sqrt(total_of(squares_pointer, count, BLOCK))
-    size = tl.where(size == 0, 1.0, size)
-    h = tl.where(shift > floor * size, shift, floor * size)
-    return 1.0 / (size + h), h
-
-
-@triton.jit
-def parts_of(pointer):
-    """How many numbers of the pointer's make one: two halves, or the number itself."""
-    return 2 if pointer.dtype.element_ty == tl.float16 else 1
-
-
-@triton.jit
-def first_factors(
-    gram,
-    squares,
-    a_pointer,
-    t_pointer,
-    side,
-    width,
-    count,
-    a,
-    b,
-    shift,
-    floor,
-    row,
-    column,
-    BLOCK: tl.constexpr,
-):
-    """A tile of A = s (G + h I) and of T = a I + b A.
-
-    gram: [side, side], contiguous; squares: [count]; a_pointer, t_pointer: [parts, width, width]; all of one view.
-    row, column: which tile.
-    """
-    ACC: tl.constexpr = gram.dtype.element_ty
-    s, h = normalisation(squares, count, shift, floor, 64)
-    p = row * BLOCK + tl.arange(0, BLOCK)
-    r = column * BLOCK + tl.arange(0, BLOCK)
-    g = load_tile(gram, p, side, side, r, side, 1, ACC)
-    place, mask = offsets(p, width, r, 1), (p < width)[:, None] & (r < width)[None, :]
-    low = tl.full([], width, tl.int64) * width
-    store_number(a_pointer + place, low, affine(g, p, r, side, (s * h).to(ACC), s.to(ACC)), mask)
-    store_number(t_pointer + place, low, affine(g, p, r, side, (a + b * s * h).to(ACC), (b * s).to(ACC)), mask)
+FEW = 2**21
+"""Numbers in all matrices, below which tiles are small so that each processor has one, and a sequence of launches waits
+for the host."""
 
 
 @triton.jit
@@ -101,7 +43,7 @@ def first_factors_kernel(
 
     gram_pointer: [views, side, side], G, contiguous.
     squares_pointer: [views, count], float64, which add up to |G|² of each view.
-    a_pointer, t_pointer: [views, parts, width, width], contiguous; parts is 2 for halves, 1 for numbers as they are.
+    a_pointer, t_pointer: [views, parts, width, width] numbers.
     a, b: of T = a I + b A.
     shift, floor: see `normalisation`.
 
@@ -109,63 +51,9 @@ def first_factors_kernel(
     """
     k = tl.program_id(2).to(tl.int64)
     matrix = k * parts_of(a_pointer) * width * width
-    first_factors(
-        gram_pointer + k * side * side,
-        squares_pointer + k * count,
-        a_pointer + matrix,
-        t_pointer + matrix,
-        side,
-        width,
-        count,
-        a,
-        b,
-        shift,
-        floor,
-        tl.program_id(0),
-        tl.program_id(1),
-        BLOCK,
-    )
-
-
-@triton.jit
-def affine_product(
-    left,
-    right,
-    output,
-    side,
-    width,
-    output_width,
-    identity,
-    scale,
-    row,
-    column,
-    BLOCK_P: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-):
-    """A tile of i I + s L R.
-
-    left, right: [parts, width, width], L and R, contiguous; output: as they are, or [output_width, output_width].
-    identity, scale: i and s, float64.
-    row, column: which tile.
-    """
-    NUMBER: tl.constexpr = left.dtype.element_ty
-    ACC: tl.constexpr = tl.float32 if tl.float16 == NUMBER else NUMBER
-    low = tl.full([], width, tl.int64) * width
-    p = row * BLOCK_P + tl.arange(0, BLOCK_P)
-    r = column * BLOCK_P + tl.arange(0, BLOCK_P)
-    sums = tl.zeros([BLOCK_P, BLOCK_P], ACC)
-    sums_low = tl.zeros([BLOCK_P, BLOCK_P], ACC)
-    for first in range(0, width, BLOCK_Q):
-        q = first + tl.arange(0, BLOCK_Q)
-        x = load_tile(left, p, width, width, q, width, 1, NUMBER)
-        y = load_tile(right, q, width, width, r, width, 1, NUMBER)
-        sums = tl.dot(x, y, sums, input_precision="ieee", out_dtype=ACC)
-        if tl.float16 == NUMBER:  # low times low is below the last bit
-            sums_low = tl.dot(x, load_tile(right + low, q, width, width, r, width, 1, NUMBER), sums_low)
-            sums_low = tl.dot(load_tile(left + low, p, width, width, q, width, 1, NUMBER), y, sums_low)
-    sums = affine(sums + sums_low / SCALE, p, r, side, identity.to(ACC), scale.to(ACC))
-    mask = (p < output_width)[:, None] & (r < output_width)[None, :]
-    store_number(output + offsets(p, output_width, r, 1), low, sums, mask)
+    s, h = normalisation(squares_pointer + k * count, count, shift, floor)
+    p, r = block(tl.program_id(0), BLOCK), block(tl.program_id(1), BLOCK)
+    first_factors(gram_pointer + k * side * side, a_pointer + matrix, t_pointer + matrix, side, width, a, b, s, h, p, r)
 
 
 @triton.jit
@@ -174,31 +62,40 @@ def step_kernel(
     right_pointer,
     second_left_pointer,
     second_right_pointer,
+    gram_pointer,
     squares_pointer,
     output_pointer,
+    sums_pointer,
     views,
     side,
     width,
+    output_width,
     count,
     identity: tl.float64,
     scale: tl.float64,
     shift: tl.float64,
     floor: tl.float64,
+    trace_weight: tl.float64,
+    root_weight: tl.float64,
     LAST: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
     """One or two batches of products, i I + s L R.
 
-    left_pointer, right_pointer: [views, parts, width, width], L and R of the first batch, contiguous; parts is 2 for
-        halves, 1 for numbers as they are.
+    left_pointer, right_pointer: [views, parts, width, width] numbers, L and R of the first batch.
     second_left_pointer, second_right_pointer: those of the second batch.
-    squares_pointer: [views, count], float64, which add up to |G|² of each view.
-    output_pointer: [1 or 2, views, parts, width, width].
+    gram_pointer: [views, side, side], G, contiguous, read for the sums alone.
+    squares_pointer: [views, count], float64, which add up to |G|² of each view, read with LAST alone.
+    output_pointer: [1 or 2, views, parts, width, width] numbers; with LAST Z, numbers or as it is, [views, parts,
+        output_width, output_width].
+    sums_pointer: [views, tiles], float64, with LAST; None where they are not wanted.
     identity, scale: i and s.
-    LAST: s is also multiplied by the square root of A's scale, which makes A^(-1/2) (G + h I)^(-1/2); the output is
-        [views, side, side], of G's dtype.
+    LAST: s is also multiplied by the square root of A's scale, which makes Z = (G + h I)^(-1/2), and
+        w_t trace(G) + w_r <G + shift I, Z> is summed over each tile.
     shift, floor: see `normalisation`.
+    trace_weight, root_weight: w_t and w_r.
 
     One program makes a tile of one product; those from `views` on in the third grid axis are the second batch.
     """
@@ -206,94 +103,277 @@ def step_kernel(
     second = batch >= views
     k = tl.where(second, batch - views, batch).to(tl.int64)
     matrix = tl.full([], parts_of(left_pointer), tl.int64) * width * width
-    weight = tl.full([], scale, tl.float64)
+    p, r = block(tl.program_id(0), BLOCK_P), block(tl.program_id(1), BLOCK_R)
+    left = tl.where(second, second_left_pointer, left_pointer) + k * matrix
+    right = tl.where(second, second_right_pointer, right_pointer) + k * matrix
+    i, s = tl.full([], identity, tl.float64), tl.full([], scale, tl.float64)
     if LAST:
-        s, _ = normalisation(squares_pointer + k * count, count, shift, floor, 64)
-        weight *= tl.sqrt(s)
-    affine_product(
-        tl.where(second, second_left_pointer, left_pointer) + k * matrix,
-        tl.where(second, second_right_pointer, right_pointer) + k * matrix,
-        output_pointer + (k * side * side if LAST else batch * matrix),
-        side,
-        width,
-        side if LAST else width,
-        tl.full([], identity, tl.float64),
-        weight,
-        tl.program_id(0),
-        tl.program_id(1),
-        BLOCK_P,
-        BLOCK_Q,
-    )
+        s *= tl.sqrt(normalisation(squares_pointer + k * count, count, shift, floor)[0])
+        z = affine_product(left, right, side, width, i, s, p, r, BLOCK_Q)
+        size = tl.full([], parts_of(output_pointer), tl.int64) * output_width * output_width
+        store_numbers(output_pointer + k * size, z, p, r, output_width)
+        if sums_pointer is not None:
+            total = spectral_sum(gram_pointer + k * side * side, z, p, r, side, shift, trace_weight, root_weight)
+            tile = (k * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
+            tl.store(sums_pointer + tile, total)
+    else:
+        x = affine_product(left, right, side, width, i, s, p, r, BLOCK_Q)
+        store_numbers(output_pointer + batch * matrix, x, p, r, width)
 
 
-def inverse_root(gram: Tensor, shift: float, floor: float, steps: Sequence[tuple[float, float]]) -> Tensor:
-    """(G + h I)^(-1/2), (K, p, p).
+@triton.jit
+def root_kernel(
+    gram_pointer,
+    squares_pointer,
+    weights_pointer,
+    work_pointer,
+    output_pointer,
+    sums_pointer,
+    counter_pointer,
+    views,
+    members,
+    side,
+    width,
+    output_width,
+    count,
+    steps,
+    shift: tl.float64,
+    floor: tl.float64,
+    trace_weight: tl.float64,
+    root_weight: tl.float64,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """All steps at once.
+
+    gram_pointer, squares_pointer, output_pointer: as for `step_kernel` with LAST.
+    sums_pointer: [views, members], else as there.
+    weights_pointer: [steps, 2], float64, a and b of each step; two steps or more.
+    work_pointer: [5, views, parts, width, width] numbers: Y and Z after the first step and every second one from there,
+        those after the others, and T, where A is at first.
+    counter_pointer: [views, 32] int32, zero; see `wait_for_all`.
+
+    All programs run at the same time. So many members make the tiles of a view, in turns, and those of the next one
+    that falls to them.
+    """
+    member = (tl.program_id(0) % members).to(tl.int64)
+    across = tl.full([], tl.cdiv(width, BLOCK_P), tl.int64)
+    tiles = across * across
+    phases = tl.full([], 2, tl.int64) * steps
+    matrix = tl.full([], parts_of(work_pointer), tl.int64) * width * width
+    batch = views * matrix
+    for view in range(tl.program_id(0) // members, views, tl.num_programs(0) // members):
+        k = tl.full([], view, tl.int64)
+        gram, counter = gram_pointer + k * side * side, counter_pointer + 32 * k
+        work = work_pointer + k * matrix
+        t = work + 4 * batch
+        s, h = normalisation(squares_pointer + k * count, count, shift, floor)
+        a, b = tl.load(weights_pointer), tl.load(weights_pointer + 1)
+        for tile in range(member, tiles, members):  # A is where T will be, and the first T is Z
+            p, r = block(tile // across, BLOCK_P), block(tile % across, BLOCK_P)
+            first_factors(gram, t, work + batch, side, width, a, b, s, h, p, r)
+
+        # The first step's Y = T A; then two phases to each step: T = a I + b Y Z, and both T Y and Z T, of which the
+        # last step has the second alone.
+        total = tl.zeros([], tl.float64)
+        for phase in range(1, phases):
+            wait_for_all(counter, phase * members)
+            step = phase // 2
+            first, mixing, last = phase == 1, phase % 2 == 0, phase == phases - 1
+            y, new = work + (step + 1) % 2 * 2 * batch, work + step % 2 * 2 * batch  # Z comes behind Y
+            identity, scale = tl.full([], 0.0, tl.float64), tl.full([], 1.0, tl.float64)
+            if mixing:
+                identity, scale = tl.load(weights_pointer + 2 * step), tl.load(weights_pointer + 2 * step + 1)
+            if last:
+                scale = tl.sqrt(s)
+            for tile in range(member, tl.where(first | mixing | last, tiles, 2 * tiles), members):
+                second = last | (tile >= tiles)
+                left = tl.where(first, new + batch, tl.where(second, y + batch, tl.where(mixing, y, t)))
+                right = tl.where(first | second, t, tl.where(mixing, y + batch, y))
+                p, r = block(tile % tiles // across, BLOCK_P), block(tile % across, BLOCK_P)
+                x = affine_product(left, right, side, width, identity, scale, p, r, BLOCK_Q)
+                if last:
+                    size = tl.full([], parts_of(output_pointer), tl.int64) * output_width * output_width
+                    store_numbers(output_pointer + k * size, x, p, r, output_width)
+                    if sums_pointer is not None:
+                        total += spectral_sum(gram, x, p, r, side, shift, trace_weight, root_weight)
+                else:
+                    store_numbers(tl.where(mixing, t, tl.where(second, new + batch, new)), x, p, r, width)
+        if sums_pointer is not None:
+            tl.store(sums_pointer + k * members + member, total)
+
+
+@triton.jit
+def wait_for_all(counter, goal):
+    """Returns once all members of a view have come here, and sees what they had stored by then.
+
+    counter: one int32, zero before the launch. goal: how many members there are, times how often they came until now.
+    """
+    tl.debug_barrier()  # all of this program's threads have stored
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") + 1
+    while arrived < goal:
+        arrived = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()
+
+
+@triton.jit
+def block(number, BLOCK: tl.constexpr):
+    """The rows or columns of a block, int32."""
+    return (tl.full([], number, tl.int64) * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
+
+
+def inverse_root(
+    gram: Tensor,
+    squares: Tensor,
+    shift: float,
+    floor: float,
+    steps: Sequence[tuple[float, float]],
+    *,
+    weights: tuple[float, float] | None = None,
+    at_once: bool | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Z = (G + h I)^(-1/2), and on request what adds up to w_t trace(G) + w_r <G + shift I, Z>.
 
     Args:
         gram: G, (K, p, p), contiguous, float32 or float64.
+        squares: (K, n), float64, which add up to |G|² of each view.
         shift: h, at least 0, of all views...
         floor: ... but in each at least this times |G|, the Frobenius norm.
         steps: (a, b) of T in each step, two or more, for eigenvalues from h / (|G| + h) to 1.
+        weights: w_t and w_r; None for no sums.
+        at_once: whether it is one launch; None: as said above.
+
+    Returns:
+        Z, (K, p, p), and None; or with weights Z as numbers, (K, parts, w, w), and float64 numbers of any shape, which
+        add up over a view.
     """
     views, side, _ = gram.shape
-    squares = spectral_sums(gram, None, identity=0.0, scale=1.0, trace_weight=0.0, square_weight=1.0, root_weight=0.0)
-    root, t, both = torch.empty_like(gram), iterates(gram), iterates(gram, 2, 2)
-    width = t.shape[-1]
-    sizes, normalised = (side, width, squares.shape[1]), (shift, floor)
-    config = tile(width, views, gram.element_size())
-    tiles = triton.cdiv(width, config["BLOCK_P"])
+    if at_once is None:
+        waits_for_host = gram.is_cuda and gram.numel() < FEW and not torch.cuda.is_current_stream_capturing()
+        at_once = waits_for_host and since_hopper(gram.device)  # others have not been measured
+    output = torch.empty_like(gram) if weights is None else numbers(gram, (views,), side, side, square=True)
+    run = one_launch if at_once else sequence
+    with torch.cuda.device_of(gram):
+        return output, run(gram, squares, output, shift, floor, tuple(steps), weights)
+
+
+def sequence(
+    gram: Tensor,
+    squares: Tensor,
+    output: Tensor,
+    shift: float,
+    floor: float,
+    steps: tuple[tuple[float, float], ...],
+    weights: tuple[float, float] | None,
+) -> Tensor | None:
+    """Writes Z into `output` in 2 len(steps) launches; returns the sums, where they are wanted."""
+    views, side, _ = gram.shape
+    t = numbers(gram, (views,), side, side, square=True)
+    pairs = [numbers(gram, (2, views), side, side, square=True) for _ in range(2)]
+    width, count = t.shape[-1], squares.shape[1]
+    one, two = tile(gram), tile(gram, both=True)
+    grid, grid_both = (
+        (triton.cdiv(width, config["BLOCK_P"]), triton.cdiv(width, config["BLOCK_R"]), batches * views)
+        for batches, config in ((1, one), (2, two))
+    )
+    sums = None
+    if weights is not None:
+        sums = torch.empty(views, grid[0] * grid[1], device=gram.device, dtype=torch.float64)
+    normalised = (shift, floor, *(weights or (0.0, 0.0)))
 
     def multiply(
-        output: Tensor, *pairs: tuple[Tensor, Tensor], i: float = 0.0, s: float = 1.0, last: bool = False
+        made: Tensor, left: Tensor, right: Tensor, i: float = 0.0, s: float = 1.0, *, last: bool = False
     ) -> None:
-        """i I + s L R for one or two (L, R)."""
-        step_kernel[(tiles, tiles, len(pairs) * views)](
-            *pairs[0], *pairs[-1], squares, output, views, *sizes, i, s, *normalised, LAST=last, **config
-        )
+        """i I + s L R."""
+        step_kernel[grid](
+            left, right, left, right, gram, squares, made, sums if last else None,
+            views, side, width, made.shape[-1], count, i, s, *normalised, LAST=last, **one,
+        )  # fmt: skip
 
-    with torch.cuda.device_of(gram):
-        # A is where T will be, and the first T is Z.
-        y, z = both[0]
-        first_factors_kernel[(triton.cdiv(width, 32), triton.cdiv(width, 32), views)](
-            gram, squares, t, z, *sizes, *steps[0], *normalised, BLOCK=32, num_warps=4, enable_fp_fusion=True
-        )
-        multiply(y, (z, t))
-        for step, (a, b) in enumerate(steps[1:], start=1):
-            y, z = both[(step - 1) % 2]
-            multiply(t, (y, z), i=a, s=b)
-            if step < len(steps) - 1:
-                multiply(both[step % 2], (t, y), (z, t))
-            else:
-                multiply(root, (z, t), last=True)  # Y is not needed any more
-    return root
+    def multiply_both(made: Tensor, y: Tensor, z: Tensor) -> None:
+        """T Y and Z T."""
+        step_kernel[grid_both](
+            t, y, z, t, gram, squares, made, None,
+            views, side, width, width, count, 0.0, 1.0, *normalised, LAST=False, **two,
+        )  # fmt: skip
+
+    # A is where T will be, and the first T is Z.
+    y, z = pairs[0].unbind()
+    first_factors_kernel[triton.cdiv(width, 32), triton.cdiv(width, 32), views](
+        gram, squares, t, z, side, width, count, *steps[0], shift, floor, BLOCK=32, num_warps=4, enable_fp_fusion=True
+    )
+    multiply(y, z, t)
+    for number, (a, b) in enumerate(steps[1:-1], start=1):
+        multiply(t, y, z, i=a, s=b)
+        multiply_both(pairs[number % 2], y, z)
+        y, z = pairs[number % 2].unbind()
+    multiply(t, y, z, *steps[-1])
+    multiply(output, z, t, last=True)  # Y is not needed any more
+    return sums
 
 
-def iterates(gram: Tensor, *batch: int) -> Tensor:
-    """Memory for the iterates of G, (K, p, p), once or a batch of times: (*batch, K, parts, w, w).
-
-    Not halves on AMD: the matrix units of its MI200 take halves below 6e-5 for zero.
-    """
-    halves = gram.dtype == torch.float32 and not torch.version.hip
+def one_launch(
+    gram: Tensor,
+    squares: Tensor,
+    output: Tensor,
+    shift: float,
+    floor: float,
+    steps: tuple[tuple[float, float], ...],
+    weights: tuple[float, float] | None,
+) -> Tensor | None:
+    """As `sequence`, in one launch and the fill of a counter."""
     views, side, _ = gram.shape
-    width = 16 * triton.cdiv(side, 16)
-    return gram.new_empty(*batch, views, 1 + halves, width, width, dtype=torch.float16 if halves else gram.dtype)
+    work = numbers(gram, (5, views), side, side, square=True)
+    width = work.shape[-1]
+    config = tile(gram)
+    del config["BLOCK_R"]
+    programs = processors(gram.device)
+    members = min(triton.cdiv(width, config["BLOCK_P"]) ** 2, max(1, programs // views))
+    sums = None if weights is None else torch.empty(views, members, device=gram.device, dtype=torch.float64)
+    if gram.is_cuda:
+        config["launch_cooperative_grid"] = True
+    root_kernel[(members * min(views, programs // members),)](
+        gram, squares, on_device(steps, gram.device), work, output, sums,
+        torch.zeros(views, 32, device=gram.device, dtype=torch.int32), views, members, side, width, output.shape[-1],
+        squares.shape[1], len(steps), shift, floor, *(weights or (0.0, 0.0)), **config,
+    )  # fmt: skip
+    return sums
 
 
-def tile(width: int, views: int, itemsize: int) -> dict[str, int | bool]:
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many programs surely run at the same time; one in Triton's interpreter, which runs them one after another."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.lru_cache(maxsize=64)
+def on_device(steps: tuple[tuple[float, float], ...], device: torch.device) -> Tensor:
+    """The coefficients, copied once."""
+    return torch.tensor(steps, dtype=torch.float64, device=device)
+
+
+def tile(gram: Tensor, *, both: bool = False) -> dict[str, int | bool]:
     """The block sizes, warps and stages: small tiles while there are few, so that each processor has one.
 
-    Of halves as many are on their way to a processor as registers and shared memory allow from sm_80 on.
+    Where both T Y and Z T are made there are twice as many, and larger ones read less. The depth is the same, since the
+    order of the sums goes by it.
     """
-    if itemsize == 8 or width <= 64:
-        block, depth, stages = 32, 16 if itemsize == 8 else 64, 3
-    elif width * width * views < 2**24:
-        block, depth, stages = 64, 32, 4
+    side = gram.shape[1]
+    if gram.dtype == torch.float64 or side <= 64:
+        rows = columns = 32
+        most = depth(32, 32, gram)
+    elif gram.numel() < FEW:
+        rows, columns = 128 if both else 64, 64
+        most = 32
     else:
-        block, depth, stages = 128, 16, 4
+        rows = columns = 128
+        most = depth(128, 128, gram)
+    width = max(16, triton.next_power_of_2(side))
     return {
-        "BLOCK_P": min(block, max(16, triton.next_power_of_2(width))),
-        "BLOCK_Q": depth,
-        "num_warps": 8 if block == 128 else 4,
-        "num_stages": stages,
+        "BLOCK_P": min(rows, width),
+        "BLOCK_R": min(columns, width),
+        "BLOCK_Q": most,
+        "num_warps": 8 if min(rows, width) == 128 else 4,
+        "num_stages": STAGES,
         "enable_fp_fusion": True,
     }

@@ -24,7 +24,7 @@ __all__ = [
     "normals",
 ]
 
-TWO_PI = tl.constexpr(6.283185307179586)
+HALF_PI = tl.constexpr(1.5707963267948966)
 
 
 @triton.jit
@@ -34,16 +34,30 @@ def uniform(word):
 
 
 @triton.jit
+def cosine_and_sine(u):
+    """cos(2πu) and sin(2πu) for u in (0, 1), float32, each wrong by 1e-7 at the most.
+
+    Of the nearest quarter turn, exact, and of the rest, an eighth of a turn at the most, by the Taylor series. Triton's
+    own, for angles of any size, are ten times as long.
+    """
+    quarters = (4.0 * u + 0.5).to(tl.int32)  # cut off: 0 to 4
+    x = (4.0 * u - quarters.to(tl.float32)) * HALF_PI
+    y = x * x
+    sine = x + x * y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y * (1 / 362880))))
+    cosine = 1.0 + y * (-1 / 2 + y * (1 / 24 + y * (-1 / 720 + y * (1 / 40320))))
+    odd = quarters % 2 == 1
+    turned_cosine, turned_sine = tl.where(odd, -sine, cosine), tl.where(odd, cosine, sine)
+    back = quarters // 2 % 2 == 1
+    return tl.where(back, -turned_cosine, turned_cosine), tl.where(back, -turned_sine, turned_sine)
+
+
+@triton.jit
 def normals(w0, w1, w2, w3):
     """Four tiles of uint32 words to four of float32 standard normals, by two Box-Muller pairs (cosine first)."""
-    radius_0, angle_0 = tl.sqrt(-2.0 * tl.log(uniform(w0))), uniform(w1) * TWO_PI
-    radius_1, angle_1 = tl.sqrt(-2.0 * tl.log(uniform(w2))), uniform(w3) * TWO_PI
-    return (
-        radius_0 * tl.cos(angle_0),
-        radius_0 * tl.sin(angle_0),
-        radius_1 * tl.cos(angle_1),
-        radius_1 * tl.sin(angle_1),
-    )
+    radius_0, radius_1 = tl.sqrt(-2.0 * tl.log(uniform(w0))), tl.sqrt(-2.0 * tl.log(uniform(w2)))
+    cosine_0, sine_0 = cosine_and_sine(uniform(w1))
+    cosine_1, sine_1 = cosine_and_sine(uniform(w3))
+    return radius_0 * cosine_0, radius_0 * sine_0, radius_1 * cosine_1, radius_1 * sine_1
 
 
 @triton.jit
@@ -80,7 +94,7 @@ def brownian_rows(seed, step, images, streams, dim, BLOCK_D: tl.constexpr):
     """Random unit rows, float32 [R, BLOCK_D], zero from `dim` on; BLOCK_D is at least 4. Arguments as above."""
     n = brownian_normals(seed, step, images, streams, tl.arange(0, BLOCK_D // 4))
     n = tl.where((tl.arange(0, BLOCK_D) < dim)[None, :], n, 0.0)
-    return n / row_lengths(n)[:, None]
+    return n * (1.0 / row_lengths(n))[:, None]
 
 
 @triton.jit

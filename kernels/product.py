@@ -1,19 +1,19 @@
-"""ẑ W for each view, through memory: what the gradient of the singular value loss needs where rows are wide."""
+"""M W for each view: of any matrices, and of unit rows, whose numbers halves can hold."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from msbreg.kernels.halves import STAGES, depth, parts_of, product_of_numbers
 from msbreg.kernels.tiles import accumulator, load_tile, offsets, precision
 
-__all__ = ["product", "product_kernel"]
+__all__ = ["product", "product_kernel", "unit_product", "unit_product_kernel"]
 
 
 @triton.jit(do_not_specialize=["batch"])
 def product_kernel(
     z_pointer,
-    norm_pointer,
     weight_pointer,
     output_pointer,
     batch,
@@ -28,13 +28,11 @@ def product_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """ẑ W, or with WEIGHT_LEFT W ẑ, of each view.
+    """M W, or with WEIGHT_LEFT W M, of each view.
 
-    z_pointer: [views, batch, dim], any strides, any floating dtype.
-    norm_pointer: [views, batch], what rows are divided by, in the accumulator's dtype, contiguous, as are the next two;
-        None for nothing.
-    weight_pointer: [views, side, side], W; side is dim, or batch with WEIGHT_LEFT.
-    output_pointer: [views, batch, dim].
+    z_pointer: [views, batch, dim], M, any strides, any floating dtype, numbers of any size.
+    weight_pointer: [views, side, side], W, contiguous, as is the output; side is dim, or batch with WEIGHT_LEFT.
+    output_pointer: [views, batch, dim], float32, or float64 for float64 matrices.
 
     One program makes a tile of BLOCK_I images and BLOCK_D dimensions of one view.
     """
@@ -44,37 +42,63 @@ def product_kernel(
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     z_view = z_pointer + k * z_stride_k
     w_view = weight_pointer + k * side * side
-    if norm_pointer is not None:
-        norm_view = norm_pointer + k * batch
-        if not WEIGHT_LEFT:
-            norm_i = tl.load(norm_view + i.to(tl.int64), mask=i < batch, other=1.0)
 
     sums = tl.zeros([BLOCK_I, BLOCK_D], ACC)
     for first in range(0, side, BLOCK_Q):
         q = first + tl.arange(0, BLOCK_Q)
         if WEIGHT_LEFT:
             w = load_tile(w_view, i, batch, side, q, side, 1, ACC)
-            z_hat = load_tile(z_view, q, batch, z_stride_i, d, dim, z_stride_d, ACC)
-            if norm_pointer is not None:
-                z_hat /= tl.load(norm_view + q.to(tl.int64), mask=q < batch, other=1.0)[:, None]
-            sums = tl.dot(w, z_hat, sums, input_precision=PRECISION, out_dtype=ACC)
+            z = load_tile(z_view, q, batch, z_stride_i, d, dim, z_stride_d, ACC)
+            sums = tl.dot(w, z, sums, input_precision=PRECISION, out_dtype=ACC)
         else:
-            z_hat = load_tile(z_view, i, batch, z_stride_i, q, dim, z_stride_d, ACC)
-            if norm_pointer is not None:
-                z_hat /= norm_i[:, None]
+            z = load_tile(z_view, i, batch, z_stride_i, q, dim, z_stride_d, ACC)
             w = load_tile(w_view, q, side, side, d, dim, 1, ACC)
-            sums = tl.dot(z_hat, w, sums, input_precision=PRECISION, out_dtype=ACC)
+            sums = tl.dot(z, w, sums, input_precision=PRECISION, out_dtype=ACC)
     mask = (i < batch)[:, None] & (d < dim)[None, :]
     tl.store(output_pointer + offsets(k * batch + i, dim, d, 1), sums, mask=mask)
 
 
-def product(z: Tensor, norms: Tensor | None, weight: Tensor) -> Tensor:
-    """ẑ W, (K, B, D), contiguous, in the accumulator's dtype.
+@triton.jit
+def unit_product_kernel(
+    z_hat_pointer,
+    weight_pointer,
+    output_pointer,
+    batch,
+    dim,
+    width,
+    weight_width,
+    WEIGHT_LEFT: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """As `product_kernel`, of unit rows.
+
+    z_hat_pointer: [views, parts, batch, width] numbers, ẑ of dim dimensions; see `halves`.
+    weight_pointer: [views, parts, weight_width, weight_width] numbers, W.
+    output_pointer: [views, batch, dim], float32 or float64, contiguous.
+    """
+    k = tl.program_id(2).to(tl.int64)
+    i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    low, w_low = tl.full([], batch, tl.int64) * width, tl.full([], weight_width, tl.int64) * weight_width
+    m, w = z_hat_pointer + k * parts_of(z_hat_pointer) * low, weight_pointer + k * parts_of(weight_pointer) * w_low
+    if WEIGHT_LEFT:
+        left, right = (w, w_low, weight_width, 1), (m, low, width, 1)
+        sums = product_of_numbers(*left, *right, i, batch, weight_width, batch, d, width, BLOCK_Q)
+    else:
+        left, right = (m, low, width, 1), (w, w_low, weight_width, 1)
+        sums = product_of_numbers(*left, *right, i, batch, width, width, d, width, BLOCK_Q)
+    mask = (i < batch)[:, None] & (d < dim)[None, :]
+    tl.store(output_pointer + offsets(k * batch + i, dim, d, 1), sums, mask=mask)
+
+
+def product(z: Tensor, weight: Tensor) -> Tensor:
+    """M W, (K, B, D), contiguous, float32, or float64 for float64 matrices.
 
     Args:
-        z: (K, B, D), any floating dtype and strides.
-        norms: (K, B), what rows are divided by: |z| for unit rows; None for nothing.
-        weight: (K, D, D), contiguous; or (K, B, B) for W ẑ.
+        z: M, (K, B, D), any floating dtype and strides.
+        weight: (K, D, D), contiguous; or (K, B, B) for W M.
     """
     views, batch, dim = z.shape
     side = weight.shape[-1]
@@ -84,7 +108,6 @@ def product(z: Tensor, norms: Tensor | None, weight: Tensor) -> Tensor:
     with torch.cuda.device_of(z):
         product_kernel[grid](
             z,
-            norms,
             weight,
             output,
             batch,
@@ -94,6 +117,27 @@ def product(z: Tensor, norms: Tensor | None, weight: Tensor) -> Tensor:
             WEIGHT_LEFT=side != dim,
             PRECISION=precision(output.dtype),
             **config,
+        )
+    return output
+
+
+def unit_product(z_hat: Tensor, weight: Tensor, dim: int, *, left: bool) -> Tensor:
+    """As `product`, of unit rows as `row_losses` makes them, (K, parts, B, w) numbers of dim dimensions.
+
+    Args:
+        z_hat: ẑ.
+        weight: W, (K, parts, v, v) numbers, of dim x dim matrices, or with left of B x B.
+        dim: D.
+        left: W ẑ rather than ẑ W.
+    """
+    views, _, batch, width = z_hat.shape
+    dtype = torch.float32 if z_hat.dtype == torch.float16 else z_hat.dtype
+    output = torch.empty(views, batch, dim, device=z_hat.device, dtype=dtype)
+    config = unit_tile(batch, dim, output)
+    grid = (triton.cdiv(batch, config["BLOCK_I"]), triton.cdiv(dim, config["BLOCK_D"]), views)
+    with torch.cuda.device_of(z_hat):
+        unit_product_kernel[grid](
+            z_hat, weight, output, batch, dim, width, weight.shape[-1], WEIGHT_LEFT=left, **config
         )
     return output
 
@@ -111,5 +155,19 @@ def tile(rows: int, columns: int, itemsize: int) -> dict[str, int | bool]:
         "BLOCK_D": min(block, max(16, triton.next_power_of_2(columns))),
         "BLOCK_Q": 16 if narrow else 32,
         "num_warps": 8 if large else 4,
+        "enable_fp_fusion": True,
+    }
+
+
+def unit_tile(rows: int, columns: int, like: Tensor) -> dict[str, int | bool]:
+    """As `tile`, of numbers of a tensor like that."""
+    large = rows >= 1024 and columns >= 1024 and like.dtype == torch.float32
+    block = 32 if like.dtype == torch.float64 else 128 if large else 64
+    return {
+        "BLOCK_I": min(block, max(16, triton.next_power_of_2(rows))),
+        "BLOCK_D": min(block, max(16, triton.next_power_of_2(columns))),
+        "BLOCK_Q": depth(block, block, like),
+        "num_warps": 8 if large else 4,
+        "num_stages": STAGES,
         "enable_fp_fusion": True,
     }

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msbreg.kernels.halves import numbers, parts_of, store_number
 from msbreg.kernels.philox import brownian_rows
-from msbreg.kernels.tiles import accumulator, load_tile, unit
+from msbreg.kernels.tiles import accumulator, load_tile, offsets, unit
 
 __all__ = ["RowLosses", "centroid_of_others", "row_losses", "rows_forward_kernel", "tile"]
 
@@ -39,6 +40,7 @@ def rows_forward_kernel(
     seed_pointer,
     step_pointer,
     norm_pointer,
+    z_hat_pointer,
     centroid_pointer,
     attraction_pointer,
     image_pointer,
@@ -47,6 +49,7 @@ def rows_forward_kernel(
     target_views,
     batch,
     dim,
+    width,
     first_image: tl.int64,
     z_stride_k,
     z_stride_i,
@@ -58,6 +61,7 @@ def rows_forward_kernel(
     PER_VIEW: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Lengths of rows, centroids of targets, and the two losses that need nothing but an image's own rows.
 
@@ -65,6 +69,7 @@ def rows_forward_kernel(
     t_pointer: [target_views, batch, dim], as z; None for no attraction.
     seed_pointer, step_pointer: int64, one element each; None for no push.
     norm_pointer: [views, batch], |z|, in the accumulator's dtype, as are all below; contiguous.
+    z_hat_pointer: [views, parts, batch, width] numbers, ẑ; None where they are not wanted. See `halves`.
     centroid_pointer: [batch, dim], ĉ; with LEAVE_ONE_OUT the sum of the views' t̂.
     attraction_pointer: [views, batch], |ẑ - ĉ|²; None where only its sum is wanted.
     image_pointer: [2, batch], sums over the views of |ẑ - ĉ|² and of <ẑ, n̂>; None for neither.
@@ -80,7 +85,7 @@ def rows_forward_kernel(
     if t_pointer is not None:
         t_image = t_pointer + i * t_stride_i
         total = tl.zeros([BLOCK_D], ACC)
-        for first in range(0, target_views, BLOCK_K):
+        for first in tl.range(0, target_views, BLOCK_K, num_stages=STAGES):
             k = first + tl.arange(0, BLOCK_K)
             t_hat, _ = unit(load_tile(t_image, k, target_views, t_stride_k, d, dim, t_stride_d, ACC))
             total += tl.sum(t_hat, axis=0)
@@ -99,7 +104,7 @@ def rows_forward_kernel(
 
     attraction = tl.zeros([BLOCK_K], ACC)
     push = tl.zeros([BLOCK_K], ACC)
-    for first in range(0, views, BLOCK_K):
+    for first in tl.range(0, views, BLOCK_K, num_stages=STAGES):
         k = first + tl.arange(0, BLOCK_K)
         if LEAVE_ONE_OUT:
             t = load_tile(t_image, k, views, t_stride_k, d, dim, t_stride_d, ACC)
@@ -108,6 +113,10 @@ def rows_forward_kernel(
             c_hat = total[None, :]
         z_hat, norm = unit(load_tile(z_image, k, views, z_stride_k, d, dim, z_stride_d, ACC))
         tl.store(norm_pointer + k.to(tl.int64) * batch + i, norm, mask=k < views)
+        if z_hat_pointer is not None:
+            low = tl.full([], batch, tl.int64) * width
+            place = z_hat_pointer + i * width + offsets(k, parts_of(z_hat_pointer) * low, d, 1)
+            store_number(place, low, z_hat, (k < views)[:, None] & (d < width)[None, :])
         if t_pointer is not None:
             difference = tl.where((k < views)[:, None], z_hat - c_hat, 0.0)
             squares = tl.sum(difference * difference, axis=1)
@@ -129,6 +138,8 @@ class RowLosses(NamedTuple):
 
     norms: Tensor
     """(K, B): |z|."""
+    z_hat: Tensor | None
+    """(K, parts, B, w) numbers: ẑ; see `kernels.halves`."""
     centroid: Tensor | None
     """(B, D): ĉ, or with leave_one_out the sum of the views' t̂."""
     attraction: Tensor | None
@@ -148,6 +159,7 @@ def row_losses(
     leave_one_out: bool = False,
     per_view: bool = False,
     each: bool = False,
+    z_hat: bool = False,
 ) -> RowLosses:
     """The centroid and Brownian losses of embeddings, in one launch.
 
@@ -159,10 +171,12 @@ def row_losses(
         leave_one_out: a view's centroid is of the targets of the other views.
         per_view: a direction for each view of an image rather than one for all of them.
         each: whether the loss of each row is wanted beside their sums.
+        z_hat: whether ẑ is wanted, for products with it.
     """
     views, batch, dim = z.shape
     new = {"device": z.device, "dtype": accumulator(z.dtype)}
     norms = torch.empty(views, batch, **new)
+    made = numbers(norms, (views,), batch, dim) if z_hat else None
     centroid = None if t is None else torch.empty(batch, dim, **new)
     attraction = torch.empty(views, batch, **new) if each else None
     images = None if t is None and noise is None else torch.empty(2, batch, **new)
@@ -175,6 +189,7 @@ def row_losses(
             seed,
             step,
             norms,
+            made,
             centroid,
             attraction,
             images,
@@ -183,6 +198,7 @@ def row_losses(
             0 if t is None else t.shape[0],
             batch,
             dim,
+            0 if made is None else made.shape[-1],
             first_image,
             *z.stride(),
             *((0, 0, 0) if t is None else t.stride()),
@@ -190,16 +206,17 @@ def row_losses(
             PER_VIEW=per_view,
             **tile(views, dim),
         )
-    return RowLosses(norms, centroid, attraction, images, key)
+    return RowLosses(norms, made, centroid, attraction, images, key)
 
 
 def tile(views: int, dim: int) -> dict[str, int | bool]:
-    """The block sizes and warps for rows of D numbers: up to 8192 numbers, 16 a thread."""
+    """The block sizes, warps and stages for rows of D numbers: 32 a thread, up to 4096."""
     block_d = max(16, triton.next_power_of_2(dim))
-    block_k = min(triton.next_power_of_2(views), max(1, 8192 // block_d))
+    block_k = min(triton.next_power_of_2(views), max(1, 4096 // block_d))
     return {
         "BLOCK_K": block_k,
         "BLOCK_D": block_d,
-        "num_warps": min(16, max(1, block_k * block_d // 512)),
+        "STAGES": 1,
+        "num_warps": min(16, max(1, block_k * block_d // 1024)),
         "enable_fp_fusion": True,
     }

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["EPS", "accumulator", "load_tile", "offsets", "precision", "unit"]
+__all__ = ["EPS", "accumulator", "affine", "load_tile", "offsets", "precision", "unit"]
 
 EPS = tl.constexpr(1e-12)
 """Rows no longer than this have no direction."""
@@ -24,16 +24,33 @@ def load_tile(pointer, rows, row_count, row_stride, columns, column_count, colum
 
 
 @triton.jit
+def affine(x, rows, columns, side, identity, scale):
+    """A tile of identity * I + scale * X, where X's tile is x; I is [side, side]."""
+    diagonal = (rows[:, None] == columns[None, :]) & (rows < side)[:, None]
+    return scale * x + tl.where(diagonal, identity, tl.zeros([], identity.dtype))
+
+
+@triton.jit
 def unit(x):
     """Rows x / |x|, [R, D], and |x|, [R], which is at least EPS; NaN where a row is not finite.
 
-    A row is divided by its largest entry first, because that entry's square may overflow.
+    Where the squares of a row overflow, all rows are divided by their largest entries before they are squared.
     """
-    largest = tl.maximum(tl.max(tl.abs(x), axis=1), EPS)
-    y = x / largest[:, None]
-    norm = largest * tl.sqrt(tl.sum(y * y, axis=1))
-    norm = tl.where(norm < EPS, EPS, norm)  # false for NaN, which stays
-    return y * (largest / norm)[:, None], norm
+    squares = tl.sum(x * x, axis=1)
+    norm = at_least_eps(tl.sqrt(squares))
+    x_hat = x * (1.0 / norm)[:, None]
+    if tl.max((squares == float("inf")).to(tl.int32), axis=0) == 1:
+        largest = tl.maximum(tl.max(tl.abs(x), axis=1), EPS)
+        y = x * (1.0 / largest)[:, None]
+        norm = at_least_eps(largest * tl.sqrt(tl.sum(y * y, axis=1)))
+        x_hat = y * (largest / norm)[:, None]
+    return x_hat, norm
+
+
+@triton.jit
+def at_least_eps(norm):
+    """NaN, for which the comparison is false, stays."""
+    return tl.where(norm < EPS, EPS, norm)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

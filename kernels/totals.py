@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.tiles import offsets
+from msbreg.kernels.tiles import affine, load_tile
 
 __all__ = ["spectral_sums", "spectral_sums_kernel", "totals", "totals_kernel"]
 
@@ -13,22 +13,18 @@ __all__ = ["spectral_sums", "spectral_sums_kernel", "totals", "totals_kernel"]
 @triton.jit
 def spectral_sums_kernel(
     gram_pointer,
-    root_pointer,
     sums_pointer,
     side,
     identity: tl.float64,
-    gram_scale: tl.float64,
-    trace_weight: tl.float64,
-    square_weight: tl.float64,
-    root_weight: tl.float64,
+    scale: tl.float64,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """w_t trace(G) + w_s |A|² + w_r <A, Z> for A = identity I + scale G, in float64 since the terms cancel.
+    """|A|² for A = i I + s G, in float64.
 
     gram_pointer: [views, side, side], G, contiguous, float32 or float64.
-    root_pointer: [views, side, side], Z, as G; None for no last term.
     sums_pointer: [views, blocks], float64.
+    identity, scale: i and s.
 
     One program sums BLOCK_P rows of one matrix.
     """
@@ -37,46 +33,27 @@ def spectral_sums_kernel(
     sums = tl.zeros([BLOCK_P, BLOCK_Q], tl.float64)
     for first in range(0, side, BLOCK_Q):
         q = first + tl.arange(0, BLOCK_Q)
-        mask = (p < side)[:, None] & (q < side)[None, :]
-        diagonal = mask & (p[:, None] == q[None, :])
-        place = k * side * side + offsets(p, side, q, 1)
-        g = tl.load(gram_pointer + place, mask=mask, other=0.0).to(tl.float64)
-        a = gram_scale * g + tl.where(diagonal, tl.full([], identity, tl.float64), 0.0)
-        sums += square_weight * a * a + tl.where(diagonal, trace_weight * g, 0.0)
-        if root_pointer is not None:
-            sums += root_weight * a * tl.load(root_pointer + place, mask=mask, other=0.0).to(tl.float64)
+        g = load_tile(gram_pointer + k * side * side, p, side, side, q, side, 1, tl.float64)
+        a = affine(g, p, q, side, tl.full([], identity, tl.float64), scale)
+        sums += a * a
     tl.store(sums_pointer + (k * tl.num_programs(0) + tl.program_id(0)), tl.sum(tl.sum(sums, axis=1), axis=0))
 
 
-def spectral_sums(
-    gram: Tensor,
-    root: Tensor | None,
-    *,
-    identity: float,
-    scale: float,
-    trace_weight: float,
-    square_weight: float,
-    root_weight: float,
-) -> Tensor:
-    """Numbers, float64, any shape, that add up over a view to w_t trace(G) + w_s |A|² + w_r <A, Z>.
+def spectral_sums(gram: Tensor, *, identity: float, scale: float) -> Tensor:
+    """Numbers, float64, any shape, that add up over a view to |A|², the squared Frobenius norm, for A = i I + s G.
 
     Args:
         gram: G, (K, p, p), contiguous.
-        root: Z, (K, p, p), contiguous; None where it has no weight.
-        identity: i of A = i I + s G.
+        identity: i.
         scale: s.
-        trace_weight: w_t.
-        square_weight: w_s.
-        root_weight: w_r.
     """
     views, side, _ = gram.shape
     blocks = triton.cdiv(side, 16)
     sums = torch.empty(views, blocks, device=gram.device, dtype=torch.float64)
     with torch.cuda.device_of(gram):
         spectral_sums_kernel[(blocks, views)](
-            gram, root, sums, side, identity, scale, trace_weight, square_weight, root_weight,
-            BLOCK_P=16, BLOCK_Q=64, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+            gram, sums, side, identity, scale, BLOCK_P=16, BLOCK_Q=64, num_warps=4, enable_fp_fusion=True
+        )
     return sums
 
 

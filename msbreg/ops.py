@@ -20,7 +20,9 @@ from msbreg.derivatives import once_differentiable
 from msbreg.distributed import world_size
 from msbreg.kernels.gradient import row_losses_backward
 from msbreg.kernels.gram import gram as gram_of_rows
-from msbreg.kernels.inverse_root import inverse_root as run_inverse_root
+from msbreg.kernels.gram import unit_gram
+from msbreg.kernels.halves import LARGEST, numbers, to_numbers
+from msbreg.kernels.inverse_root import inverse_root
 from msbreg.kernels.product import product
 from msbreg.kernels.rows import row_losses
 from msbreg.kernels.tiles import accumulator
@@ -31,10 +33,10 @@ __all__ = ["gram", "losses", "multiply", "newton_schulz"]
 MAX_MATRICES = 2**15 - 1
 """As many as the third axis of a grid can number, twice over: a step of the inverse root makes two of each."""
 
-Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """The weighted sum; the three losses, (3,); |ẑ - ĉ|², (K, B); and, for the way back, |z|, (K, B), the centroids,
-(B, D), the matrix that the singular value loss multiplies ẑ by, and the noise's seed and step, (2,), which their owner
-may change in between. Those not asked for are empty."""
+(B, D), ẑ and the matrix that the singular value loss multiplies it by, as numbers (see `kernels.halves`), and the
+noise's seed and step, (2,), which their owner may change in between. Those not asked for are empty."""
 
 
 class Dispersion(NamedTuple):
@@ -72,32 +74,41 @@ class Dispersion(NamedTuple):
         return -float(zeros) if self.spectrum == "whitening" else 0.0
 
     @property
+    def left(self) -> bool:
+        """Whether the Gram matrices are of the rows, and the gradient is weight W ẑ."""
+        return self.side != self.dim
+
+    @property
+    def scale(self) -> float:
+        """What W is multiplied by, so that halves can hold its entries: those of G may be N, of a (I + a G)^(-1) a."""
+        rate = self.dim / (self.rows * reference.CODING_PRECISION)
+        most = {"nuclear": 1.0, "whitening": float(self.rows), "coding_rate": rate}[self.spectrum]
+        return min(1.0, LARGEST / most)
+
+    @property
     def weight(self) -> float:
         """Of ẑ W, in this process: an average over processes follows."""
         by_view = {"nuclear": -2 * self.c**0.5, "whitening": 4 * self.c**2, "coding_rate": -1.0}
-        return by_view[self.spectrum] * self.processes / self.views
+        return by_view[self.spectrum] * self.processes / self.views / self.scale
 
-    def sums(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers that add up to the loss, float64, any shape; and W, (K, p, p)."""
+    def sums(self, g: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers that add up to the loss, float64, any shape; and W, (K, parts, w, w) numbers, see `kernels.halves`.
+
+        `squares` are those of `unit_gram`, or of `spectral_sums`.
+        """
         if self.spectrum == "whitening":
             # Σ (cλ - 1)² = |cG - I|²
-            sums = spectral_sums(
-                g, None, identity=-1.0, scale=self.c, trace_weight=0.0, square_weight=1.0, root_weight=0.0
-            )
-            return sums, g
+            return spectral_sums(g, identity=-1.0, scale=self.c), to_numbers(g, self.scale)
         if self.spectrum == "coding_rate":
             rates, weight = reference.coding_rate(
                 g, rows=self.rows, dim=self.dim, precision=reference.CODING_PRECISION, gram_of=gram
             )
-            return -rates.double(), weight
+            return -rates.double(), to_numbers(weight.contiguous(), self.scale)
         # Σ (sqrt(cλ + δ²) - 1)² = c trace(G) + pδ² - 2 sqrt(c) trace((G + shift I)^(1/2)) + p
         shift = self.smoothing**2 / self.c
         floor, steps = linalg.newton_schulz_plan(shift / self.rows, g.dtype)
-        root = run_inverse_root(g, shift, floor, steps)
-        sums = spectral_sums(
-            g, root, identity=shift, scale=1.0, trace_weight=self.c, square_weight=0.0, root_weight=-2 * self.c**0.5
-        )
-        return sums, root
+        root, sums = inverse_root(g, squares, shift, floor, steps, weights=(self.c, -2 * self.c**0.5))
+        return cast("Tensor", sums), root
 
 
 def _dispersion(z: Tensor, spectrum: str, smoothing: float, group: str | None) -> Dispersion:
@@ -133,16 +144,21 @@ def _forward(
     row_options = {"first_image": first_image, "leave_one_out": leave_one_out, "per_view": per_view, "each": each}
     dispersion = None if spectrum is None else _dispersion(z, spectrum, smoothing, group)
     if dispersion is None or group is None:
-        rows = row_losses(z, t, noise, **row_options)
-        g = None if dispersion is None else gram_of_rows(z, rows.norms, smaller=True)
+        rows = row_losses(z, t, noise, z_hat=dispersion is not None, **row_options)
+        z_hat = rows.z_hat
+        g, squares = (None, None) if z_hat is None else unit_gram(z_hat, z.shape[2], smaller=True)
     else:
         # The sum over the processes goes on while the rows are computed.
-        g = gram_of_rows(z, row_losses(z).norms, smaller=False)
+        z_hat = cast("Tensor", row_losses(z, z_hat=True).z_hat)
+        g, _ = unit_gram(z_hat, z.shape[2], smaller=False)
         sent = dist.all_reduce(g, group=_group(group), async_op=True)
         rows = row_losses(z, t, noise, **row_options)
         sent.wait()
-    with full_precision(z):
-        sums, weight = (None, None) if dispersion is None or g is None else dispersion.sums(g)
+        squares = spectral_sums(g, identity=0.0, scale=1.0)
+    sums, weight = None, None
+    if dispersion is not None and g is not None and squares is not None:
+        with full_precision(z):
+            sums, weight = dispersion.sums(g, squares)
     total, parts = totals(
         rows.images,
         sums,
@@ -153,7 +169,7 @@ def _forward(
         device=z.device,
     )
     key = z.new_empty(0, dtype=torch.int64) if rows.key is None else rows.key
-    outputs = (total, parts, rows.attraction, rows.norms, rows.centroid, weight)
+    outputs = (total, parts, rows.attraction, rows.norms, rows.centroid, z_hat, weight)
     return cast("Outputs", (*(rows.norms.new_empty(0) if output is None else output for output in outputs), key))
 
 
@@ -180,7 +196,8 @@ def _forward_fake(
         new((views, batch) if each else 0),
         new(views, batch),
         new(0 if t is None else (batch, dim)),
-        new(0 if spectrum is None else (views, side, side)),
+        new(0) if spectrum is None else numbers(new(0), (views,), batch, dim),
+        new(0) if spectrum is None else numbers(new(0), (views,), side, side, square=True),
         z.new_empty(0 if seed is None else 2, dtype=torch.int64),
     )
 
@@ -192,6 +209,7 @@ def _backward(
     t: Tensor | None,
     norms: Tensor,
     centroid: Tensor,
+    z_hat: Tensor,
     weight: Tensor,
     key: Tensor,
     first_image: int,
@@ -204,9 +222,7 @@ def _backward(
 ) -> Tensor:
     views, batch, _ = z.shape
     attraction_weight, dispersion_weight, push_weight = weights
-    product_weight = 0.0
-    if spectrum is not None:
-        product_weight = dispersion_weight * _dispersion(z, spectrum, smoothing, group).weight
+    dispersion = None if spectrum is None else _dispersion(z, spectrum, smoothing, group)
     return row_losses_backward(
         d_total,
         d_attraction,
@@ -215,9 +231,11 @@ def _backward(
         key if key.numel() else None,
         norms,
         centroid if centroid.numel() else None,
+        z_hat if z_hat.numel() else None,
         weight if weight.numel() else None,
         attraction_weight=attraction_weight / (views * batch),
-        product_weight=product_weight,
+        product_weight=0.0 if dispersion is None else dispersion_weight * dispersion.weight,
+        weight_left=dispersion is not None and dispersion.left,
         push_weight=push_weight / (views * batch),
         first_image=first_image,
         leave_one_out=leave_one_out,
@@ -237,11 +255,11 @@ _backward_operator.register_fake(_backward_fake)
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     z, t, _, _, first_image, leave_one_out, per_view, each, weights, spectrum, smoothing, group = inputs
-    _, parts, attraction, norms, centroid, weight, key = output
-    ctx.save_for_backward(z, t if leave_one_out else None, norms, centroid, weight, key)
+    _, parts, attraction, norms, centroid, z_hat, weight, key = output
+    ctx.save_for_backward(z, t if leave_one_out else None, norms, centroid, z_hat, weight, key)
     ctx.each = each
     ctx.options = (first_image, leave_one_out, per_view, weights, spectrum, smoothing, group)
-    ctx.mark_non_differentiable(parts, norms, centroid, weight, key, *(() if each else (attraction,)))
+    ctx.mark_non_differentiable(parts, norms, centroid, z_hat, weight, key, *(() if each else (attraction,)))
     ctx.set_materialize_grads(False)
 
 
@@ -329,7 +347,7 @@ def losses(
 
 
 def _gram(matrix: Tensor, smaller: bool) -> Tensor:
-    return gram_of_rows(matrix, None, smaller=smaller)
+    return gram_of_rows(matrix, smaller=smaller)
 
 
 def _gram_fake(matrix: Tensor, smaller: bool) -> Tensor:
@@ -339,7 +357,7 @@ def _gram_fake(matrix: Tensor, smaller: bool) -> Tensor:
 
 
 def _multiply(matrix: Tensor, weight: Tensor) -> Tensor:
-    return product(matrix, None, weight.contiguous())
+    return product(matrix, weight.contiguous())
 
 
 def _multiply_fake(matrix: Tensor, weight: Tensor) -> Tensor:
@@ -348,7 +366,8 @@ def _multiply_fake(matrix: Tensor, weight: Tensor) -> Tensor:
 
 def _newton_schulz(gram: Tensor, shift: float, trace: float | None) -> Tensor:
     floor, steps = linalg.newton_schulz_plan(0.0 if trace is None else shift / trace, gram.dtype)
-    return run_inverse_root(gram.contiguous(), shift, floor, steps)
+    gram = gram.contiguous()
+    return inverse_root(gram, spectral_sums(gram, identity=0.0, scale=1.0), shift, floor, steps)[0]
 
 
 def _newton_schulz_fake(gram: Tensor, shift: float, trace: float | None) -> Tensor:

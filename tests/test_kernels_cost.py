@@ -13,11 +13,11 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from msbreg import kernels, ops  # noqa: E402
-from msbreg.kernels.gradient import row_losses_backward  # noqa: E402
-from msbreg.kernels.gram import gram  # noqa: E402
+from msbreg.kernels.gram import gram, unit_gram  # noqa: E402
+from msbreg.kernels.halves import to_numbers  # noqa: E402
 from msbreg.kernels.inverse_root import inverse_root  # noqa: E402
 from msbreg.kernels.philox import brownian_directions  # noqa: E402
-from msbreg.kernels.product import product  # noqa: E402
+from msbreg.kernels.product import product, unit_product  # noqa: E402
 from msbreg.kernels.rows import row_losses  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
@@ -111,22 +111,8 @@ def test_the_losses(launches, dtype, options):
     options |= {"spectrum": "whitening", "smoothing": 0.0, "group": None}
     total, _, each = ops.losses(z, t, key, key, first_image=0, weights=(1.0, 0.1, 0.5), **options)
     (total + each.sum() if options["each"] else total).backward()
-    agree(launches, "rows_forward", "gram", "spectral_sums", "totals", "product", "image_gradient")
-
-
-@interprets
-@pytest.mark.parametrize(("dtype", "leave_one_out"), [(torch.bfloat16, False), (torch.float64, True)])
-def test_the_gradient_that_makes_its_product_itself(launches, dtype, leave_one_out):
-    z, t = (torch.randn(1, 70, 20, dtype=dtype) for _ in range(2))
-    key = torch.tensor(4)
-    rows = row_losses(z, t, (key, key), leave_one_out=leave_one_out)
-    weight = torch.randn(1, 20, 20, dtype=rows.norms.dtype)
-    d_total = torch.ones((), dtype=rows.norms.dtype)
-    row_losses_backward(
-        d_total, None, z, t, rows.key, rows.norms, rows.centroid, weight, attraction_weight=1.0, product_weight=1.0,
-        push_weight=1.0, first_image=0, leave_one_out=leave_one_out, per_view=False,
-    )  # fmt: skip
-    agree(launches, "rows_forward", "view_gradient")
+    forward = "rows_forward", "unit_gram", "spectral_sums", "to_numbers", "totals"
+    agree(launches, *forward, "unit_product", "image_gradient")
 
 
 @interprets
@@ -140,22 +126,29 @@ def test_rows_whose_views_are_read_a_tile_at_a_time(launches, views):
 
 @interprets
 @pytest.mark.parametrize("shape", [(2, 40, 70), (1, 75, 70), (1, 75, 90), (1, 20, 20)])
-@pytest.mark.parametrize("unit", [True, False])
-def test_gram_matrices_and_products_of_several_tiles(launches, shape, unit):
-    z = torch.randn(shape)
-    norms = z.norm(dim=-1) if unit else None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gram_matrices_and_products_of_several_tiles(launches, shape, dtype):
+    z = torch.randn(shape, dtype=dtype)
     for smaller in (True, False):
-        product(z, norms, gram(z, norms, smaller=smaller))
-    agree(launches, "gram", "product", "gram", "product")
+        product(z, gram(z, smaller=smaller))
+    z_hat, dim = row_losses(z, z_hat=True).z_hat, shape[2]
+    for smaller in (True, False):
+        g, _ = unit_gram(z_hat, dim, smaller=smaller)
+        unit_product(z_hat, to_numbers(g, 1.0), dim, left=g.shape[-1] != dim)
+    unit = "unit_gram", "to_numbers", "unit_product"
+    agree(launches, "gram", "product", "gram", "product", "rows_forward", *unit, *unit)
 
 
 @interprets
+@pytest.mark.parametrize("weights", [None, (0.5, -2.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("side", [16, 40])
-def test_steps_of_the_inverse_root(launches, side, dtype):
+def test_steps_of_the_inverse_root(launches, side, dtype, weights):
     gram = torch.eye(side, dtype=dtype).expand(2, side, side).contiguous()
-    inverse_root(gram, 0.01, 0.0, [(1.5, -0.5)] * 3)
-    agree(launches, "spectral_sums", "first_factors", *["step"] * 5)
+    squares = torch.full((2, 3), side / 3, dtype=torch.float64)
+    for at_once in (False, True):
+        inverse_root(gram, squares, 0.01, 0.0, [(1.5, -0.5)] * 4, weights=weights, at_once=at_once)
+    agree(launches, "first_factors", *["step"] * 7, "root")
 
 
 @interprets
@@ -181,7 +174,7 @@ def test_what_is_loaded_twice_counts_twice_and_what_is_masked_not_at_all(launche
 
 @interprets
 def test_a_wrong_formula_is_noticed(launches, monkeypatch):
-    gram(torch.randn(1, 10, 70), None, smaller=False)
+    gram(torch.randn(1, 10, 70), smaller=False)
     agree(launches, "gram")
     right = launch_cost.FORMULAS["gram_kernel"]
     monkeypatch.setitem(

@@ -13,7 +13,8 @@ from test_kernels_losses import DEVICE, pytestmark  # noqa: E402, F401
 
 from msbreg import linalg  # noqa: E402
 from msbreg.kernels import halves  # noqa: E402
-from msbreg.kernels.inverse_root import inverse_root, iterates, step_kernel, tile  # noqa: E402
+from msbreg.kernels import inverse_root as roots  # noqa: E402
+from msbreg.kernels.totals import spectral_sums  # noqa: E402
 
 interpreted = pytest.mark.skipif(DEVICE != "cpu", reason="compiled kernels do not see a twin put in a function's place")
 
@@ -64,12 +65,17 @@ def product(x, y):
     width = len(x)
     left, right = (stored(m.flatten(), F16).view(2, width, width).to(DEVICE) for m in (x, y))
     output = torch.empty_like(left)
-    config = tile(width, 1, 4)
+    config = roots.tile(torch.empty(1, width, width))
     tiles = triton.cdiv(width, config["BLOCK_P"])
-    step_kernel[(tiles, tiles, 1)](
-        left, right, left, right, left, output, 1, width, width, 1, 0.0, 1.0, 0.0, 0.0, LAST=False, **config
-    )
+    roots.step_kernel[(tiles, tiles, 1)](
+        left, right, left, right, left, left, output, None, 1, width, width, width, 1, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0,
+        LAST=False, **config,
+    )  # fmt: skip
     return value(output.cpu())
+
+
+def inverse_root(gram, shift, floor, steps, **options):
+    return roots.inverse_root(gram, spectral_sums(gram, identity=0.0, scale=1.0), shift, floor, steps, **options)[0]
 
 
 def product_error(scale=1.0):
@@ -169,9 +175,8 @@ def test_there_are_two_steps_or_more(smallest, dtype):
 def test_on_amd_numbers_stay_as_they_are(monkeypatch):
     """Its MI200 takes small halves for zero."""
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert (
-        iterates(torch.zeros(2, 20, 20), 5).shape == (5, 2, 1, 32, 32) and iterates(torch.zeros(2, 20, 20)).dtype == F32
-    )
+    numbers = halves.numbers(torch.zeros(2), (5, 2), 20, 20, square=True)
+    assert numbers.shape == (5, 2, 1, 32, 32) and numbers.dtype == F32
     assert near_collapse(inverse_root) < 1.5 * near_collapse(by_float32)
 
 
@@ -198,3 +203,80 @@ def test_each_view_has_the_shift_or_what_the_floor_makes_it():
     h = torch.stack((torch.tensor(shift, dtype=F64), floor * size[1]))[:, None]
     exact = (vectors * (values + h).rsqrt()[:, None]) @ vectors.mT
     assert torch.allclose(root.to("cpu", F64), exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((3, 60, 40), F32), ((2, 90, 70), F32), ((1, 40, 21), F64)])
+@pytest.mark.parametrize("weights", [None, (0.3, -2.0)])
+def test_one_launch_gives_the_bits_of_the_sequence(shape, dtype, weights):
+    rows = shape[1]
+    m = torch.nn.functional.normalize(
+        torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=dtype), dim=-1
+    )
+    gram = linalg.gram(m).to(DEVICE)
+    squares = spectral_sums(gram, identity=0.0, scale=1.0)
+    plan = (0.5, *linalg.newton_schulz_plan(0.5 / rows, dtype))
+    (root, sums), (other, other_sums) = (
+        roots.inverse_root(gram, squares, *plan, weights=weights, at_once=at_once) for at_once in (False, True)
+    )
+    assert torch.equal(root, other)
+    if weights is None:
+        assert sums is None and other_sums is None
+    else:
+        torch.testing.assert_close(sums.sum(1), other_sums.sum(1), rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_members_share_the_views_whatever_their_number(monkeypatch, views):
+    """As many programs as fit; more views than programs come one after another, more tiles than members too."""
+    m = torch.randn(views, 90, 70, generator=torch.Generator().manual_seed(0))
+    gram = linalg.gram(torch.nn.functional.normalize(m, dim=-1)).to(DEVICE)
+    plan = (0.5, *linalg.newton_schulz_plan(0.5 / 90, F32))
+    expected = inverse_root(gram, *plan, at_once=False)
+    for programs in (1, 2) if DEVICE == "cpu" else (1, 2, 7, 40):
+        if DEVICE == "cpu" and programs > views:
+            continue  # members of one view would wait for each other: the interpreter runs them one after another
+        monkeypatch.setattr(roots, "processors", lambda device, programs=programs: programs)
+        assert torch.equal(inverse_root(gram, *plan, at_once=True), expected)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="programs that do not wait give wrong results on a GPU alone")
+def test_one_launch_is_the_same_at_every_run():
+    """On a GPU, whose programs run at the same time: with a broken barrier some would read what is not there yet."""
+    m = torch.nn.functional.normalize(torch.randn(2, 8, 512, 256, device=DEVICE), dim=-1)
+    first, second = (linalg.gram(each) for each in m)
+    plan = (0.5, *linalg.newton_schulz_plan(0.5 / 512, F32))
+    expected = [inverse_root(gram, *plan, at_once=False) for gram in (first, second)]
+    for _ in range(50):
+        for gram, root in zip((first, second), expected, strict=True):
+            assert torch.equal(inverse_root(gram, *plan, at_once=True), root)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="only a GPU's launches are recorded in CUDA graphs")
+def test_a_graph_records_the_sequence_and_gives_the_bits_of_one_launch():
+    gram = linalg.gram(torch.nn.functional.normalize(torch.randn(2, 100, 70, device=DEVICE), dim=-1))
+    plan = (0.5, *linalg.newton_schulz_plan(0.5 / 100, F32))
+    expected = inverse_root(gram, *plan)
+    inverse_root(gram, *plan, at_once=False)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        root = inverse_root(gram, *plan)
+    root.zero_()
+    graph.replay()
+    assert torch.equal(root, expected)
+
+
+def test_weights_of_any_size_come_within_what_halves_hold():
+    x = torch.randn(2, 20, 20, generator=torch.Generator().manual_seed(0), dtype=F32).to(DEVICE) * 1e5
+    scale = halves.LARGEST / 5e5
+    made = halves.to_numbers(x, scale)
+    assert made.shape == (2, 2, 32, 32) and made[..., 20:, :].count_nonzero() == made[..., 20:].count_nonzero() == 0
+    back = torch.stack([value(each.cpu()) for each in made])[:, :20, :20] / scale
+    assert torch.allclose(back, x.to("cpu", F64), rtol=1e-6, atol=1e-3)
+
+
+@pytest.mark.parametrize(("shared", "expected"), [(227 << 10, 64), (163 << 10, 16), (99 << 10, 16), (64 << 10, 16)])
+def test_tiles_are_as_deep_as_shared_memory_allows(monkeypatch, shared, expected):
+    monkeypatch.setattr(halves, "shared_memory", lambda device: shared)
+    assert halves.depth(128, 128, torch.zeros(1)) == expected
+    assert halves.STAGES * 256 * expected * 4 <= shared

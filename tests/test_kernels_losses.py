@@ -27,7 +27,17 @@ from msbreg.functional import (  # noqa: E402
     nuclear_norm,
     singular_value_loss,
 )
-from msbreg.kernels import gradient, gram, inverse_root, product, rows, tiles, totals  # noqa: E402
+from msbreg.kernels import (  # noqa: E402
+    gradient,
+    gram,
+    halves,
+    inverse_root,
+    newton_schulz,
+    product,
+    rows,
+    tiles,
+    totals,
+)
 from msbreg.spectral import CodingRateLoss, MMCRLoss, SVMaxLoss, covariance_energy, cross_correlation_energy  # noqa: E402
 
 DEVICE = kernels.DEVICE_TYPE
@@ -314,13 +324,13 @@ def test_results_are_the_same_bit_for_bit_at_every_run():
 def test_blocks_change_nothing_but_rounding(shape, options, monkeypatch):
     z, t = gaussian(*shape, dtype=F32), gaussian(*shape, seed=1, dtype=F32)
     values, (got,) = losses_and_gradients([z], t, options)
-    small = {"BLOCK_K": 2, "BLOCK_D": 32, "num_warps": 1, "enable_fp_fusion": True}
-    square = {"BLOCK_P": 16, "BLOCK_Q": 16, "num_warps": 1, "enable_fp_fusion": True}
+    common = {"num_warps": 1, "enable_fp_fusion": True}
     for module in (rows, gradient):
-        monkeypatch.setattr(module, "tile", lambda views, dim: small)
-    monkeypatch.setattr(gram, "tile", lambda *sizes: square)
-    monkeypatch.setattr(inverse_root, "tile", lambda *sizes: square)
-    monkeypatch.setattr(gradient, "FUSED_DIM", 0)
+        monkeypatch.setattr(module, "tile", lambda views, dim: {"BLOCK_K": 2, "BLOCK_D": 32, "STAGES": 2} | common)
+    square = {"BLOCK_P": 16, "BLOCK_Q": 16} | common
+    monkeypatch.setattr(gram, "unit_tile", lambda *sizes: square)
+    monkeypatch.setattr(inverse_root, "tile", lambda *sizes, both=False: square | {"BLOCK_R": 16})
+    monkeypatch.setattr(product, "unit_tile", lambda *sizes: {"BLOCK_I": 16, "BLOCK_D": 16, "BLOCK_Q": 16} | common)
     other, (other_gradient,) = losses_and_gradients([z], t, options)
     assert torch.allclose(values, other, rtol=1e-6) and torch.allclose(got, other_gradient, rtol=1e-4, atol=1e-7)
 
@@ -587,7 +597,7 @@ TWINS = {
         careless_noise, "brownian_rows", [rows, gradient], test_losses_and_gradients_equal_the_oracle, (SMOOTH, F32),
     ),
     "inverse root": (
-        careless_affine, "affine", [inverse_root], test_losses_and_gradients_equal_the_oracle,
+        careless_affine, "affine", [newton_schulz], test_losses_and_gradients_equal_the_oracle,
         (SMOOTH, F32),
     ),
     "strides": (
@@ -613,7 +623,7 @@ def test_checks_catch_broken_twins(name, monkeypatch):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="compiled kernels do not see a twin put in a function's place")
 def test_the_check_of_outputs_catches_one_that_is_not_written(monkeypatch):
-    monkeypatch.setattr(inverse_root, "store_number", careless_store)
+    monkeypatch.setattr(newton_schulz, "store_number", careless_store)
     with pytest.raises(AssertionError):
         test_every_output_is_written(monkeypatch)
 
@@ -672,20 +682,20 @@ def test_the_larger_gram_matrix_which_processes_sum_has_the_same_loss(spectrum):
     z = torch.nn.functional.normalize(gaussian(1, 4, 7), dim=-1)
     values = []
     for smaller in (True, False):
-        g = gram.gram(z, None, smaller=smaller)
+        g = gram.gram(z, smaller=smaller)
         loss = ops.Dispersion(spectrum, 0.5, 1, 4, 7, g.shape[-1], 1)
-        values.append(loss.sums(g)[0].sum().item() + loss.constant)
+        squares = totals.spectral_sums(g, identity=0.0, scale=1.0)
+        values.append(loss.sums(g, squares)[0].sum().item() + loss.constant)
     assert values[0] == pytest.approx(values[1], rel=1e-9)
 
 
 def test_every_kernel_says_what_its_pointers_are():
-    for module in (rows, gradient, product, gram, inverse_root, totals):
+    for module in (rows, gradient, halves, product, gram, inverse_root, totals):
         kernels_here = [value for name, value in vars(module).items() if name.endswith("_kernel")]
         assert kernels_here
         for kernel in kernels_here:
             pointers = [name for name in inspect.signature(kernel.fn).parameters if name.endswith("_pointer")]
-            if kernel.fn.__name__ != "view_gradient_kernel":  # which refers to the other
-                assert all(name in kernel.fn.__doc__ for name in pointers), kernel.fn.__name__
+            assert all(name in kernel.fn.__doc__ for name in pointers), kernel.fn.__name__
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 5), (2, 5, 12)])
@@ -732,14 +742,20 @@ def test_nuclear_norm_without_smoothing_takes_no_heed_of_what_is_zero():
 def test_matrices_of_several_tiles(shape):
     """Gram matrices of both sides, and products from both sides, of rows whose numbers do not lie side by side."""
     z = gaussian(*reversed(shape), dtype=F32).permute(2, 1, 0)
-    norms = z.norm(dim=-1).contiguous()
-    unit = (z / norms[..., None]).to("cpu", F64)
+    exact, dim = z.to("cpu", F64), shape[2]
+    unit = torch.nn.functional.normalize(exact, dim=-1)
+    numbers = rows.row_losses(z, z_hat=True).z_hat
     for smaller in (True, False):
-        g = gram.gram(z, norms, smaller=smaller)
-        made = product.product(z, norms, g)
+        g = gram.gram(z, smaller=smaller)
+        expected = linalg.gram(exact, smaller=smaller)
+        assert torch.allclose(g.to("cpu", F64), expected, atol=1e-4)
+        assert torch.allclose(product.product(z, g).to("cpu", F64), linalg.multiply(exact, expected), atol=1e-2)
+        g, squares = gram.unit_gram(numbers, dim, smaller=smaller)
+        made = product.unit_product(numbers, halves.to_numbers(g, 0.5), dim, left=g.shape[-1] != dim)
         expected = linalg.gram(unit, smaller=smaller)
-        assert torch.allclose(g.to("cpu", F64), expected, atol=1e-5)
-        assert torch.allclose(made.to("cpu", F64), linalg.multiply(unit, expected), atol=1e-4)
+        assert torch.allclose(g.to("cpu", F64), expected, atol=1e-6)
+        assert torch.allclose(squares.sum(1).cpu(), expected.square().sum((1, 2)), rtol=1e-6)
+        assert torch.allclose(made.to("cpu", F64), linalg.multiply(unit, expected) / 2, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 1024, 2500])
@@ -777,8 +793,9 @@ def test_every_launch_is_made_on_the_device_of_its_tensors(monkeypatch):
         losses_and_gradients([gaussian(*shape, dtype=F32)], gaussian(*shape, seed=1, dtype=F32), {"smoothing": 3.0})
     brownian_directions(2, 3, **NOISE, device=DEVICE)
     coding_rate(gaussian(3, 2, dtype=F32).requires_grad_()).backward()
+    singular_value_loss(gaussian(3, 2, dtype=F32), spectrum="whitening")
     expected = {"brownian_directions", "first_factors", "gram", "image_gradient", "product", "rows_forward"}
-    assert launched == expected | {"spectral_sums", "step", "totals", "view_gradient"}
+    assert launched == expected | {"spectral_sums", "step", "to_numbers", "totals", "unit_gram", "unit_product"}
 
 
 def test_matrix_operators_keep_torchs_rules():
