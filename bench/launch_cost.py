@@ -44,9 +44,9 @@ def of(kernel: str, arguments: Mapping[str, Any]) -> Cost:
     for name in unread(kernel, arguments):
         tensors.pop(name, None)
     places = {tensor.data_ptr(): size(tensor) for tensor in tensors.values()}
-    if kernel == "unit_product_kernel" and arguments["WEIGHT_LEFT"]:  # what fills up the weight is not read
-        weight, batch = arguments["weight_pointer"], arguments["batch"]
-        places[weight.data_ptr()] = size(weight) * batch**2 // arguments["weight_width"] ** 2
+    if kernel == "unit_product_kernel" and arguments["WEIGHT_LEFT"]:  # the rows that fill up the weight are not read
+        weight, width = arguments["weight_pointer"], arguments["weight_width"]
+        places[weight.data_ptr()] = size(weight) * arguments["batch"] // width
     return Cost(loaded, stored, sum(places.values()), *flops)
 
 
@@ -143,17 +143,17 @@ def first_factors(
 
 def step(
     *, left_pointer, gram_pointer, squares_pointer, output_pointer, sums_pointer, views, width, output_width, count,
-    LAST, BLOCK_P, BLOCK_R, BLOCK_Q, **_: Any,
+    LAST, BLOCK_P, BLOCK_Q, **_: Any,
 ) -> tuple[int, ...]:  # fmt: skip
     """Of each product, both factors by each of the tiles of a side; in the last step |G|² by each tile, and G once."""
     parts = parts_of(left_pointer)
     products = output_pointer.numel() // (parts_of(output_pointer) * output_width**2)
-    down, across = cdiv(width, BLOCK_P), cdiv(width, BLOCK_R)
-    loaded = products * (down + across) * parts * width**2 * left_pointer.element_size()
+    tiles = cdiv(width, BLOCK_P)
+    loaded = products * 2 * tiles * parts * width**2 * left_pointer.element_size()
     if LAST:
-        loaded += products * down * across * count * squares_pointer.element_size()
+        loaded += products * tiles**2 * count * squares_pointer.element_size()
         loaded += 0 if sums_pointer is None else size(gram_pointer)
-    flops = 2 * products * down * across * BLOCK_P * BLOCK_R * BLOCK_Q * cdiv(width, BLOCK_Q)
+    flops = 2 * products * tiles**2 * BLOCK_P**2 * BLOCK_Q * cdiv(width, BLOCK_Q)
     return loaded, size(output_pointer) + size(sums_pointer), *by_parts(parts, flops)
 
 
@@ -190,7 +190,8 @@ def unit_product(
     views, parts = output_pointer.numel() // (batch * dim), parts_of(z_hat_pointer)
     down, across = cdiv(batch, BLOCK_I), cdiv(dim, BLOCK_D)
     inner, columns = (batch if WEIGHT_LEFT else width), min(across * BLOCK_D, width)
-    numbers = across * batch * inner + down * inner * columns
+    left = min(weight_width, BLOCK_Q * cdiv(inner, BLOCK_Q)) if WEIGHT_LEFT else inner
+    numbers = across * batch * left + down * inner * columns
     flops = 2 * views * down * across * BLOCK_I * BLOCK_D * BLOCK_Q * cdiv(inner, BLOCK_Q)
     return views * parts * numbers * z_hat_pointer.element_size(), size(output_pointer), *by_parts(parts, flops)
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that a GPU machine has to say, in five parts of under nine minutes each:
-#   bench/run_gpu.sh               the tests that need a GPU, the loss benchmarks at the shapes that have targets
+#   bench/run_gpu.sh               the tests that need a GPU, the loss benchmarks at the shapes that have targets; options
+#                                  after `losses` are the benchmarks', such as --bench-minutes 2
 #   bench/run_gpu.sh training      memory and step time of every config; of ResNet-50 also compiled, and with 32 views
 #   bench/run_gpu.sh loader        the loader against torchvision's, and what loader, loss and optimizer are of a step
 #   bench/run_gpu.sh peers         training beside lightly and solo-learn's manner: ResNet-18 at 32, ResNet-50 at 224
@@ -15,6 +16,7 @@ cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 part=${1:-losses}
+shift $(($# > 0))
 case $part in losses | training | loader | peers | alternatives) ;; *)
     echo "usage: bench/run_gpu.sh [losses | training | loader | peers | alternatives]" >&2
     exit 2
@@ -55,11 +57,11 @@ keep() {
 losses() {
     # Triton's first compilations are part of both; neither may eat the time of the other.
     rm -f "$out/tests.txt"
-    # The tests that compare clocks have the GPU to themselves; the others are compiled, and run, eight at a time.
-    within 180 "$out/tests.txt" -m pytest tests -m gpu -n 8 --ignore tests/test_bench.py
+    # The tests that compare clocks have the GPU to themselves; the others are compiled, and run, many at a time.
+    within 180 "$out/tests.txt" -m pytest tests -m gpu -n auto --maxprocesses 14 --ignore tests/test_bench.py
     within 50 "$out/tests.txt" -m pytest tests/test_bench.py -m gpu
     keep 290 -m pytest bench --bench-device cuda --bench-shapes targets --bench-minutes 4 \
-        --benchmark-json "$out/losses.json"
+        --benchmark-json "$out/losses.json" "$@"
     "$python" bench/report.py "$out/losses.json" --out "$out" >/dev/null || status=$?
 
     echo
@@ -115,7 +117,7 @@ alternatives() {
 }
 
 rm -f "$out/$part.txt"
-"$part"
+"$part" "$@"
 if [ "$part" != losses ]; then
     echo
     grep '^|' "$out/$part.txt"

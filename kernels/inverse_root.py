@@ -79,7 +79,6 @@ def step_kernel(
     root_weight: tl.float64,
     LAST: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
     """One or two batches of products, i I + s L R.
@@ -103,7 +102,7 @@ def step_kernel(
     second = batch >= views
     k = tl.where(second, batch - views, batch).to(tl.int64)
     matrix = tl.full([], parts_of(left_pointer), tl.int64) * width * width
-    p, r = block(tl.program_id(0), BLOCK_P), block(tl.program_id(1), BLOCK_R)
+    p, r = block(tl.program_id(0), BLOCK_P), block(tl.program_id(1), BLOCK_P)
     left = tl.where(second, second_left_pointer, left_pointer) + k * matrix
     right = tl.where(second, second_right_pointer, right_pointer) + k * matrix
     i, s = tl.full([], identity, tl.float64), tl.full([], scale, tl.float64)
@@ -269,46 +268,34 @@ def sequence(
     """Writes Z into `output` in 2 len(steps) launches; returns the sums, where they are wanted."""
     views, side, _ = gram.shape
     t = numbers(gram, (views,), side, side, square=True)
-    pairs = [numbers(gram, (2, views), side, side, square=True) for _ in range(2)]
+    iterates = [numbers(gram, (2, views), side, side, square=True) for _ in range(2)]
     width, count = t.shape[-1], squares.shape[1]
-    one, two = tile(gram), tile(gram, both=True)
-    grid, grid_both = (
-        (triton.cdiv(width, config["BLOCK_P"]), triton.cdiv(width, config["BLOCK_R"]), batches * views)
-        for batches, config in ((1, one), (2, two))
-    )
-    sums = None
-    if weights is not None:
-        sums = torch.empty(views, grid[0] * grid[1], device=gram.device, dtype=torch.float64)
-    normalised = (shift, floor, *(weights or (0.0, 0.0)))
+    config = tile(gram)
+    tiles = triton.cdiv(width, config["BLOCK_P"])
+    sums = None if weights is None else torch.empty(views, tiles**2, device=gram.device, dtype=torch.float64)
 
     def multiply(
-        made: Tensor, left: Tensor, right: Tensor, i: float = 0.0, s: float = 1.0, *, last: bool = False
+        made: Tensor, *pairs: tuple[Tensor, Tensor], i: float = 0.0, s: float = 1.0, last: bool = False
     ) -> None:
-        """i I + s L R."""
-        step_kernel[grid](
-            left, right, left, right, gram, squares, made, sums if last else None,
-            views, side, width, made.shape[-1], count, i, s, *normalised, LAST=last, **one,
-        )  # fmt: skip
-
-    def multiply_both(made: Tensor, y: Tensor, z: Tensor) -> None:
-        """T Y and Z T."""
-        step_kernel[grid_both](
-            t, y, z, t, gram, squares, made, None,
-            views, side, width, width, count, 0.0, 1.0, *normalised, LAST=False, **two,
+        """i I + s L R for one or two (L, R)."""
+        step_kernel[tiles, tiles, len(pairs) * views](
+            *pairs[0], *pairs[-1], gram, squares, made, sums if last else None, views, side, width, made.shape[-1],
+            count, i, s, shift, floor, *(weights or (0.0, 0.0)), LAST=last, **config,
         )  # fmt: skip
 
     # A is where T will be, and the first T is Z.
-    y, z = pairs[0].unbind()
+    y, z = iterates[0].unbind()
     first_factors_kernel[triton.cdiv(width, 32), triton.cdiv(width, 32), views](
         gram, squares, t, z, side, width, count, *steps[0], shift, floor, BLOCK=32, num_warps=4, enable_fp_fusion=True
     )
-    multiply(y, z, t)
+    multiply(y, (z, t))
     for number, (a, b) in enumerate(steps[1:-1], start=1):
-        multiply(t, y, z, i=a, s=b)
-        multiply_both(pairs[number % 2], y, z)
-        y, z = pairs[number % 2].unbind()
-    multiply(t, y, z, *steps[-1])
-    multiply(output, z, t, last=True)  # Y is not needed any more
+        multiply(t, (y, z), i=a, s=b)
+        multiply(iterates[number % 2], (t, y), (z, t))
+        y, z = iterates[number % 2].unbind()
+    a, b = steps[-1]
+    multiply(t, (y, z), i=a, s=b)
+    multiply(output, (z, t), last=True)  # Y is not needed any more
     return sums
 
 
@@ -326,12 +313,11 @@ def one_launch(
     work = numbers(gram, (5, views), side, side, square=True)
     width = work.shape[-1]
     config = tile(gram)
-    del config["BLOCK_R"]
     programs = processors(gram.device)
     members = min(triton.cdiv(width, config["BLOCK_P"]) ** 2, max(1, programs // views))
     sums = None if weights is None else torch.empty(views, members, device=gram.device, dtype=torch.float64)
     if gram.is_cuda:
-        config["launch_cooperative_grid"] = True
+        config["launch_cooperative_grid"] = True  # all programs at the same time, or an error
     root_kernel[(members * min(views, programs // members),)](
         gram, squares, on_device(steps, gram.device), work, output, sums,
         torch.zeros(views, 32, device=gram.device, dtype=torch.int32), views, members, side, width, output.shape[-1],
@@ -352,28 +338,19 @@ def on_device(steps: tuple[tuple[float, float], ...], device: torch.device) -> T
     return torch.tensor(steps, dtype=torch.float64, device=device)
 
 
-def tile(gram: Tensor, *, both: bool = False) -> dict[str, int | bool]:
-    """The block sizes, warps and stages: small tiles while there are few, so that each processor has one.
-
-    Where both T Y and Z T are made there are twice as many, and larger ones read less. The depth is the same, since the
-    order of the sums goes by it.
-    """
-    side = gram.shape[1]
-    if gram.dtype == torch.float64 or side <= 64:
-        rows = columns = 32
-        most = depth(32, 32, gram)
+def tile(gram: Tensor) -> dict[str, int | bool]:
+    """The block sizes, warps and stages: small tiles while there are few, so that each processor has one."""
+    if gram.dtype == torch.float64 or gram.shape[1] <= 64:
+        block_size, block_depth = 32, depth(32, 32, gram)
     elif gram.numel() < FEW:
-        rows, columns = 128 if both else 64, 64
-        most = 32
+        block_size, block_depth = 64, 32
     else:
-        rows = columns = 128
-        most = depth(128, 128, gram)
-    width = max(16, triton.next_power_of_2(side))
+        block_size, block_depth = 128, depth(128, 128, gram)
+    block_size = min(block_size, max(16, triton.next_power_of_2(gram.shape[1])))
     return {
-        "BLOCK_P": min(rows, width),
-        "BLOCK_R": min(columns, width),
-        "BLOCK_Q": most,
-        "num_warps": 8 if min(rows, width) == 128 else 4,
+        "BLOCK_P": block_size,
+        "BLOCK_Q": block_depth,
+        "num_warps": 8 if block_size == 128 else 4,
         "num_stages": STAGES,
         "enable_fp_fusion": True,
     }

@@ -25,12 +25,15 @@ __all__ = [
 ]
 
 HALF_PI = tl.constexpr(1.5707963267948966)
+ROUNDING = tl.constexpr(12582912.0)
+"""1.5 * 2**23: a float32 of this size has no bits behind the point."""
 
 
 @triton.jit
 def uniform(word):
-    """uint32 words to float32 in the open interval (0, 1): the upper 23 bits plus a half, exact in float32."""
-    return ((word >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2**-23
+    """uint32 words to float32 in the open interval (0, 1): the upper 23 bits plus a half, in units of 2**-23, exact."""
+    one_and_more = (word >> 9) | 0x3F800000  # these bits behind the exponent of 1, which is faster than a conversion
+    return one_and_more.to(tl.float32, bitcast=True) - (1.0 - 5.960464477539063e-08)  # 2**-24
 
 
 @triton.jit
@@ -40,14 +43,15 @@ def cosine_and_sine(u):
     Of the nearest quarter turn, exact, and of the rest, an eighth of a turn at the most, by the Taylor series. Triton's
     own, for angles of any size, are ten times as long.
     """
-    quarters = (4.0 * u + 0.5).to(tl.int32)  # cut off: 0 to 4
-    x = (4.0 * u - quarters.to(tl.float32)) * HALF_PI
+    rounded = 4.0 * u + ROUNDING  # whose last bits are the nearest integer, 0 to 4
+    quarters = rounded.to(tl.uint32, bitcast=True)
+    x = (4.0 * u - (rounded - ROUNDING)) * HALF_PI
     y = x * x
     sine = x + x * y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y * (1 / 362880))))
     cosine = 1.0 + y * (-1 / 2 + y * (1 / 24 + y * (-1 / 720 + y * (1 / 40320))))
-    odd = quarters % 2 == 1
+    odd = quarters & 1 == 1
     turned_cosine, turned_sine = tl.where(odd, -sine, cosine), tl.where(odd, cosine, sine)
-    back = quarters // 2 % 2 == 1
+    back = quarters & 2 == 2
     return tl.where(back, -turned_cosine, turned_cosine), tl.where(back, -turned_sine, turned_sine)
 
 

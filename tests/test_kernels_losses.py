@@ -268,9 +268,11 @@ def test_each_rows_gradient_is_its_own_beside_that_of_the_sum():
 def test_parts_are_what_their_functions_give():
     z, t = gaussian(3, 7, 5, dtype=F32), gaussian(3, 7, 5, seed=1, dtype=F32)
     whole = msbreg_loss(z, t, spectrum="whitening", **NOISE)
-    assert torch.equal(whole.centroid, centroid_loss(z, t))
-    assert torch.equal(whole.singular_value, singular_value_loss(z, spectrum="whitening"))
-    assert torch.equal(whole.brownian, brownian_loss(z, **NOISE))
+    # A compiler makes other programs of the same kernel where there is less to compute, and sums in another order.
+    exactly = {"rtol": 0, "atol": 0} if DEVICE == "cpu" else {"rtol": 1e-6, "atol": 1e-7}
+    torch.testing.assert_close(whole.centroid, centroid_loss(z, t), **exactly)
+    torch.testing.assert_close(whole.singular_value, singular_value_loss(z, spectrum="whitening"), **exactly)
+    torch.testing.assert_close(whole.brownian, brownian_loss(z, **NOISE), **exactly)
     assert whole.loss.item() == pytest.approx(
         (whole.centroid + 0.004 * whole.singular_value + 0.5 * whole.brownian).item(), rel=1e-6
     )
@@ -329,10 +331,11 @@ def test_blocks_change_nothing_but_rounding(shape, options, monkeypatch):
         monkeypatch.setattr(module, "tile", lambda views, dim: {"BLOCK_K": 2, "BLOCK_D": 32, "STAGES": 2} | common)
     square = {"BLOCK_P": 16, "BLOCK_Q": 16} | common
     monkeypatch.setattr(gram, "unit_tile", lambda *sizes: square)
-    monkeypatch.setattr(inverse_root, "tile", lambda *sizes, both=False: square | {"BLOCK_R": 16})
+    monkeypatch.setattr(inverse_root, "tile", lambda *sizes: square)
     monkeypatch.setattr(product, "unit_tile", lambda *sizes: {"BLOCK_I": 16, "BLOCK_D": 16, "BLOCK_Q": 16} | common)
     other, (other_gradient,) = losses_and_gradients([z], t, options)
-    assert torch.allclose(values, other, rtol=1e-6) and torch.allclose(got, other_gradient, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(values, other, rtol=3e-6, atol=1e-7)  # terms of the spectral loss cancel
+    assert torch.allclose(got, other_gradient, rtol=1e-4, atol=1e-7)
 
 
 def poisoned(make):
