@@ -218,7 +218,7 @@ def tile(views: int, dim: int) -> dict[str, int | bool]:
     return {
         "BLOCK_K": block_k,
         "BLOCK_D": block_d,
-        "STAGES": 3,
+        "STAGES": 4,
         "num_warps": min(16, max(1, block_k * block_d // 512)),
         "enable_fp_fusion": True,
     }
