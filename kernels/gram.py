@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.halves import STAGES, depth, parts_of, product_of_numbers
+from msbreg.kernels.halves import STAGES, depth, in_parts, parts_of, product_of_numbers
 from msbreg.kernels.tiles import accumulator, load_tile, offsets, precision
 
 __all__ = ["gram", "gram_kernel", "unit_gram", "unit_gram_kernel"]
@@ -66,6 +66,7 @@ def unit_gram_kernel(
     ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    IN_PARTS: tl.constexpr,
 ):
     """As `gram_kernel`, of unit rows.
 
@@ -81,13 +82,17 @@ def unit_gram_kernel(
     low = tl.full([], batch, tl.int64) * width
     m = z_hat_pointer + k * parts_of(z_hat_pointer) * low
     if ROWS:
-        sums = product_of_numbers(m, low, width, 1, m, low, 1, width, p, batch, width, width, r, batch, BLOCK_Q)
+        sums = product_of_numbers(
+            m, low, width, 1, m, low, 1, width, p, batch, width, width, r, batch, BLOCK_Q, IN_PARTS
+        )
         store_symmetric(gram_pointer + k * batch * batch, sums, p, r, batch)
     else:
-        sums = product_of_numbers(m, low, 1, width, m, low, width, 1, p, width, batch, batch, r, width, BLOCK_Q)
+        sums = product_of_numbers(
+            m, low, 1, width, m, low, width, 1, p, width, batch, batch, r, width, BLOCK_Q, IN_PARTS
+        )
         store_symmetric(gram_pointer + k * dim * dim, sums, p, r, dim)
     row, column, rows = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(0).to(tl.int64)
-    square = tl.sum((sums * sums).to(tl.float64)) * tl.where(row == column, 1.0, 2.0)
+    square = tl.sum(sums * sums).to(tl.float64) * tl.where(row == column, 1.0, 2.0)
     tl.store(squares_pointer + (k * (rows * (rows + 1) // 2) + row * (row + 1) // 2 + column), square)
 
 
@@ -142,7 +147,9 @@ def unit_gram(z_hat: Tensor, dim: int, *, smaller: bool) -> tuple[Tensor, Tensor
     tiles = triton.cdiv(side, config["BLOCK_P"])
     squares = torch.empty(views, tiles * (tiles + 1) // 2, device=z_hat.device, dtype=torch.float64)
     with torch.cuda.device_of(z_hat):
-        unit_gram_kernel[(tiles, tiles, views)](z_hat, output, squares, batch, dim, width, ROWS=rows, **config)
+        unit_gram_kernel[(tiles, tiles, views)](
+            z_hat, output, squares, batch, dim, width, ROWS=rows, IN_PARTS=in_parts(dim if rows else batch), **config
+        )
     return output, squares
 
 
@@ -151,7 +158,7 @@ def tile(side: int, itemsize: int) -> dict[str, int | bool]:
     block = 32 if side <= 256 or itemsize == 8 else 64 if side < 1024 else 128
     return {
         "BLOCK_P": min(block, max(16, triton.next_power_of_2(side))),
-        "BLOCK_Q": 16 if block == 128 else 32,  # 128 x 32 numbers a factor spill on sm_80
+        "BLOCK_Q": 16 if block >= 64 else 32,  # more numbers a factor spill, 128 x 32 on sm_80, 64 x 32 on sm_100
         "num_warps": 8 if block == 128 else 4,
         "enable_fp_fusion": True,
     }
@@ -162,7 +169,7 @@ def unit_tile(side: int, like: Tensor) -> dict[str, int | bool]:
     block = 32 if like.dtype == torch.float64 else 64 if side < 1024 else 128
     return {
         "BLOCK_P": min(block, max(16, triton.next_power_of_2(side))),
-        "BLOCK_Q": depth(block, block, like),
+        "BLOCK_Q": min(depth(block, block, like), 32 if block == 128 else 64),  # 128 x 64 numbers spill on sm_100
         "num_warps": 8 if block == 128 else 4,
         "num_stages": STAGES,
         "enable_fp_fusion": True,

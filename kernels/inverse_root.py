@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.halves import STAGES, depth, numbers, parts_of, since_hopper
+from msbreg.kernels.halves import STAGES, depth, in_parts, numbers, parts_of, since_hopper
 from msbreg.kernels.newton_schulz import affine_product, first_factors, normalisation, spectral_sum, store_numbers
 
 __all__ = ["first_factors_kernel", "inverse_root", "root_kernel", "step_kernel"]
@@ -80,6 +80,7 @@ def step_kernel(
     LAST: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    IN_PARTS: tl.constexpr,
 ):
     """One or two batches of products, i I + s L R.
 
@@ -108,7 +109,7 @@ def step_kernel(
     i, s = tl.full([], identity, tl.float64), tl.full([], scale, tl.float64)
     if LAST:
         s *= tl.sqrt(normalisation(squares_pointer + k * count, count, shift, floor)[0])
-        z = affine_product(left, right, side, width, i, s, p, r, BLOCK_Q)
+        z = affine_product(left, right, side, width, i, s, p, r, BLOCK_Q, IN_PARTS)
         size = tl.full([], parts_of(output_pointer), tl.int64) * output_width * output_width
         store_numbers(output_pointer + k * size, z, p, r, output_width)
         if sums_pointer is not None:
@@ -116,7 +117,7 @@ def step_kernel(
             tile = (k * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
             tl.store(sums_pointer + tile, total)
     else:
-        x = affine_product(left, right, side, width, i, s, p, r, BLOCK_Q)
+        x = affine_product(left, right, side, width, i, s, p, r, BLOCK_Q, IN_PARTS)
         store_numbers(output_pointer + batch * matrix, x, p, r, width)
 
 
@@ -142,6 +143,7 @@ def root_kernel(
     root_weight: tl.float64,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    IN_PARTS: tl.constexpr,
 ):
     """All steps at once.
 
@@ -190,7 +192,7 @@ def root_kernel(
                 left = tl.where(first, new + batch, tl.where(second, y + batch, tl.where(mixing, y, t)))
                 right = tl.where(first | second, t, tl.where(mixing, y + batch, y))
                 p, r = block(tile % tiles // across, BLOCK_P), block(tile % across, BLOCK_P)
-                x = affine_product(left, right, side, width, identity, scale, p, r, BLOCK_Q)
+                x = affine_product(left, right, side, width, identity, scale, p, r, BLOCK_Q, IN_PARTS)
                 if last:
                     size = tl.full([], parts_of(output_pointer), tl.int64) * output_width * output_width
                     store_numbers(output_pointer + k * size, x, p, r, output_width)
@@ -350,6 +352,7 @@ def tile(gram: Tensor) -> dict[str, int | bool]:
     return {
         "BLOCK_P": block_size,
         "BLOCK_Q": block_depth,
+        "IN_PARTS": in_parts(gram.shape[1]),
         "num_warps": 8 if block_size == 128 else 4,
         "num_stages": STAGES,
         "enable_fp_fusion": True,

@@ -51,14 +51,16 @@ def first_factors(gram, a_output, t_output, side, width, a, b, s, h, p, r):
 
 
 @triton.jit
-def affine_product(left, right, side, width, identity, scale, p, r, BLOCK_Q: tl.constexpr):
+def affine_product(left, right, side, width, identity, scale, p, r, BLOCK_Q: tl.constexpr, IN_PARTS: tl.constexpr):
     """A tile [P, R] of i I + s L R.
 
     left, right: [parts, width, width] numbers, L and R.
     identity, scale: i and s, float64. p, r: int32, rows and columns of the tile.
     """
     low = tl.full([], width, tl.int64) * width
-    product = product_of_numbers(left, low, width, 1, right, low, width, 1, p, width, width, width, r, width, BLOCK_Q)
+    product = product_of_numbers(
+        left, low, width, 1, right, low, width, 1, p, width, width, width, r, width, BLOCK_Q, IN_PARTS
+    )
     return affine(product, p, r, side, identity.to(product.dtype), scale.to(product.dtype))
 
 

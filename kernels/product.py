@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.halves import STAGES, depth, parts_of, product_of_numbers
+from msbreg.kernels.halves import STAGES, depth, in_parts, parts_of, product_of_numbers, since_hopper
 from msbreg.kernels.tiles import accumulator, load_tile, offsets, precision
 
 __all__ = ["product", "product_kernel", "unit_product", "unit_product_kernel"]
@@ -71,6 +71,7 @@ def unit_product_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    IN_PARTS: tl.constexpr,
 ):
     """As `product_kernel`, of unit rows.
 
@@ -85,10 +86,10 @@ def unit_product_kernel(
     m, w = z_hat_pointer + k * parts_of(z_hat_pointer) * low, weight_pointer + k * parts_of(weight_pointer) * w_low
     if WEIGHT_LEFT:
         left, right = (w, w_low, weight_width, 1), (m, low, width, 1)
-        sums = product_of_numbers(*left, *right, i, batch, weight_width, batch, d, width, BLOCK_Q)
+        sums = product_of_numbers(*left, *right, i, batch, weight_width, batch, d, width, BLOCK_Q, IN_PARTS)
     else:
         left, right = (m, low, width, 1), (w, w_low, weight_width, 1)
-        sums = product_of_numbers(*left, *right, i, batch, width, width, d, width, BLOCK_Q)
+        sums = product_of_numbers(*left, *right, i, batch, width, width, d, width, BLOCK_Q, IN_PARTS)
     mask = (i < batch)[:, None] & (d < dim)[None, :]
     tl.store(output_pointer + offsets(k * batch + i, dim, d, 1), sums, mask=mask)
 
@@ -137,7 +138,16 @@ def unit_product(z_hat: Tensor, weight: Tensor, dim: int, *, left: bool) -> Tens
     grid = (triton.cdiv(batch, config["BLOCK_I"]), triton.cdiv(dim, config["BLOCK_D"]), views)
     with torch.cuda.device_of(z_hat):
         unit_product_kernel[grid](
-            z_hat, weight, output, batch, dim, width, weight.shape[-1], WEIGHT_LEFT=left, **config
+            z_hat,
+            weight,
+            output,
+            batch,
+            dim,
+            width,
+            weight.shape[-1],
+            WEIGHT_LEFT=left,
+            IN_PARTS=in_parts(batch if left else dim),
+            **config,
         )
     return output
 
@@ -166,7 +176,7 @@ def unit_tile(rows: int, columns: int, like: Tensor) -> dict[str, int | bool]:
     return {
         "BLOCK_I": min(block, max(16, triton.next_power_of_2(rows))),
         "BLOCK_D": min(block, max(16, triton.next_power_of_2(columns))),
-        "BLOCK_Q": depth(block, block, like),
+        "BLOCK_Q": depth(block, block, like) if since_hopper(like.device) else 16,  # 64 x 32 numbers spill on sm_80
         "num_warps": 8 if large else 4,
         "num_stages": STAGES,
         "enable_fp_fusion": True,

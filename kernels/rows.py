@@ -212,13 +212,16 @@ def row_losses(
 
 
 def tile(views: int, dim: int) -> dict[str, int | bool]:
-    """The block sizes and warps for rows of D numbers: 512 numbers or a row, 16 a thread; the next on their way."""
+    """The block sizes and warps for rows of D numbers: 512 numbers or a row, 16 a thread.
+
+    The next ones are on their way meanwhile, in shared memory, where there is room for them; AMD has registers for it.
+    """
     block_d = max(16, triton.next_power_of_2(dim))
     block_k = min(triton.next_power_of_2(views), max(1, 512 // block_d))
     return {
         "BLOCK_K": block_k,
         "BLOCK_D": block_d,
-        "STAGES": 4,
+        "STAGES": 1 if block_k * block_d > 2048 or torch.version.hip else 4,
         "num_warps": min(16, max(1, block_k * block_d // 512)),
         "enable_fp_fusion": True,
     }

@@ -330,8 +330,10 @@ def test_blocks_change_nothing_but_rounding(shape, options, monkeypatch):
     for module in (rows, gradient):
         monkeypatch.setattr(module, "tile", lambda views, dim: {"BLOCK_K": 2, "BLOCK_D": 32, "STAGES": 2} | common)
     square = {"BLOCK_P": 16, "BLOCK_Q": 16} | common
+    for module in (gram, product):
+        monkeypatch.setattr(module, "in_parts", lambda length: True)
     monkeypatch.setattr(gram, "unit_tile", lambda *sizes: square)
-    monkeypatch.setattr(inverse_root, "tile", lambda *sizes: square)
+    monkeypatch.setattr(inverse_root, "tile", lambda *sizes: square | {"IN_PARTS": True})
     monkeypatch.setattr(product, "unit_tile", lambda *sizes: {"BLOCK_I": 16, "BLOCK_D": 16, "BLOCK_Q": 16} | common)
     other, (other_gradient,) = losses_and_gradients([z], t, options)
     assert torch.allclose(values, other, rtol=3e-6, atol=1e-7)  # terms of the spectral loss cancel
