@@ -183,7 +183,7 @@ def in_parts(length: int) -> bool:
     Tensor cores take sixteen products and the sum until then, and cut off what any of these has below the second bit
     behind the largest one's last: so what is lost grows with the number of steps, and is always of one sign. An H200
     made the singular value loss wrong by 4.5e-4 of itself at D = 2048. A model of that (`tests/test_kernels_halves.py`)
-    has 5e-5 at 256, and a fifth of it where each part of 64 begins at zero.
+    has 5e-5 at 256, and less than a third of it where each part of 64 begins at zero.
     """
     return length > 256
 
