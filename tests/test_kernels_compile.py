@@ -153,9 +153,23 @@ def compile_all() -> dict:
         "twins": twins,
         "one": {launch.kernel.__name__: report.compiled(launch, report.target_of("90")).faults for launch in one},
         "large": dataclasses.asdict(report.compiled(large[0], report.target_of("86"))),
+        "additions": [
+            additions(made[number]) for made, number in zip(report.calls(report.QUICK[0]).values(), (1, 0), strict=True)
+        ],
         "options": [sorted(launch.options) for launch in launches],
         "specialised": [(specialised(launch), by_triton(launch)) for launch in launches],
     }
+
+
+def additions(launch) -> int:
+    """Of tiles, in the loop of a kernel as compiled for an H100."""
+    import compile_report as report
+    from triton.compiler import ASTSource
+
+    source = ASTSource(launch.kernel, *report.specialised(launch))
+    ir = triton.compile(source, target=report.target_of("90"), options=dict(launch.options)).asm["ttgir"]
+    loop = ir[ir.index("scf.for") :]
+    return loop[: loop.index("scf.yield")].count("arith.addf")
 
 
 def specialised(launch) -> dict:
@@ -297,6 +311,11 @@ def test_sizes_of_one_compile(compiled):
     """Which Triton puts in as constants, without the methods of a tensor."""
     names = "rows_forward", "unit_gram", "spectral_sums", "to_numbers", "totals"
     assert compiled["one"] == {f"{name}_kernel": [] for name in names}
+
+
+def test_parts_of_long_sums_are_added_outside_of_tensor_cores(compiled):
+    """Triton makes of `sums += dot(x, y)` a product that goes on from sums, which is not wanted there."""
+    assert compiled["additions"] == [2, 0]  # a Gram matrix over 512 rows, and a product over 256 dimensions
 
 
 def test_large_products_of_float64_fit_into_the_least_shared_memory(compiled):
