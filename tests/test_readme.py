@@ -12,6 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+DOCS = sorted(page.relative_to(ROOT) for page in (ROOT / "docs").glob("*.md"))
 SET_UP = ("make ", "python3 -m venv", ".venv/bin/", "TRITON_INTERPRET=1 ")  # what .ci/run does on a fresh clone
 SHORT = [
     "--optim.steps", "2", "--eval.bank", "50", "--eval.queries", "30", "--data.batch_size", "16", "--eval.every", "0",
@@ -85,6 +86,14 @@ def test_python_examples(folder, monkeypatch, free_port):
     assert torch.isfinite(namespace["mmcr"])
 
 
-def test_files_that_the_readme_links_are_there():
-    for target in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "bench/README.md", *map(str, DOCS)])
+def test_what_pages_link_is_there(page):
+    """Files, and headings of pages under the names that forges give them."""
+    for target in re.findall(r"\]\(((?!http)[^)\s]+)\)", (ROOT / page).read_text()):
+        file, _, anchor = target.partition("#")
+        linked = (ROOT / page).parent / file if file else ROOT / page
+        assert linked.exists(), target
+        headings = re.findall(r"^#+ (.*)$", linked.read_text(), flags=re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings], (
+            target
+        )
