@@ -1,6 +1,6 @@
 """Compiles every kernel ahead of time as its launcher would launch it, and reports what the compiler made of it.
 
-    python bench/compile_report.py --arch 80 90 100 gfx942 --json bench/results/static/2026-11-27/compile.json
+    python bench/compile_report.py --arch 90 80 100 gfx942 --json bench/results/static/2026-11-27/compile.json
 
 Needs no GPU: Triton's wheel has the compilers for all of them. A row is a kernel in one specialisation; a kernel that
 several calls share is compiled once, and Triton's cache keeps it for the next time. An architecture takes about two
@@ -118,6 +118,10 @@ CASES = (
     Case(4, 512, 2048, FP32),
     Case(4, 512, 2048, FP32, ("matrix",)),
     Case(2, 100, 130, FP32, ("root",)),
+    Case(8, 80, 40, FP32, ("root",)),
+    Case(4, 1024, 512, FP32, ("root",)),
+    Case(2, 1500, 2048, BF16),
+    Case(2, 4096, 1030, BF16),
     Case(2, 64, 64, FP64, ("root",)),
     Case(2, 256, 8192, BF16),
     Case(2, 256, 8192, FP32),
@@ -339,8 +343,8 @@ def report(cases: Iterable[Case], names: Sequence[str], say: Callable[[str], Non
             mock.patch.object(torch.version, "hip", "ahead of time" if target.backend == "hip" else None),
             mock.patch.object(halves, "shared_memory", return_value=SHARED_BYTES[named(target)]),
         ):
-            # Before Hopper the inverse root is a sequence of launches.
-            at_once = halves.since_hopper(torch.device("cpu"))
+            # Elsewhere the inverse root is a sequence of launches.
+            at_once = halves.ample_shared_memory(torch.device("cpu"))
             launches = {case: calls(case) for case in cases if at_once or "root" not in case.options}
         for case, by_call in launches.items():
             say(f"{named(target)} {case}")
@@ -471,7 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--arch", nargs="+", default=["90"], help="compute capabilities times ten, or AMD names as gfx942"
     )
     parser.add_argument("--json", type=Path, help="file to write the rows to, with a short table in Markdown beside it")
-    parser.add_argument("--quick", action="store_true", help="two of the cases")
+    parser.add_argument("--quick", action="store_true", help="six of the cases")
     options = parser.parse_args(arguments)
     began = time.monotonic()
     rows, costs = report(QUICK if options.quick else CASES, options.arch, lambda text: print(text, file=sys.stderr))

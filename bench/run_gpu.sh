@@ -8,9 +8,10 @@
 #   bench/run_gpu.sh alternatives  other ways to do what msbreg does: the inverse root in one launch, pixels by a kernel
 # Results are in bench/results/GPU/DATE/, and a short table comes last. The first part needs torch with CUDA, Triton and
 # the extras [test] and [bench]; the others [train] too, and `peers` lightly where it is to be among them.
-# Limits are seconds. Comments are the seconds that a machine with one H200 and 16 cores is expected to take, by count:
-# of it the first part has run there, in 240 seconds with --bench-minutes 1.9, and dry_run's first. What runs over is interrupted as by Ctrl-C, since pytest writes what it has by then, and
-# nothing when it is terminated; what would begin when the part's time is over is left out.
+# Limits are seconds. Comments are the seconds that a machine with one H200 and 16 cores is expected to take, by count: the
+# first part has run there, in 240 seconds with --bench-minutes 1.9, and the first dry run. What runs over is interrupted
+# as by Ctrl-C, since pytest writes what it has by then, and nothing when it is terminated; what would begin when the
+# part's time is over is left out.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,7 +19,7 @@ python=${PYTHON:-python3}
 part=${1:-losses}
 shift $(($# > 0))
 case $part in losses | training | loader | peers | alternatives) ;; *)
-    echo "usage: bench/run_gpu.sh [losses | training | loader | peers | alternatives]" >&2
+    echo "usage: bench/run_gpu.sh [losses [OPTION...] | training | loader | peers | alternatives]" >&2
     exit 2
     ;;
 esac

@@ -179,6 +179,6 @@ def row_losses_backward(
             *(t.stride() if leave_one_out and t is not None else (0, 0, 0)),
             LEAVE_ONE_OUT=leave_one_out,
             PER_VIEW=per_view,
-            **tile(views, dim),
+            **tile(views, dim, norms.element_size()),
         )
     return dz

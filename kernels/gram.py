@@ -166,7 +166,7 @@ def tile(side: int, itemsize: int) -> dict[str, int | bool]:
 
 def unit_tile(side: int, like: Tensor) -> dict[str, int | bool]:
     """As `tile`, of numbers of a tensor like that."""
-    block = 32 if like.dtype == torch.float64 else 64 if side < 1024 else 128
+    block = 32 if like.dtype == torch.float64 else 64 if side < 1024 or side % 16 else 128  # numbers stored one by one
     return {
         "BLOCK_P": min(block, max(16, triton.next_power_of_2(side))),
         "BLOCK_Q": min(depth(block, block, like), 32 if block == 128 else 64),  # 128 x 64 numbers spill on sm_100

@@ -25,8 +25,18 @@ from torch import Tensor
 from msbreg.kernels.tiles import load_tile, offsets
 
 __all__ = [
-    "LARGEST", "SCALE", "STAGES", "depth", "halves", "in_parts", "numbers", "parts_of", "product_of_numbers",
-    "since_hopper", "store_number", "to_numbers",
+    "LARGEST",
+    "SCALE",
+    "STAGES",
+    "ample_shared_memory",
+    "depth",
+    "halves",
+    "in_parts",
+    "numbers",
+    "parts_of",
+    "product_of_numbers",
+    "store_number",
+    "to_numbers",
 ]  # fmt: skip
 
 SCALE = tl.constexpr(2048.0)
@@ -164,7 +174,7 @@ def numbers(like: Tensor, batch: tuple[int, ...], rows: int, columns: int, *, sq
 def depth(rows: int, columns: int, like: Tensor) -> int:
     """The depth of the tiles of a product of numbers: 64, or what fits into the shared memory `STAGES` times.
 
-    GPUs before Hopper hold factors in registers too, and are given a part of their shared memory.
+    Without `ample_shared_memory` factors are held in registers too, and it is a part of what there is.
 
     Args:
         rows: of a tile of the product.
@@ -173,7 +183,7 @@ def depth(rows: int, columns: int, like: Tensor) -> int:
     """
     if like.dtype == torch.float64:
         return 16
-    room = shared_memory(like.device) if since_hopper(like.device) else 64 << 10
+    room = shared_memory(like.device) if ample_shared_memory(like.device) else 64 << 10
     return next((q for q in (64, 32) if STAGES * (rows + columns) * q * 4 <= room), 16)
 
 
@@ -188,8 +198,8 @@ def in_parts(length: int) -> bool:
     return length > 256
 
 
-def since_hopper(device: torch.device) -> bool:
-    """Whether tensor cores take both factors from shared memory, of which there is more then."""
+def ample_shared_memory(device: torch.device) -> bool:
+    """Whether a program may have 227 kB, as on an H100 and a B200, whose tensor cores take both factors from there."""
     return shared_memory(device) >= 227 << 10
 
 

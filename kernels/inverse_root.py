@@ -3,7 +3,8 @@
 The iteration is in `newton_schulz`. Each product needs all tiles of the one before. In a sequence of launches, two a
 step, that is a matter of course; in one launch, the programs of a view wait for each other. Both make the same numbers,
 bit for bit. A GPU is a little faster with the sequence, but for small matrices the host takes longer to launch it than
-the GPU to compute it: so what is recorded in a CUDA graph is a sequence, and what is not is one launch.
+the GPU to compute it: so fewer than `FEW` numbers are one launch, unless it is recorded in a CUDA graph, or on a GPU
+without `ample_shared_memory`.
 """
 
 import functools
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.halves import STAGES, depth, in_parts, numbers, parts_of, since_hopper
+from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, in_parts, numbers, parts_of
 from msbreg.kernels.newton_schulz import affine_product, first_factors, normalisation, spectral_sum, store_numbers
 
 __all__ = ["first_factors_kernel", "inverse_root", "root_kernel", "step_kernel"]
@@ -249,12 +250,12 @@ def inverse_root(
         add up over a view.
     """
     views, side, _ = gram.shape
-    if at_once is None:
-        waits_for_host = gram.is_cuda and gram.numel() < FEW and not torch.cuda.is_current_stream_capturing()
-        at_once = waits_for_host and since_hopper(gram.device)  # others have not been measured
     output = torch.empty_like(gram) if weights is None else numbers(gram, (views,), side, side, square=True)
-    run = one_launch if at_once else sequence
     with torch.cuda.device_of(gram):
+        if at_once is None:
+            waits_for_host = gram.is_cuda and gram.numel() < FEW and not torch.cuda.is_current_stream_capturing()
+            at_once = waits_for_host and ample_shared_memory(gram.device)  # others have not been measured
+        run = one_launch if at_once else sequence
         return output, run(gram, squares, output, shift, floor, tuple(steps), weights)
 
 
@@ -310,18 +311,18 @@ def one_launch(
     steps: tuple[tuple[float, float], ...],
     weights: tuple[float, float] | None,
 ) -> Tensor | None:
-    """As `sequence`, in one launch and the fill of a counter."""
+    """As `sequence`, in one launch, and before it a small copy and the fill of a counter."""
     views, side, _ = gram.shape
     work = numbers(gram, (5, views), side, side, square=True)
     width = work.shape[-1]
     config = tile(gram)
     programs = processors(gram.device)
-    members = min(triton.cdiv(width, config["BLOCK_P"]) ** 2, max(1, programs // views))
+    members = min(2 * triton.cdiv(width, config["BLOCK_P"]) ** 2, max(1, programs // views))  # T Y and Z T at a time
     sums = None if weights is None else torch.empty(views, members, device=gram.device, dtype=torch.float64)
     if gram.is_cuda:
         config["launch_cooperative_grid"] = True  # all programs at the same time, or an error
     root_kernel[(members * min(views, programs // members),)](
-        gram, squares, on_device(steps, gram.device), work, output, sums,
+        gram, squares, coefficients(steps).to(gram.device, non_blocking=True), work, output, sums,
         torch.zeros(views, 32, device=gram.device, dtype=torch.int32), views, members, side, width, output.shape[-1],
         squares.shape[1], len(steps), shift, floor, *(weights or (0.0, 0.0)), **config,
     )  # fmt: skip
@@ -335,15 +336,18 @@ def processors(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def on_device(steps: tuple[tuple[float, float], ...], device: torch.device) -> Tensor:
-    """The coefficients, copied once."""
-    return torch.tensor(steps, dtype=torch.float64, device=device)
+def coefficients(steps: tuple[tuple[float, float], ...]) -> Tensor:
+    """Those of all steps, on the CPU, pinned where there is a GPU, whose copy the host then does not wait for.
+
+    The copy is not kept: it may be in the memory of a CUDA graph that is about to be recorded.
+    """
+    return torch.tensor(steps, dtype=torch.float64, pin_memory=torch.cuda.is_available())
 
 
 def tile(gram: Tensor) -> dict[str, int | bool]:
     """The block sizes, warps and stages: small tiles while there are few, so that each processor has one."""
     if gram.dtype == torch.float64 or gram.shape[1] <= 64:
-        block_size, block_depth = 32, depth(32, 32, gram)
+        block_size, block_depth = 32, min(32, depth(32, 32, gram))
     elif gram.numel() < FEW:
         block_size, block_depth = 64, 32
     else:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.halves import STAGES, depth, in_parts, parts_of, product_of_numbers, since_hopper
+from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, in_parts, parts_of, product_of_numbers
 from msbreg.kernels.tiles import accumulator, load_tile, offsets, precision
 
 __all__ = ["product", "product_kernel", "unit_product", "unit_product_kernel"]
@@ -176,7 +176,9 @@ def unit_tile(rows: int, columns: int, like: Tensor) -> dict[str, int | bool]:
     return {
         "BLOCK_I": min(block, max(16, triton.next_power_of_2(rows))),
         "BLOCK_D": min(block, max(16, triton.next_power_of_2(columns))),
-        "BLOCK_Q": depth(block, block, like) if since_hopper(like.device) else 16,  # 64 x 32 numbers spill on sm_80
+        "BLOCK_Q": depth(block, block, like)
+        if ample_shared_memory(like.device)
+        else 16,  # 64 x 32 numbers spill on sm_80
         "num_warps": 8 if large else 4,
         "num_stages": STAGES,
         "enable_fp_fusion": True,

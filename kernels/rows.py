@@ -1,8 +1,8 @@
 """What is computed row by row on the way forward: lengths, centroids, the centroid loss and the Brownian loss.
 
-One program has all views of one image in a tile [views, D], with whole rows in registers: the sums over views that make
-the centroid and the sums over dimensions that make lengths and products are sums over the tile, and each number is read
-once. Where there are more views than fit, the program goes through them a tile at a time.
+One program has one image, and goes through its views a tile [views, D] at a time, with whole rows in registers: the
+sums over views that make the centroid and those over dimensions that make lengths are sums over a tile, and each number
+is read once.
 
 The mathematics, with the same symbols, is in `msbreg/reference.py`.
 """
@@ -206,22 +206,28 @@ def row_losses(
             *((0, 0, 0) if t is None else t.stride()),
             LEAVE_ONE_OUT=leave_one_out,
             PER_VIEW=per_view,
-            **tile(views, dim),
+            **tile(views, dim, norms.element_size()),
         )
     return RowLosses(norms, made, centroid, attraction, images, key)
 
 
-def tile(views: int, dim: int) -> dict[str, int | bool]:
-    """The block sizes and warps for rows of D numbers: 512 numbers or a row, 16 a thread.
+def tile(views: int, dim: int, itemsize: int) -> dict[str, int | bool]:
+    """The block sizes and warps for rows of D numbers: 512 numbers or a row, 16 a thread, 8 if D is no multiple of 16.
 
     The next ones are on their way meanwhile, in shared memory, where there is room for them; AMD has registers for it.
+
+    Args:
+        views: K.
+        dim: D.
+        itemsize: bytes of a number in the accumulator's dtype.
     """
     block_d = max(16, triton.next_power_of_2(dim))
     block_k = min(triton.next_power_of_2(views), max(1, 512 // block_d))
     return {
         "BLOCK_K": block_k,
         "BLOCK_D": block_d,
-        "STAGES": 1 if block_k * block_d > 2048 or torch.version.hip else 4,
-        "num_warps": min(16, max(1, block_k * block_d // 512)),
+        "STAGES": 1 if block_k * block_d * itemsize > 8192 or torch.version.hip else 4,
+        # Numbers that are loaded one by one have an address each, in a register.
+        "num_warps": min(16, max(1, block_k * block_d // (256 if dim % 16 else 512))),
         "enable_fp_fusion": True,
     }

@@ -186,7 +186,7 @@ def singular_value_loss(
             no harder than it.
         solver: how `"nuclear"` finds its inverse root, the others need none. `"newton_schulz"`: matrix products alone.
             `"eigh"`: of the Gram matrix. `"svd"`: of the embeddings, slow and most exact, one process alone. `"auto"`:
-            newton_schulz on CUDA, eigh elsewhere. The kernels multiply as exactly as float32 does; elsewhere
+            newton_schulz on CUDA, eigh elsewhere. The kernels multiply with about float32's digits; elsewhere
             Newton-Schulz follows `torch.set_float32_matmul_precision`, whose TF32 is too coarse for it near collapse.
         group: process group over which the rows are spread, as many in each process; None for this process alone. The
             value is then that of all rows, and the gradient is scaled so that the *average* over processes, which

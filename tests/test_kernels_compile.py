@@ -148,11 +148,14 @@ def compile_all() -> dict:
     launches = [launch for case in report.QUICK for made in report.calls(case).values() for launch in made]
     one = report.calls(report.Case(1, 1, 1, torch.bfloat16, ("whitening",)))["forward"]
     large = report.calls(report.Case(2, 1024, 1024, torch.float64, ("matrix",)))["matrix"][1:]
+    wide = report.calls(report.Case(2, 64, 2048, torch.float64, ("leave_one_out",)))
+    wide = [wide["forward"][0], wide["backward"][-1]]
     return {
         "rows": [dataclasses.asdict(row) for row in rows],
         "twins": twins,
         "one": {launch.kernel.__name__: report.compiled(launch, report.target_of("90")).faults for launch in one},
         "large": dataclasses.asdict(report.compiled(large[0], report.target_of("86"))),
+        "wide": [dataclasses.asdict(report.compiled(launch, report.target_of("86"))) for launch in wide],
         "additions": [
             additions(made[number]) for made, number in zip(report.calls(report.QUICK[0]).values(), (1, 0), strict=True)
         ],
@@ -255,7 +258,7 @@ def test_products_are_made_by_tensor_cores(compiled, architecture, instructions)
 @pytest.mark.parametrize("architecture", ARCHITECTURES[:3])
 def test_large_tensors_are_read_16_bytes_at_a_time(compiled, architecture):
     for row in rows_of(compiled, architecture):
-        for name in ("z", "t", "weight", "gram", "root", "left", "right", "product"):
+        for name in ("z", "t", "z_hat", "weight", "gram", "matrix", "left", "right", "work", "product"):
             if f"{name}_pointer" in row["load_bits"]:
                 assert row["load_bits"][f"{name}_pointer"][1] == 128, (row["kernel"], name)
     for kernel, name in (("rows_forward", "z"), ("rows_forward", "t"), ("step", "left"), ("step", "right")):
@@ -322,3 +325,8 @@ def test_large_products_of_float64_fit_into_the_least_shared_memory(compiled):
     row = compiled["large"]
     assert (row["kernel"], row["arch"], row["spilled_bytes"]) == ("product_kernel", "sm_86", 0)
     assert not [fault for fault in row["faults"] if "shared memory" in fault]
+
+
+def test_rows_of_float64_that_are_on_their_way_fit_too(compiled):
+    assert [row["kernel"] for row in compiled["wide"]] == ["rows_forward_kernel", "image_gradient_kernel"]
+    assert [fault for row in compiled["wide"] for fault in row["faults"] if "shared memory" in fault] == []

@@ -315,12 +315,34 @@ def test_a_graph_records_the_sequence_and_gives_the_bits_of_one_launch():
     expected = inverse_root(gram, *plan)
     inverse_root(gram, *plan, at_once=False)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with pytest.MonkeyPatch.context() as patch, torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        patch.setattr(roots, "one_launch", None)
         root = inverse_root(gram, *plan)
     root.zero_()
     graph.replay()
     assert torch.equal(root, expected)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="only a GPU has the choice")
+@pytest.mark.parametrize(("views", "side"), [(2, 70), (2, 1024)])
+def test_small_matrices_are_one_launch_and_large_ones_a_sequence(monkeypatch, views, side):
+    gram = torch.eye(side, device=DEVICE).repeat(views, 1, 1)
+    plan = (0.5, *linalg.newton_schulz_plan(0.5, F32))
+    few = gram.numel() < roots.FEW and halves.ample_shared_memory(gram.device)
+    monkeypatch.setattr(roots, "sequence" if few else "one_launch", None)
+    assert inverse_root(gram, *plan).isfinite().all()
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+def test_a_compiled_loss_may_be_recorded_at_its_first_call():
+    """What a call keeps must not be in the memory of a graph."""
+    torch._dynamo.reset()
+    roots.coefficients.cache_clear()
+    z = torch.randn(2, 64, 32, device=DEVICE)
+    compiled = torch.compile(singular_value_loss, mode="reduce-overhead", fullgraph=True)
+    expected = singular_value_loss(z)
+    for _ in range(4):
+        torch.testing.assert_close(compiled(z).clone(), expected)
 
 
 def test_weights_of_any_size_come_within_what_halves_hold():

@@ -328,7 +328,7 @@ def test_blocks_change_nothing_but_rounding(shape, options, monkeypatch):
     values, (got,) = losses_and_gradients([z], t, options)
     common = {"num_warps": 1, "enable_fp_fusion": True}
     for module in (rows, gradient):
-        monkeypatch.setattr(module, "tile", lambda views, dim: {"BLOCK_K": 2, "BLOCK_D": 32, "STAGES": 2} | common)
+        monkeypatch.setattr(module, "tile", lambda *sizes: {"BLOCK_K": 2, "BLOCK_D": 32, "STAGES": 2} | common)
     square = {"BLOCK_P": 16, "BLOCK_Q": 16} | common
     for module in (gram, product):
         monkeypatch.setattr(module, "in_parts", lambda length: True)
@@ -351,7 +351,7 @@ def poisoned(make):
 def test_every_output_is_written(monkeypatch):
     """Memory that torch.empty hands out holds NaN here, and the losses come out as always."""
     z, t = gaussian(3, 9, 5, dtype=F32), gaussian(3, 9, 5, seed=1, dtype=F32)
-    wide = z[:, :3], t[:, :3]  # more dimensions than rows: the other backward kernel, and the product through memory
+    wide = z[:, :3], t[:, :3]  # more dimensions than rows: the product from the other side
     cases = [*((z, t, options) for options in OPTIONS[:3]), (*wide, OPTIONS[1]), (*wide, OPTIONS[4])]
     expected = [losses_and_gradients([z], t, options) for z, t, options in cases]
     for name in ("empty", "empty_like"):
