@@ -162,6 +162,8 @@ def serve(name: str, setting: Setting, pipe: Connection) -> None:
         peer.close()
     except ImportError as error:
         pipe.send({"missing": f"a package that it needs is not installed: {error}"})
+    except MSBRegError as error:  # which says what is wrong
+        pipe.send({"failed": str(error)})
     except Exception as error:
         traceback.print_exc()
         pipe.send({"failed": textwrap.shorten(f"{type(error).__name__}: {error}", 300)})
