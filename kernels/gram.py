@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.halves import STAGES, depth, in_parts, parts_of, product_of_numbers
+from msbreg.kernels.halves import STAGES, depth, in_parts, parts_of, product_of_numbers, sum_dtype
 from msbreg.kernels.tiles import accumulator, load_tile, offsets, precision
 
 __all__ = ["gram", "gram_kernel", "unit_gram", "unit_gram_kernel"]
@@ -141,8 +141,7 @@ def unit_gram(z_hat: Tensor, dim: int, *, smaller: bool) -> tuple[Tensor, Tensor
     views, _, batch, width = z_hat.shape
     rows = smaller and batch < dim
     side = batch if rows else dim
-    dtype = torch.float32 if z_hat.dtype == torch.float16 else z_hat.dtype
-    output = torch.empty(views, side, side, device=z_hat.device, dtype=dtype)
+    output = torch.empty(views, side, side, device=z_hat.device, dtype=sum_dtype(z_hat))
     config = unit_tile(side, output)
     tiles = triton.cdiv(side, config["BLOCK_P"])
     squares = torch.empty(views, tiles * (tiles + 1) // 2, device=z_hat.device, dtype=torch.float64)

@@ -36,6 +36,7 @@ __all__ = [
     "parts_of",
     "product_of_numbers",
     "store_number",
+    "sum_dtype",
     "to_numbers",
 ]  # fmt: skip
 
@@ -169,6 +170,11 @@ def numbers(like: Tensor, batch: tuple[int, ...], rows: int, columns: int, *, sq
     width = 16 * triton.cdiv(columns, 16)
     shape = (*batch, 1 + halved, width if square else rows, width)
     return like.new_empty(shape, dtype=torch.float16 if halved else like.dtype)
+
+
+def sum_dtype(made: Tensor) -> torch.dtype:
+    """What products of such numbers are summed in: float32 for halves, or what the numbers are."""
+    return torch.float32 if made.dtype == torch.float16 else made.dtype
 
 
 def depth(rows: int, columns: int, like: Tensor) -> int:

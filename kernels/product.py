@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, in_parts, parts_of, product_of_numbers
+from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, in_parts, parts_of, product_of_numbers, sum_dtype
 from msbreg.kernels.tiles import accumulator, load_tile, offsets, precision
 
 __all__ = ["product", "product_kernel", "unit_product", "unit_product_kernel"]
@@ -132,8 +132,7 @@ def unit_product(z_hat: Tensor, weight: Tensor, dim: int, *, left: bool) -> Tens
         left: W ẑ rather than ẑ W.
     """
     views, _, batch, width = z_hat.shape
-    dtype = torch.float32 if z_hat.dtype == torch.float16 else z_hat.dtype
-    output = torch.empty(views, batch, dim, device=z_hat.device, dtype=dtype)
+    output = torch.empty(views, batch, dim, device=z_hat.device, dtype=sum_dtype(z_hat))
     config = unit_tile(batch, dim, output)
     grid = (triton.cdiv(batch, config["BLOCK_I"]), triton.cdiv(dim, config["BLOCK_D"]), views)
     with torch.cuda.device_of(z_hat):

@@ -694,6 +694,21 @@ def test_the_larger_gram_matrix_which_processes_sum_has_the_same_loss(spectrum):
     assert values[0] == pytest.approx(values[1], rel=1e-9)
 
 
+@pytest.mark.parametrize("spectrum", ["nuclear", "whitening", "coding_rate"])
+def test_weights_that_halves_could_not_hold_are_scaled(spectrum, monkeypatch):
+    """Those of more rows, or fewer for their dimensions, than a test can have; their gradient is as always."""
+    for count, dim in ((10**7, 64), (1, 16384)):
+        dispersion = ops.Dispersion(spectrum, 0.03, 1, count, dim, dim, 1)
+        most = {"nuclear": 1.0, "whitening": count, "coding_rate": dim / (0.2 * count)}[spectrum]
+        assert dispersion.scale * most <= halves.LARGEST and dispersion.scale <= 1
+    inputs = [gaussian(2, 9, 5, dtype=F32)], gaussian(2, 9, 5, seed=2, dtype=F32), {**SMOOTH, "spectrum": spectrum}
+    _, (expected,) = losses_and_gradients(*inputs)
+    monkeypatch.setattr(ops, "LARGEST", 2.0)
+    assert (ops.Dispersion(spectrum, 0.5, 2, 9, 5, 5, 1).scale == 1) == (spectrum == "nuclear")
+    _, (got,) = losses_and_gradients(*inputs)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_every_kernel_says_what_its_pointers_are():
     for module in (rows, gradient, halves, product, gram, inverse_root, totals):
         kernels_here = [value for name, value in vars(module).items() if name.endswith("_kernel")]
