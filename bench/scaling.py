@@ -35,36 +35,24 @@ JPEG = 147.8e9 / 1281167
 DIM = 256
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20
 """Bytes of gradients that DistributedDataParallel sends together, by default."""
-# NCCL's own estimates for its protocol of low latency, in µs: to begin, and for a hop by NVLink and by the network. No
-# hop of a ring over machines takes less than the host takes to post a message, for which NCCL has 1.0 on Intel's
-# processors, as NVIDIA's DGX H100 and H200 have, and 2.0 on AMD's. (src/graph/tuning.cc of version 2.30.)
-RING, TREE, POST = (6.6, 0.6, 2.7), (6.8, 0.6, 5.0), 1.0
+# NCCL's own estimates for its protocol of low latency, in µs: to begin a sum along a tree, and for a hop by NVLink and
+# by the network. (src/graph/tuning.cc of version 2.30.)
+START, INSIDE, NETWORK = 6.8, 0.6, 5.0
 
 
 class Links(NamedTuple):
-    """GB/s of NVLink and of a port, a factor on NCCL's latencies, and µs that a host takes to post a message."""
+    """GB/s of NVLink and of a port, and a factor on NCCL's latencies."""
 
     nvlink: float = NVLINK
     port: float = PORT
     latency: float = 1.0
-    post: float = POST
-
-    def all_gather(self, size: float, world: int) -> float:
-        """Seconds until every process has all of the `size` bytes that they have together, around a ring."""
-        if world == 1:
-            return 0.0
-        between = math.ceil(world / GPUS) - 1
-        start, inside, network = RING
-        hops = (world - 1 - between) * max(inside, self.post if between else 0.0) + between * network
-        return 1e-6 * self.latency * (start + hops) + (world - 1) / world * size / self.rate(world)
 
     def all_reduce(self, size: float, world: int) -> float:
         """Seconds until every process has the sum of all processes' `size` bytes, along a tree of machines."""
         if world == 1:
             return 0.0
-        start, inside, network = TREE
-        hops = (min(world, GPUS) - 1) * inside + math.log2(math.ceil(world / GPUS)) * network
-        return 1e-6 * self.latency * (start + 2 * hops) + 2 * (world - 1) / world * size / self.rate(world)
+        hops = (min(world, GPUS) - 1) * INSIDE + math.log2(math.ceil(world / GPUS)) * NETWORK
+        return 1e-6 * self.latency * (START + 2 * hops) + 2 * (world - 1) / world * size / self.rate(world)
 
     def rate(self, world: int) -> float:
         """Bytes/s of a process: messages enter and leave a machine by all of its ports."""
@@ -76,14 +64,14 @@ class Counts(NamedTuple):
 
     buckets: list[int]
     """Bytes of gradients sent together, in the order in which the backward pass has them."""
-    gathered: list[int]
+    forward: list[int]
     """Channels of each batch normalisation in the forward passes, online and target."""
-    reduced: list[int]
+    backward: list[int]
     """Channels of each in the backward pass."""
     cost: float
     """Operations of a view, over those of an image in supervised training."""
-    backward: float
-    """The backward pass's share of them."""
+    share: float
+    """The backward pass's, of them."""
 
 
 def count() -> Counts:
@@ -101,10 +89,10 @@ def count() -> Counts:
     channels = {name: layer.num_features for name, layer in method.named_modules() if isinstance(layer, _BatchNorm)}
     return Counts(
         buckets=fill(4 * weight.numel() for weight in reversed(list(method.parameters())) if weight.requires_grad),
-        gathered=list(channels.values()),
-        reduced=[number for name, number in channels.items() if not name.startswith("target.")],
+        forward=list(channels.values()),
+        backward=[number for name, number in channels.items() if not name.startswith("target.")],
         cost=view / operations(lambda: supervised(images).sum().backward()),
-        backward=(both - forward) / view,
+        share=(both - forward) / view,
     )
 
 
@@ -127,10 +115,11 @@ def fill(sizes: Iterable[int]) -> list[int]:
 def exposed(counts: Counts, links: Links, world: int, *, views: int, backward: float) -> dict[str, float]:
     """Seconds of a step in which nothing is computed, by their cause, where the backward pass takes `backward`."""
     sums = [links.all_reduce(size, world) for size in counts.buckets]
-    gathers = (links.all_gather(4 * world * (2 * c + 1), world) for c in counts.gathered)  # mean, deviation, number
+    # Sums of numbers and of squares, and how many, in float64; then two sums for the gradient, in float32.
+    statistics = [8 * (2 * c + 1) for c in counts.forward] + [4 * 2 * c for c in counts.backward]
     return {
         "gradients": max(sums[-1], sum(sums) - backward),
-        "batch norm": sum(gathers) + sum(links.all_reduce(4 * 2 * c, world) for c in counts.reduced),
+        "batch norm": sum(links.all_reduce(size, world) for size in statistics),
         "Gram": links.all_reduce(4 * views * DIM**2, world),
     }
 
@@ -138,11 +127,11 @@ def exposed(counts: Counts, links: Links, world: int, *, views: int, backward: f
 def table(counts: Counts, links: Links, *, views: int, batch: int, rate: float, loaded: float) -> str:
     """Markdown: a step by the number of GPUs, each of which computes `rate` views/s and loads `loaded` images/s."""
     compute = views * batch / rate
-    waits = exposed(counts, links, 1, views=views, backward=counts.backward * compute)
+    waits = exposed(counts, links, 1, views=views, backward=counts.share * compute)
     names = ["GPUs", "images", "compute, ms", *waits, "step, ms", "of ideal", "images/s a GPU", "read, GB/s"]
     rows = []
     for world in (1, 8, 16, 64, 256, 1024):
-        waits = exposed(counts, links, world, views=views, backward=counts.backward * compute)
+        waits = exposed(counts, links, world, views=views, backward=counts.share * compute)
         step = max(compute + sum(waits.values()), batch / loaded)
         cells = [f"{world:,}", f"{world * batch:,}", f"{1e3 * compute:.0f}"]
         cells += [f"{1e3 * wait:.2f}" for wait in waits.values()]
@@ -160,7 +149,6 @@ def main() -> None:
         ("--nvlink", NVLINK, "GB/s in a machine, nccl-tests' bus bandwidth"),
         ("--port", PORT, "GB/s of each GPU's network port"),
         ("--latency", 1.0, "factor on NCCL's estimates of its latencies"),
-        ("--post", POST, "µs that a host takes to post a message: NCCL has 1 for Intel's, 2 for AMD's"),
     ):
         parser.add_argument(name, type=type(default), default=default, help=f"{meaning}; default: %(default)s")
     parser.add_argument(
@@ -170,9 +158,9 @@ def main() -> None:
     counts = count()
     buckets = [f"{size / 1e6:.1f}" for size in counts.buckets]
     print(f"{sum(counts.buckets) / 1e6:.1f} MB of gradients in {len(buckets)} buckets: {', '.join(buckets)}")
-    print(f"batch norm: {len(counts.gathered)} all-gathers forward, {len(counts.reduced)} all-reduces backward")
-    print(f"a view costs {counts.cost:.3f} supervised images, {counts.backward:.1%} of it in the backward pass\n")
-    links = Links(options.nvlink, options.port, options.latency, options.post)
+    print(f"batch norm: {len(counts.forward)} sums forward, {len(counts.backward)} backward")
+    print(f"a view costs {counts.cost:.3f} supervised images, {counts.share:.1%} of it in the backward pass\n")
+    links = Links(options.nvlink, options.port, options.latency)
     rate = options.views_per_second or SUPERVISED / counts.cost
     print(table(counts, links, views=options.views, batch=options.batch, rate=rate, loaded=options.loaded))
 

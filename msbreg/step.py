@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from msbreg.batch_norm import convert_sync_batchnorm
 from msbreg.compilation import compile_regions
 from msbreg.config import Config
 from msbreg.cuda_graph import RecordedPass
 from msbreg.data import Batch
-from msbreg.distributed import convert_sync_batchnorm
 from msbreg.errors import MSBRegError
 from msbreg.evaluation import OnlineProbe
 from msbreg.inputs import share_of_batch

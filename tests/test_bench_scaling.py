@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import scaling
 
-from msbreg.distributed import CrossRankBatchNorm, convert_sync_batchnorm
+from msbreg.batch_norm import CrossRankBatchNorm, convert_sync_batchnorm
 from msbreg.models import build_backbone, mlp_head
 
 LINKS = scaling.Links()
@@ -29,7 +29,7 @@ def counts() -> scaling.Counts:
 def step(counts, world, *, links=LINKS, views=4, batch=256, rate=None) -> float:
     """Seconds, without the loader."""
     compute = views * batch / (rate or scaling.SUPERVISED / counts.cost)
-    waits = scaling.exposed(counts, links, world, views=views, backward=counts.backward * compute)
+    waits = scaling.exposed(counts, links, world, views=views, backward=counts.share * compute)
     return compute + sum(waits.values())
 
 
@@ -38,20 +38,13 @@ def kept(counts, world, **options) -> str:
 
 
 def test_collectives_by_hand():
-    # One machine: 7 hops of 0.6 µs around the ring, 7 up and 7 down the tree.
-    assert LINKS.all_gather(0, 8) == pytest.approx(1e-6 * (6.6 + 7 * 0.6))
+    # One machine: 7 hops of 0.6 µs up the tree and 7 down. Eight: 3 levels of machines too.
     assert LINKS.all_reduce(0, 8) == pytest.approx(1e-6 * (6.8 + 14 * 0.6))
-    # Eight machines: 7 of the ring's 63 hops are between them; the tree has 3 levels of machines.
-    assert LINKS.all_gather(0, 64) == pytest.approx(1e-6 * (6.6 + 56 * 1.0 + 7 * 2.7))
     assert LINKS.all_reduce(0, 64) == pytest.approx(1e-6 * (6.8 + 14 * 0.6 + 6 * 5.0))
-    # An AMD host takes twice as long to post a message, where it posts any.
-    amd = scaling.Links(post=2.0)
-    assert amd.all_gather(0, 64) == pytest.approx(1e-6 * (6.6 + 56 * 2.0 + 7 * 2.7))
-    assert amd.all_gather(0, 8) == LINKS.all_gather(0, 8) and amd.all_reduce(0, 64) == LINKS.all_reduce(0, 64)
     # A gigabyte: 370 GB/s in a machine, eight ports of 46 between machines.
     assert LINKS.all_reduce(1e9, 8) - LINKS.all_reduce(0, 8) == pytest.approx(1.75 / 370)
-    assert LINKS.all_gather(1e9, 64) - LINKS.all_gather(0, 64) == pytest.approx(63 / 64 / 368)
-    assert LINKS.all_gather(1e9, 1) == LINKS.all_reduce(1e9, 1) == 0
+    assert LINKS.all_reduce(1e9, 64) - LINKS.all_reduce(0, 64) == pytest.approx(2 * 63 / 64 / 368)
+    assert LINKS.all_reduce(1e9, 1) == 0
 
 
 def test_counts_are_those_of_the_networks(counts):
@@ -59,9 +52,9 @@ def test_counts_are_those_of_the_networks(counts):
     online = torch.nn.ModuleList([backbone, *heads])
     assert sum(counts.buckets) == 4 * sum(weight.numel() for weight in online.parameters())
     channels = [m.num_features for m in convert_sync_batchnorm(online).modules() if isinstance(m, CrossRankBatchNorm)]
-    assert sorted(counts.reduced) == sorted(channels)
-    assert sorted(counts.gathered) == sorted([*channels, *channels[:-1]])  # the EMA network has no predictor
-    assert 4 / 3 < counts.cost < 1.35 and 0.49 < counts.backward < 0.5
+    assert sorted(counts.backward) == sorted(channels)
+    assert sorted(counts.forward) == sorted([*channels, *channels[:-1]])  # the EMA network has no predictor
+    assert 4 / 3 < counts.cost < 1.35 and 0.49 < counts.share < 0.5
 
 
 def test_buckets_are_those_of_distributed_data_parallel(counts):
@@ -113,22 +106,18 @@ def test_what_was_measured_is_what_is_modelled(counts, monkeypatch, capsys):
 def test_the_page_draws_its_conclusions_from_the_model(counts):
     text = " ".join(PAGE.split())
     views = scaling.SUPERVISED / counts.cost
-    summed = sum(LINKS.all_reduce(4 * (2 * c + 1), 1024) for c in counts.gathered)
-    summed += sum(LINKS.all_reduce(8 * c, 1024) for c in counts.reduced)
-    gathers = [1e6 * LINKS.all_gather(4 * world * 513, world) for world in (8, 64, 1024)]
-    sums = [1e6 * LINKS.all_reduce(8 * 256, world) for world in (8, 64, 1024)]
-    few, more, most = (f"{gather:,.0f} and {total:.0f}" for gather, total in zip(gathers, sums, strict=True))
+    small = [f"{1e6 * LINKS.all_reduce(8 * 513, world):.0f}" for world in (8, 64, 1024)]
     example = 2470 / counts.cost
-    amd = scaling.Links(post=2.0)
-    posted = scaling.exposed(counts, amd, 1024, views=4, backward=1.0)["batch norm"]
+    sums = len(counts.forward) + len(counts.backward)
+    backward = counts.share * 1024 / views
+    gathered = step(counts, 1) + 0.1419 + scaling.exposed(counts, LINKS, 1024, views=4, backward=backward)["gradients"]
     for sentence in (
-        f"{few} µs on 8 GPUs, {more} on 64, {most} on 1,024",
+        f"256 channels that is {small[0]} µs on 8 GPUs, {small[1]} on 64, {small[2]} on 1,024",
         f"{example:,.0f} views/s, 1,024 GPUs keep {kept(counts, 1024, rate=example)} instead of {kept(counts, 1024)}",
         f"Their all-reduce, {1e3 * sum(LINKS.all_reduce(size, 1024) for size in counts.buckets):.1f} ms at 1,024 GPUs, "
-        f"hides behind a backward pass of {1e3 * counts.backward * 1024 / views:.0f} ms",
-        f"each of its {len(counts.gathered)} all-gathers",
-        f"would take {1e3 * summed:.1f} ms at 1,024 GPUs",
-        f"1,024 GPUs wait {1e3 * posted:.0f} ms and keep {kept(counts, 1024, links=amd)}.",
+        f"hides behind a backward pass of {1e3 * backward:.0f} ms",
+        f"by its {sums} sums a step",
+        f"where {step(counts, 1) / gathered:.0%} would be kept in place of {kept(counts, 1024)}",
         f"4,096 on 64, which is 64 each, keep {kept(counts, 64, batch=64)}",
         f"at most {views / 4:,.0f} images/s, within the {scaling.LOADED:,.0f} assumed; at K = 2 it is {views / 2:,.0f}",
     ):

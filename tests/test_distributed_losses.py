@@ -11,8 +11,8 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from msbreg import BrownianLoss, MSBRegLoss, SingularValueLoss, functional
-from msbreg.distributed import CrossRankBatchNorm, all_reduce_sum, convert_sync_batchnorm, rank, world_size
-from msbreg.errors import MSBRegError
+from msbreg.batch_norm import convert_sync_batchnorm
+from msbreg.distributed import all_reduce_sum, rank, world_size
 from msbreg.functional import nuclear_norm
 
 VIEWS, ROWS, FEATURES = 3, 16, 5  # rows of all processes together
@@ -211,35 +211,6 @@ def test_svd_needs_all_rows():
         functional.singular_value_loss(torch.ones(4, 3), solver="svd", group=object())
 
 
-def test_conversion_keeps_tensors_and_modes():
-    model = nn.Sequential(nn.BatchNorm1d(4, eps=1e-3, momentum=0.2), nn.Sequential(nn.BatchNorm2d(3, affine=False)))
-    model[1].eval()
-    converted = convert_sync_batchnorm(model)
-    assert converted is model and type(model[0]) is type(model[1][0]) is CrossRankBatchNorm
-    assert (model[0].eps, model[0].momentum, model[0].training, model[1][0].training) == (1e-3, 0.2, True, False)
-    assert model[1][0].weight is None and not model[1][0].affine
-    single = nn.BatchNorm1d(4)
-    assert convert_sync_batchnorm(single).weight is single.weight
-    assert "eps=0.001" in repr(model)
-
-
-def test_without_processes_it_is_plain_batch_norm():
-    plain = nn.BatchNorm2d(3)
-    twin = convert_sync_batchnorm(nn.BatchNorm2d(3))
-    x = torch.randn(4, 3, 5, 5)
-    assert torch.equal(twin(x), plain(x)) and torch.equal(twin.running_var, plain.running_var)
-    with pytest.raises(ValueError, match=r"\(N, 3, ...\), got shape \(4, 2\)"):
-        twin(torch.ones(4, 2))
-
-
-def test_layers_that_do_more_than_normalise_are_refused():
-    class BatchNormAndMore(nn.BatchNorm2d):
-        pass
-
-    with pytest.raises(MSBRegError, match=r"layer .1.*BatchNormAndMore"):
-        convert_sync_batchnorm(nn.Sequential(nn.ReLU(), BatchNormAndMore(3)))
-
-
 def test_a_group_is_shared_by_copies_and_must_be_of_this_process(free_port):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port}", rank=0, world_size=1)
     try:
@@ -254,21 +225,3 @@ def test_a_group_is_shared_by_copies_and_must_be_of_this_process(free_port):
                 loss(*[z] * (1 + isinstance(loss, MSBRegLoss)))
     finally:
         dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("affine", [True, False])
-def test_compiled_batch_norm_has_the_same_gradients(free_port, affine):
-    torch._dynamo.reset()
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port}", rank=0, world_size=1)
-    try:
-        x = torch.randn(16, 5, 3, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        weight = torch.linspace(-1, 2, x.numel()).view_as(x)
-        layer = CrossRankBatchNorm(5, affine=affine)
-        inputs = (x, *layer.parameters())
-        compiled, eager = (
-            torch.autograd.grad((run(x) * weight).sum(), inputs)
-            for run in (torch.compile(layer, backend="aot_eager"), layer)
-        )
-    finally:
-        dist.destroy_process_group()
-    assert all(torch.allclose(a, b, atol=1e-5) and b.abs().max() > 1e-3 for a, b in zip(compiled, eager, strict=True))

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 from torch.nn.parallel import DistributedDataParallel
 
+from msbreg.batch_norm import convert_sync_batchnorm
 from msbreg.config import Config
-from msbreg.distributed import convert_sync_batchnorm
 from msbreg.methods import Encoder, build_method
 
 BATCH = 6

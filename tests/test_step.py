@@ -11,10 +11,12 @@ pytest.importorskip("torchvision", reason="this needs the extra [train]")
 pytest.importorskip("tqdm", reason="this needs the extra [train]")
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from msbreg import reference
+from msbreg.batch_norm import CrossRankBatchNorm
 from msbreg.compilation import regions
 from msbreg.config import Config
 from msbreg.data import Batch, ViewLoader
@@ -33,7 +35,7 @@ gpu = [
 ]
 
 
-def build(device: str = "cpu", **options) -> TrainingStep:
+def build(device: str = "cpu", processes: Processes | None = None, **options) -> TrainingStep:
     config = Config()
     config.data.batch_size, config.data.views = BATCH, VIEWS
     config.model.hidden, config.model.dim, config.model.precision = 24, 8, "fp32"
@@ -41,7 +43,7 @@ def build(device: str = "cpu", **options) -> TrainingStep:
         group, option = name.split("__")
         assert hasattr(getattr(config, group), option)
         setattr(getattr(config, group), option, value)
-    step = TrainingStep(config, Processes(device), steps=STEPS, warmup_steps=1, classes=5)
+    step = TrainingStep(config, processes or Processes(device), steps=STEPS, warmup_steps=1, classes=5)
     step.train()
     return step
 
@@ -117,6 +119,24 @@ def test_no_step_reads_a_number(monkeypatch, method, optimizer):
     with Reads(lambda: counters(step)) as reads:
         step(images, 1)
     assert reads.found == []
+
+
+def test_no_step_of_several_processes_reads_a_number(monkeypatch, free_port):
+    """Batch normalisation over processes included, which torch's own cannot do without."""
+    monkeypatch.setattr(reference, "can_be_asked", lambda z: False)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port}", rank=0, world_size=1)
+    try:
+        processes = Processes("cpu")
+        processes.group = dist.group.WORLD
+        step = build(processes=processes)
+        assert any(isinstance(layer, CrossRankBatchNorm) for layer in step.method.modules())
+        images = batch()
+        step(images, 0)
+        with Reads(lambda: counters(step)) as reads:
+            step(images, 1)
+        assert reads.found == []
+    finally:
+        dist.destroy_process_group()
 
 
 READERS = {
