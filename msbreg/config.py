@@ -91,7 +91,7 @@ class DataConfig:
     timeout: float = 600.0
     """Seconds that a step waits for its images before the run ends, as on a stalled disk; 0: for ever."""
     cache: str | None = None
-    """Folder for the rendered images; unset: msbreg/ in the user's cache folder (XDG_CACHE_HOME)."""
+    """Folder for rendered images and listings of tar shards; unset: msbreg/ in the user's cache (XDG_CACHE_HOME)."""
 
 
 @dataclass

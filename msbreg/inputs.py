@@ -70,22 +70,29 @@ def open_loader(config: Config, processes: Processes, source: Source) -> ViewLoa
 def open_images(config: Config, processes: Processes) -> tuple[Source, Source | None]:
     """Training images, and held-out ones where there are any; some labelled training images where not.
 
+    To be called on all ranks. The first one lists the images for all of them: listing millions is what file systems of
+    many machines are slow at. What tar shards hold is kept in the cache, beside rendered images.
+
     Raises:
         MSBRegError: there are no images where the config says, or they cannot be rendered there.
     """
-    if config.data.path is None:
-        from msbreg.data.rendered import cache_folder, render
+    from msbreg.data.rendered import cache_folder, render
 
-        cache = Path(config.data.cache).expanduser() if config.data.cache else cache_folder()
-        path: str | Path = cache / f"rendered-{config.data.size}"
-        if processes.local_rank == 0:
-            render(path, size=config.data.size)
-        processes.wait()
-    else:
-        path = os.path.expanduser(config.data.path)
-    train, held_out = open_split(path)
+    cache = Path(config.data.cache).expanduser() if config.data.cache else cache_folder()
+    if config.data.path is not None:
+        path = Path(config.data.path).expanduser()
+        return processes.of_first(lambda: _listed(config, path, cache), "list the images")
+    rendered = cache / f"rendered-{config.data.size}"
+    if processes.local_rank == 0:
+        render(rendered, size=config.data.size)
+    processes.wait()
+    return _listed(config, rendered, cache)  # each machine has its own
+
+
+def _listed(config: Config, path: Path, cache: Path) -> tuple[Source, Source | None]:
+    train, held_out = open_split(path, cache=cache)
     if config.data.eval_path is not None:
-        held_out = with_classes_of(train, open_source(os.path.expanduser(config.data.eval_path)))
+        held_out = with_classes_of(train, open_source(os.path.expanduser(config.data.eval_path), cache=cache))
     elif held_out is None and has_labels(train):
         train, held_out = set_aside(train)
     return train, held_out

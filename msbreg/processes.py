@@ -4,6 +4,7 @@ import os
 import re
 import socket
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -100,6 +101,9 @@ class Processes:
         # After an error the others may be waiting in a collective, where leaving the group would wait for them in turn.
         if kind is None and dist.is_initialized():
             dist.destroy_process_group()
+            # Their threads end with the last reference. One with a tensor still to release when the interpreter ends
+            # would abort the process.
+            self.group = self._control = None
         if isinstance(error, RuntimeError) and is_of_memory(error):
             where = f"GPU {self.device.index}" if self.device.type == "cuda" else "this machine"
             (wanted,) = re.findall(r"ried to allocate ([\d.]+ \w+)", str(error))[:1] or ["tensor"]
@@ -139,6 +143,33 @@ class Processes:
             raise MSBRegError(
                 f"processes do not see the same of {what}: {numbers} by rank; use a folder they all share."
             )
+
+    def of_first(self, make: Callable[[], T], what: str) -> T:
+        """What the first rank makes, on every rank; pickled on the way. To be called on all ranks.
+
+        Args:
+            make: called on the first rank alone.
+            what: it does, to be told to the others where it fails: "list the images".
+
+        Raises:
+            MSBRegError: on the first rank what `make` raised, on the others that it could not.
+        """
+        made: list[T] = []
+        problem: MSBRegError | None = None
+        if self.first:
+            try:
+                made.append(make())
+            except MSBRegError as error:
+                problem = error
+        if self.world > 1:
+            box = [made]
+            dist.broadcast_object_list(box, src=0, group=self._control)
+            (made,) = box
+        if problem is not None:
+            raise problem
+        if not made:
+            raise MSBRegError(f"rank 0 could not {what}; it says why.")
+        return made[0]
 
     def gather_objects(self, mine: T) -> list[T]:
         """What each rank has, on every rank; pickled on the way."""

@@ -94,7 +94,6 @@ class Trainer:
             refuse_other_config(state, config, folder)
 
         self.source, self.held_out = open_images(config, processes)
-        processes.agree(len(self.source), "the training images")
         if state is not None and state["images"] != len(self.source):
             raise MSBRegError(
                 f"the run in {folder} was trained on {state['images']:,} images, but there are {len(self.source):,} "

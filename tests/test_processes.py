@@ -1,4 +1,4 @@
-"""The processes of a run share the cores of their machine."""
+"""The processes of a run: cores that they share, and what one does for all."""
 
 import os
 import subprocess
@@ -20,22 +20,27 @@ with Processes("cpu") as processes:
 """
 
 
-def shares(cores_of_each: list[list[int]], port: int) -> list[int]:
-    """What processes that may run on these cores count on."""
-    world = str(len(cores_of_each))
+def run_ranks(program: str, arguments: list[list[str]], port: int) -> list[str]:
+    """What processes of one group print, each with arguments of its own."""
+    world = str(len(arguments))
     shared = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, ",".join(map(str, cores))],
+            [sys.executable, "-c", program, *own],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             text=True,
         )
-        for rank, cores in enumerate(cores_of_each)
+        for rank, own in enumerate(arguments)
     ]
     said = [process.communicate(timeout=120)[0] for process in started]
     assert [process.returncode for process in started] == [0] * len(started)
-    return [int(text) for text in said]
+    return said
+
+
+def shares(cores_of_each: list[list[int]], port: int) -> list[int]:
+    """What processes that may run on these cores count on."""
+    return [int(text) for text in run_ranks(PROGRAM, [[",".join(map(str, cores))] for cores in cores_of_each], port)]
 
 
 def test_one_process_has_all_cores():
@@ -82,10 +87,37 @@ def test_no_more_cores_than_the_containers_quota(tmp_path, monkeypatch, quota, c
 
 def test_ranks_that_see_other_numbers_are_told(monkeypatch):
     processes = Processes("cpu")
-    processes.agree(240, "the training images")
+    processes.agree(240, "the run folder here")
     monkeypatch.setattr(processes, "gather", lambda number: [number, number - 1])
-    with pytest.raises(MSBRegError, match=r"do not see the same of the training images: \[240, 239\] by rank"):
-        processes.agree(240, "the training images")
+    with pytest.raises(MSBRegError, match=r"do not see the same of the run folder here: \[240, 239\] by rank"):
+        processes.agree(240, "the run folder here")
+
+
+OF_FIRST = """
+import sys
+from msbreg.errors import MSBRegError
+from msbreg.processes import Processes
+calls = []
+with Processes("cpu") as processes:
+    def good():
+        calls.append("good")
+        return {"made by": processes.rank}
+    def bad():
+        raise MSBRegError("there are none.")
+    print(processes.of_first(good, "list the images"), len(calls))
+    try:
+        processes.of_first(bad, "list the images")
+    except MSBRegError as error:
+        print(error)
+"""
+
+
+def test_the_first_rank_works_for_all(free_port):
+    said = run_ranks(OF_FIRST, [[], []], free_port)
+    assert [text.splitlines() for text in said] == [
+        ["{'made by': 0} 1", "there are none."],
+        ["{'made by': 0} 0", "rank 0 could not list the images; it says why."],
+    ]
 
 
 @pytest.mark.parametrize("device", ["gpu", "meta", "cpu:x"])

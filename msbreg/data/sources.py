@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from msbreg.data.listing import Listing, keep, kept
 from msbreg.errors import DataError
 
 __all__ = [
@@ -174,16 +175,25 @@ class TarShards(Source):
 
     Args:
         path: one shard, a folder of shards, or a pattern with {000..127}, {a,b}, * or ?.
+        cache: folder that keeps what the scan found, for the next time; None: it is not kept.
 
     Raises:
         DataError: nothing matches, a shard is not an uncompressed tar file or is cut short, or there is no image.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, cache: Path | None = None) -> None:
         self.pattern = str(path)
         self.shards = _expand_shards(path)
         if not self.shards:
             raise DataError(f"{self.pattern} names no shards: expected tar files, or rising numbers as in {{000..127}}")
+        listing = None if cache is None else kept(cache, self.shards)
+        if listing is None:
+            listing = self._scanned()
+            if cache is not None:
+                keep(cache, self.shards, listing)
+        self.names, self.place, self.labels, self.classes = listing
+
+    def _scanned(self) -> Listing:
         with ThreadPoolExecutor(max_workers=min(8, len(self.shards))) as pool:
             found = list(pool.map(_scan_shard, self.shards))
         members = [(shard, *member) for shard, inside in enumerate(found) for member in inside]
@@ -192,9 +202,7 @@ class TarShards(Source):
                 f"{self.pattern} holds no images: no member of its {len(self.shards)} shards ends in {_ENDINGS}"
             )
         shard, names, offset, size, labels = zip(*members, strict=True)
-        self.names = list(names)
-        self.place = np.array([shard, offset, size], dtype=np.int64).T  # (N, 3): shard, offset, bytes
-        self.labels, self.classes = _number_classes(labels)
+        return Listing(list(names), np.array([shard, offset, size], dtype=np.int64).T, *_number_classes(labels))
 
     def read(self, index: int) -> bytes:
         """See `Source.read`."""
@@ -216,8 +224,12 @@ class TarShards(Source):
         return self.pattern
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path, *, cache: Path | None = None) -> Source:
     """Images by what the path is: a folder of images or of tar shards, a shard or a pattern of shards, an index file.
+
+    Args:
+        path: where the images are.
+        cache: see `TarShards`.
 
     Raises:
         DataError: there is nothing there, or nothing that holds images.
@@ -225,15 +237,15 @@ def open_source(path: str | Path) -> Source:
     text = str(path)
     if os.path.isdir(path):
         shards = not any(_files_below(Path(path), EXTENSIONS)) and any(_files_below(Path(path), ("tar",)))
-        return TarShards(path) if shards else ImageFolder(path)
+        return TarShards(path, cache=cache) if shards else ImageFolder(path)
     if text.lower().endswith((".txt", ".csv", ".tsv", ".lst")):
         return IndexFile(path)
     if os.path.exists(path) or re.search(r"[*?{\[]", text):
-        return TarShards(path)
+        return TarShards(path, cache=cache)
     raise DataError(f"no such folder or file: {text}")
 
 
-def open_split(path: str | Path) -> tuple[Source, Source | None]:
+def open_split(path: str | Path, *, cache: Path | None = None) -> tuple[Source, Source | None]:
     """Training images, and held-out images where they lie beside them.
 
     A folder with `train` and one of `val`, `validation` and `test` in it is a split one; of anything else all images
@@ -244,11 +256,11 @@ def open_split(path: str | Path) -> tuple[Source, Source | None]:
     """
     folder = Path(path)
     if not (folder / "train").is_dir():
-        return open_source(path), None
-    train = open_source(folder / "train")
+        return open_source(path, cache=cache), None
+    train = open_source(folder / "train", cache=cache)
     for name in ("val", "validation", "test"):
         if (folder / name).is_dir():
-            return train, with_classes_of(train, open_source(folder / name))
+            return train, with_classes_of(train, open_source(folder / name, cache=cache))
     return train, None
 
 
