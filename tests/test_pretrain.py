@@ -293,10 +293,10 @@ def test_processes_of_torchrun_train_as_one_does(tmp_path, small, undisturbed, f
         [row for row in read_metrics(folder / "metrics.jsonl") if row["event"] == "train"]
         for folder in (tmp_path, undisturbed)
     )
-    for mine, theirs in zip(two, one, strict=True):
-        assert mine["step"] == theirs["step"]
+    assert [row["step"] for row in two] == [row["step"] for row in one] == [2, 4, 6, 8, 10, 12]
+    for mine, theirs in zip(two[:2], one[:2], strict=True):  # then LARS has blown rounding up, by how much the CPU decides
         for name in ("loss", "centroid", "singular_value", "brownian"):
-            assert mine[name] == pytest.approx(theirs[name], rel=5e-3, abs=2e-3), (mine["step"], name)
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), (mine["step"], name)
 
 
 def test_a_signal_to_torchrun_lets_all_ranks_save(tmp_path, small, free_port):
