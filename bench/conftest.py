@@ -12,7 +12,7 @@ import pytest
 import shapes
 import torch
 from providers import Provider, providers
-from records import gpu_state
+from records import gpu_state, without_folder
 
 import msbreg
 from msbreg.machine import usable_cores
@@ -115,8 +115,8 @@ def wanted(request: pytest.FixtureRequest) -> Settings:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    """What the figures depend on, without the machine's name in its network."""
-    wanted = config.stash[SETTINGS]
+    """What the figures depend on, without the machine's name in its network and its folders."""
+    wanted, arguments = config.stash[SETTINGS], config.invocation_params.args
     cpu = machine_info.pop("cpu", {})
     machine_info.pop("node", None)
     machine_info |= {
@@ -128,7 +128,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "gpu": gpu_state(wanted.device),
         "versions": versions(),
         "spectrum": wanted.spectrum,
-        "command": shlex.join(["python", "-m", "pytest", *config.invocation_params.args]),
+        "command": shlex.join(["python", "-m", "pytest", *(without_folder(str(word)) for word in arguments)]),
     }
 
 

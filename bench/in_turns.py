@@ -42,7 +42,7 @@ def measure(
     def truth(terms: str) -> Reference:
         return reference(*batches[0], terms, SPECTRUM, shapes.oracle_decomposition(shape, device))
 
-    clocks: dict[str, Round] = {}
+    clocks: dict[str, tuple[Round, str]] = {}
     for name in names:
         provider = providers(SPECTRUM)[name]
         fault = shapes.left_out(shape, provider, device)
@@ -51,17 +51,24 @@ def measure(
             fault = refusal(loss, truth(provider.terms))
         if loss is None or fault:
             sys.exit(f"{name} is not timed: {fault}")
-        clocks[name], _ = device_round(functools.partial(made, loss, batches), device, waits=provider.waits)
+        clocks[name] = device_round(functools.partial(made, loss, batches), device, waits=provider.waits)
 
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(WARM_UP + rounds):
-        for name, clock in clocks.items():
+        for name, (clock, _) in clocks.items():
             seconds[name].append(clock())
     first = seconds[names[0]][WARM_UP:]
     rows = []
     for name, times in seconds.items():
         ratios = [own / base for own, base in zip(times[WARM_UP:], first, strict=True)]
-        rows.append({"provider": name, "ms": spread([1e3 * t for t in times[WARM_UP:]]), "ratio": spread(ratios)})
+        rows.append(
+            {
+                "provider": name,
+                "clock": clocks[name][1],
+                "ms": spread([1e3 * t for t in times[WARM_UP:]]),
+                "ratio": spread(ratios),
+            }
+        )
     return rows
 
 
@@ -100,8 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result["rows"] = measure(options.providers, shape, DTYPES[options.dtype], device, rounds=options.rounds)
     keep(result, options.json)
     print(f"{shape} in {options.dtype}, forward and backward, {result['device_name']}, {result['threads']} threads\n")
-    cells = [[row["provider"], cell(row["ms"], 2), cell(row["ratio"], 2)] for row in result["rows"]]
-    print(markdown(["provider", "ms", f"time / {options.providers[0]}"], cells))
+    cells = [[row["provider"], row["clock"], cell(row["ms"], 2), cell(row["ratio"], 2)] for row in result["rows"]]
+    print(markdown(["provider", "clock", "ms", f"time / {options.providers[0]}"], cells, text=2))
 
 
 if __name__ == "__main__":

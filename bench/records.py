@@ -30,6 +30,7 @@ __all__ = [
     "provenance",
     "spread",
     "versions",
+    "without_folder",
 ]
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,7 +60,7 @@ def provenance(script: str, data: object, device: torch.device, packages: Sequen
     }
 
 
-def without_folder(word: str, data: str) -> str:
+def without_folder(word: str, data: str | None = None) -> str:
     """A word of a command line, of an absolute path only the name; where it is the images, IMAGES."""
     option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
     if value == data:

@@ -83,13 +83,19 @@ def unit_gram_kernel(
     m = z_hat_pointer + k * parts_of(z_hat_pointer) * low
     if ROWS:
         sums = product_of_numbers(
-            m, low, width, 1, m, low, 1, width, p, batch, width, width, r, batch, BLOCK_Q, IN_PARTS
-        )
+            left=m, left_low=low, left_stride_p=width, left_stride_q=1,
+            right=m, right_low=low, right_stride_q=1, right_stride_r=width,
+            p=p, p_count=batch, left_count=width, right_count=width, r=r, r_count=batch,
+            BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS,
+        )  # fmt: skip
         store_symmetric(gram_pointer + k * batch * batch, sums, p, r, batch)
     else:
         sums = product_of_numbers(
-            m, low, 1, width, m, low, width, 1, p, width, batch, batch, r, width, BLOCK_Q, IN_PARTS
-        )
+            left=m, left_low=low, left_stride_p=1, left_stride_q=width,
+            right=m, right_low=low, right_stride_q=width, right_stride_r=1,
+            p=p, p_count=width, left_count=batch, right_count=batch, r=r, r_count=width,
+            BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS,
+        )  # fmt: skip
         store_symmetric(gram_pointer + k * dim * dim, sums, p, r, dim)
     row, column, rows = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(0).to(tl.int64)
     square = tl.sum(sums * sums).to(tl.float64) * tl.where(row == column, 1.0, 2.0)

@@ -59,8 +59,11 @@ def affine_product(left, right, side, width, identity, scale, p, r, BLOCK_Q: tl.
     """
     low = tl.full([], width, tl.int64) * width
     product = product_of_numbers(
-        left, low, width, 1, right, low, width, 1, p, width, width, width, r, width, BLOCK_Q, IN_PARTS
-    )
+        left=left, left_low=low, left_stride_p=width, left_stride_q=1,
+        right=right, right_low=low, right_stride_q=width, right_stride_r=1,
+        p=p, p_count=width, left_count=width, right_count=width, r=r, r_count=width,
+        BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS,
+    )  # fmt: skip
     return affine(product, p, r, side, identity.to(product.dtype), scale.to(product.dtype))
 
 

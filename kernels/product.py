@@ -85,11 +85,19 @@ def unit_product_kernel(
     low, w_low = tl.full([], batch, tl.int64) * width, tl.full([], weight_width, tl.int64) * weight_width
     m, w = z_hat_pointer + k * parts_of(z_hat_pointer) * low, weight_pointer + k * parts_of(weight_pointer) * w_low
     if WEIGHT_LEFT:
-        left, right = (w, w_low, weight_width, 1), (m, low, width, 1)
-        sums = product_of_numbers(*left, *right, i, batch, weight_width, batch, d, width, BLOCK_Q, IN_PARTS)
+        sums = product_of_numbers(
+            left=w, left_low=w_low, left_stride_p=weight_width, left_stride_q=1,
+            right=m, right_low=low, right_stride_q=width, right_stride_r=1,
+            p=i, p_count=batch, left_count=weight_width, right_count=batch, r=d, r_count=width,
+            BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS,
+        )  # fmt: skip
     else:
-        left, right = (m, low, width, 1), (w, w_low, weight_width, 1)
-        sums = product_of_numbers(*left, *right, i, batch, width, width, d, width, BLOCK_Q, IN_PARTS)
+        sums = product_of_numbers(
+            left=m, left_low=low, left_stride_p=width, left_stride_q=1,
+            right=w, right_low=w_low, right_stride_q=weight_width, right_stride_r=1,
+            p=i, p_count=batch, left_count=width, right_count=width, r=d, r_count=width,
+            BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS,
+        )  # fmt: skip
     mask = (i < batch)[:, None] & (d < dim)[None, :]
     tl.store(output_pointer + offsets(k * batch + i, dim, d, 1), sums, mask=mask)
 

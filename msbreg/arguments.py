@@ -10,8 +10,8 @@ from torch import Tensor
 from msbreg.reference import Spectrum
 
 __all__ = [
-    "Views", "batch_size", "check_choice", "check_embedding", "check_smoothing", "check_spectral", "check_targets",
-    "full_precision", "raised", "raised_dtype", "stacked",
+    "Views", "batch_size", "check_choice", "check_embedding", "check_number", "check_smoothing", "check_spectral",
+    "check_targets", "full_precision", "raised", "raised_dtype", "stacked",
 ]  # fmt: skip
 
 Views = Tensor | Sequence[Tensor]
@@ -92,6 +92,12 @@ def check_smoothing(smoothing: float) -> None:
     """Raises ValueError for a negative δ, or NaN."""
     if not smoothing >= 0:
         raise ValueError(f"expected smoothing of at least 0, got {smoothing}")
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises TypeError for a weight that kernels cannot take: a tensor, which the host would have to read, or None."""
+    if isinstance(value, Tensor) or value is None:
+        raise TypeError(f"expected {name} to be a number, got {type(value).__name__}")
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:

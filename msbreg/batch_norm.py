@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from msbreg.derivatives import once_differentiable
-from msbreg.distributed import all_reduce_sum
+from msbreg.distributed import Shared, all_reduce_sum
 from msbreg.errors import MSBRegError
 
 __all__ = ["CrossRankBatchNorm", "convert_sync_batchnorm"]
@@ -45,7 +45,7 @@ class CrossRankBatchNorm(_BatchNorm):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
-        self.group = group
+        self._shared = Shared(group)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2 or input.shape[1] != self.num_features:
@@ -56,7 +56,7 @@ class CrossRankBatchNorm(_BatchNorm):
         self._check_input_dim(input)
         if not (self.training and dist.is_available() and dist.is_initialized()):
             return super().forward(input)
-        group = dist.group.WORLD if self.group is None else self.group
+        group = dist.group.WORLD if self._shared.group is None else self._shared.group
         output, mean, variance = _CrossRankNormalise.apply(input, self.weight, self.bias, self.eps, group)
         self._update_running(mean, variance)
         return output

@@ -3,7 +3,17 @@
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_reduce_sum", "rank", "world_size"]
+__all__ = ["Shared", "all_reduce_sum", "rank", "world_size"]
+
+
+class Shared:
+    """A module's process group, which cannot be copied, and which copies of the module share."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: object) -> "Shared":
+        return self
 
 
 def world_size(group: dist.ProcessGroup | None) -> int:

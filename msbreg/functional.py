@@ -17,6 +17,7 @@ from msbreg.arguments import (
     Views,
     check_choice,
     check_embedding,
+    check_number,
     check_smoothing,
     check_spectral,
     check_targets,
@@ -116,7 +117,8 @@ def msbreg_loss(
 
     Raises:
         ValueError: shapes that do not fit, empty tensors, tensors on several devices, an unknown option.
-        TypeError: not tensors, or not floating point; a seed, step or first image that is no integer.
+        TypeError: not tensors, or not floating point; a weight that is a tensor or None; a seed, step or first image
+            that is no integer.
     """
     z, t = stacked(online, "online"), stacked(target, "target")
     y = None if embedding is None or embedding is online else stacked(embedding, "embedding")
@@ -125,6 +127,8 @@ def msbreg_loss(
         check_embedding(y, z)
     check_spectral(spectrum, smoothing)
     check_choice("per", per, Per)
+    for name, weight in (("lambda_m", lambda_m), ("lambda_s", lambda_s), ("lambda_b", lambda_b)):
+        check_number(name, weight)
 
     dispersion = spectrum if lambda_s != 0 else None
     noise = (seed, step, first_image) if lambda_b != 0 else None
@@ -439,10 +443,7 @@ class _NuclearNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_values: Tensor) -> tuple[Tensor | None, ...]:
-        z, weight = ctx.saved_tensors
-        with full_precision(z):
-            gradient = d_values[:, None, None] * products(z).multiply(raised(z), weight)
-            return gradient.to(z.dtype), None, None, None
+        return _weighted(ctx, d_values), None, None, None
 
 
 class _CodingRate(torch.autograd.Function):
@@ -463,10 +464,15 @@ class _CodingRate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_values: Tensor) -> tuple[Tensor | None, ...]:
-        z, weight = ctx.saved_tensors
-        with full_precision(z):
-            gradient = d_values[:, None, None] * products(z).multiply(raised(z), weight)
-            return gradient.to(z.dtype), None, None
+        return _weighted(ctx, d_values), None, None
+
+
+def _weighted(ctx: Any, d_values: Tensor) -> Tensor:
+    """dL/dz, (K, N, D), from z and the weights W, (K, p, p), that the forward pass saved."""
+    z, weight = ctx.saved_tensors
+    with full_precision(z):
+        gradient = d_values[:, None, None] * products(z).multiply(raised(z), weight)
+        return gradient.to(z.dtype)
 
 
 def products(x: Tensor) -> Any:

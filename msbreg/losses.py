@@ -1,7 +1,6 @@
 """The losses as modules. `MSBRegLoss` is the whole method; the others are its parts."""
 
-import copy
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 
 from msbreg import functional
 from msbreg.arguments import Views, batch_size
-from msbreg.distributed import rank
+from msbreg.distributed import Shared, rank
 from msbreg.functional import (
     LAMBDA_B,
     LAMBDA_M,
@@ -31,21 +30,25 @@ __all__ = ["BrownianLoss", "CentroidLoss", "MSBRegLoss", "SingularValueLoss"]
 
 
 class Loss(nn.Module):
-    """A loss whose repr shows its options."""
+    """A loss whose repr shows its options, and whose copies share its process group."""
 
     options: tuple[str, ...] = ()
 
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__()
+        self._shared = Shared(group)
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The processes that a batch is spread over; None for this one alone."""
+        return self._shared.group
+
+    @group.setter
+    def group(self, group: dist.ProcessGroup | None) -> None:
+        self._shared = Shared(group)
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.options)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Loss":
-        """A copy of the same process group, which cannot be copied itself."""
-        group = getattr(self, "group", None)
-        memo[id(group)] = group
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return new
 
 
 class _Noise(TypedDict):
@@ -60,21 +63,30 @@ class _NoisyLoss(Loss):
     """Holds the noise's seed and step as int64 buffers, so that a state_dict resumes the noise where it was saved.
 
     In training mode a forward pass uses the current step, then advances it by one. In eval mode it uses the current
-    step and leaves it, so that evaluation is repeatable and disturbs nothing. An explicit step does neither: give one
-    where `torch.utils.checkpoint` recomputes the loss, which would else draw the next step's noise.
+    step and leaves it, so that evaluation is repeatable and disturbs nothing. An explicit step does neither.
     """
 
     seed: Tensor
     step: Tensor
 
     def __init__(self, seed: int, group: dist.ProcessGroup | None) -> None:
-        super().__init__()
+        super().__init__(group)
         check_noise(seed, 0, 0)
-        self.group = group
+        self._seed = seed
         self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
         self.register_buffer("step", torch.tensor(0, dtype=torch.int64))
 
+    def reset_parameters(self) -> None:
+        """Sets seed and step as they were at first: what makes a module whole that was built on the meta device."""
+        self.seed.fill_(self._seed)
+        self.step.zero_()
+
     def _noise(self, views: Views, step: int | Tensor | None) -> _Noise:
+        if step is None and self.training and in_a_backward_pass():
+            raise RuntimeError(
+                f"expected {type(self).__name__} to be called with step= where torch.utils.checkpoint recomputes it: "
+                "its own has advanced since, and draws other noise"
+            )
         return {
             "seed": self.seed,
             "step": self.step if step is None else step,
@@ -95,7 +107,11 @@ class _NoisyLoss(Loss):
 class MSBRegLoss(_NoisyLoss):
     """The multiview centroid, singular value and Brownian losses: λ_m L_M + λ_s L_S + λ_b L_B.
 
-    See `msbreg.functional.msbreg_loss` for the terms and their options.
+    See `msbreg.functional.msbreg_loss` for the terms and their options. Weights may be changed between calls, though
+    where torch.compile traces the kernels it compiles anew for each value: call a loss with a schedule outside of it.
+
+    The noise is a function of seed, step and image. The module counts steps, in its state_dict: one for each call in
+    training mode, none in eval mode, and none for calls with a `step`, which `torch.utils.checkpoint` needs.
 
     Args:
         lambda_s, lambda_b: weights; a term of weight 0 is not computed.
@@ -105,9 +121,10 @@ class MSBRegLoss(_NoisyLoss):
         smoothing: δ of `"nuclear"`.
         solver: `"auto"`, `"newton_schulz"`, `"eigh"` or `"svd"`.
         per: `"image"` or `"view"`: whose random directions are independent.
-        seed: of the noise; any int64. The same in all processes.
+        seed: of the noise; any int64. The same in all processes, another one for another module of the same model.
         group: process group over which a batch is spread, as many images in each process. None for local singular
-            values; images are numbered by global rank all the same, so that processes get different noise.
+            values. Images are numbered by the rank in the group, without one by the global rank, times B: so processes
+            get different noise, as long as they have as many images each, and two groups the same.
 
     Example:
         >>> criterion = MSBRegLoss(lambda_s=0.004, lambda_b=0.5)
@@ -212,11 +229,10 @@ class SingularValueLoss(Loss):
         solver: Solver = SOLVER,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(group)
         self.spectrum = spectrum
         self.smoothing = smoothing
         self.solver = solver
-        self.group = group
 
     def forward(self, embeddings: Views) -> Tensor:
         """(K, N, D), a sequence of (N, D), or one (N, D), to a scalar."""
@@ -228,9 +244,11 @@ class SingularValueLoss(Loss):
 class BrownianLoss(_NoisyLoss):
     """L_B, the embeddings' product with random directions; `msbreg.functional.brownian_loss`.
 
+    It counts steps, and numbers images, as `MSBRegLoss` does.
+
     Args:
         per: `"image"` or `"view"`: whose random directions are independent.
-        seed: of the noise; any int64. The same in all processes.
+        seed: of the noise; any int64. The same in all processes, another one for another module of the same model.
         group: process group by whose ranks images are numbered; None for the global rank.
     """
 
@@ -245,3 +263,8 @@ class BrownianLoss(_NoisyLoss):
         loss = functional.brownian_loss(embeddings, per=self.per, **self._noise(embeddings, step))
         self._advance(step)
         return loss
+
+
+def in_a_backward_pass() -> bool:
+    """Whether autograd is at work in this thread, as when a checkpoint recomputes."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

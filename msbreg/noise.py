@@ -76,8 +76,9 @@ def plain_directions(
     quad = torch.arange((dim + 3) // 4, device=device)
     image = (torch.arange(batch, device=device) + first_image) & WORD
     stream = torch.arange(1, views + 1, device=device) if views else torch.zeros(1, dtype=torch.int64, device=device)
-    step = torch.zeros((), dtype=torch.int64, device=device) + (step & WORD)
-    words = philox4x32((quad, image[:, None], step, stream[:, None, None]), seed)
+    # Tensors: torch.compile gives numbers that change a symbol, and its C++ has no & for these.
+    seed, step = (integer_on(quad.device, value) for value in (seed, step))
+    words = philox4x32((quad, image[:, None], step & WORD, stream[:, None, None]), seed)
     n = torch.stack(normals(words), dim=-1).flatten(-2)[..., :dim]  # (views or 1, B, D)
     # In float64 a sum rounds to the same float32 in any order, here or in a kernel, save once in 1e8 rows.
     n = n / torch.linalg.vector_norm(n, dim=-1, keepdim=True, dtype=torch.float64).to(torch.float32)

@@ -264,10 +264,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 
 def _gradients(backward: Any, ctx: Any, d_total: Tensor | None, d_attraction: Tensor | None) -> tuple[Any, ...]:
-    norms = ctx.saved_tensors[2]
+    saved = ctx.saved_tensors  # once: a checkpoint recomputes them for each time that they are asked for
+    norms = saved[2]
     d_total = norms.new_zeros(()) if d_total is None else d_total.contiguous()
     d_attraction = d_attraction.contiguous() if ctx.each and d_attraction is not None else None
-    return backward(d_total, d_attraction, *ctx.saved_tensors, *ctx.options), *(None,) * 11
+    return backward(d_total, d_attraction, *saved, *ctx.options), *(None,) * 11
 
 
 def _operator_backward(

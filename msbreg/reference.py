@@ -44,20 +44,26 @@ __all__ = [
 Spectrum = Literal["nuclear", "whitening", "coding_rate"]
 InverseRoot = Callable[[Tensor, float], Tensor]
 
-EPS = 1e-12
-"""Rows no longer than this have no direction; the value of `torch.nn.functional.normalize`."""
-
 CODING_PRECISION = 0.2
 """ε of the coding rate, as in EMP-SSL, https://arxiv.org/abs/2304.03977, where it is not squared either."""
 
 
+def eps() -> float:
+    """Rows no longer than this have no direction; the value of `torch.nn.functional.normalize`.
+
+    A function, since torch.compile with dynamic=True makes an input of a number that a module holds, and of torch 2.14
+    then fails where two losses have it in one graph.
+    """
+    return 1e-12
+
+
 def unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
-    """ẑ = z / |z|, (..., N, D), and |z|, (..., N, 1), which is at least EPS.
+    """ẑ = z / |z|, (..., N, D), and |z|, (..., N, 1), which is at least `eps`.
 
     Nothing is changed in place: torch.compile of torch 2.11 loses the gradient of an autograd function's output that
     was.
     """
-    norms = lengths(z).clamp_min(EPS)
+    norms = lengths(z).clamp_min(eps())
     return z / norms, norms
 
 
@@ -69,9 +75,9 @@ def can_be_asked(z: Tensor) -> bool:
 def lengths(z: Tensor) -> Tensor:
     """|z|, (..., N, 1), of rows too whose squares overflow or vanish."""
     norms = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-    if can_be_asked(z) and bool(((norms > EPS) & norms.isfinite()).all()):
+    if can_be_asked(z) and bool(((norms > eps()) & norms.isfinite()).all()):
         return norms  # three passes less: an eighth of the loss on a CPU
-    largest = torch.maximum(z.amax(-1, keepdim=True), -z.amin(-1, keepdim=True)).clamp_min(EPS)
+    largest = torch.maximum(z.amax(-1, keepdim=True), -z.amin(-1, keepdim=True)).clamp_min(eps())
     return largest * torch.linalg.vector_norm(z / largest, dim=-1, keepdim=True)
 
 
@@ -81,7 +87,7 @@ def tangent(g: Tensor, z_hat: Tensor, norms: Tensor) -> Tensor:
     Zero where z has no direction that could turn.
     """
     radial = (z_hat * g).sum(-1, keepdim=True)
-    return g.addcmul_(z_hat, radial, value=-1).mul_(torch.where(norms <= EPS, 0.0, 1 / norms))
+    return g.addcmul_(z_hat, radial, value=-1).mul_(torch.where(norms <= eps(), 0.0, 1 / norms))
 
 
 def centroids(t: Tensor, *, leave_one_out: bool) -> Tensor:

@@ -32,7 +32,7 @@ def test_figures_are_of_the_rounds_that_count(monkeypatch, tmp_path, capsys):
     assert svd["ratio"] == {"median": 2, "min": 2, "max": 2}
     assert (result["shape"], result["dtype"], result["threads"], result["rounds"]) == ("2x24x16", "float32", 1, 3)
     text = capsys.readouterr().out
-    assert "| svd | 4,000.00 (2,000.00 to 6,000.00) | 2.00 (2.00 to 2.00) |" in text
+    assert "| svd | wall | 4,000.00 (2,000.00 to 6,000.00) | 2.00 (2.00 to 2.00) |" in text
 
 
 def test_it_runs(capsys):

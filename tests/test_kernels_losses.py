@@ -13,6 +13,7 @@ from test_losses import oracle
 from test_spectral import families, gradient_error, oracle_value, value_and_gradient
 from test_spectral_family import barlow, covariance
 from torch.autograd.gradcheck import GradcheckError
+from torch.utils.checkpoint import checkpoint
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -371,6 +372,21 @@ def test_modules_keep_their_step_and_may_advance_it_before_the_backward_pass():
     (got,) = torch.autograd.grad(out.loss, z)
     (expected,) = torch.autograd.grad(msbreg_loss(z, t, spectrum="whitening", seed=3, step=0).loss, z)
     assert torch.equal(got, expected)
+
+
+def test_checkpoints_recompute_the_same():
+    """Which lets saved tensors be asked for once."""
+    z, t = gaussian(2, 6, 4, dtype=F32).requires_grad_(), gaussian(2, 6, 4, seed=1, dtype=F32)
+    for loss in (
+        lambda z: MSBRegLoss(spectrum="whitening").to(DEVICE)(z, t, step=3).loss,
+        lambda z: centroid_loss(z, t),
+        lambda z: singular_value_loss(z, spectrum="whitening"),
+        lambda z: brownian_loss(z, **NOISE),
+        lambda z: coding_rate(z).sum(),
+    ):
+        (expected,) = torch.autograd.grad(loss(z), z)
+        (got,) = torch.autograd.grad(checkpoint(loss, z, use_reentrant=False), z)
+        assert torch.equal(got, expected)
 
 
 def test_inputs_are_left_alone_and_no_grad_is_heeded():

@@ -2,6 +2,7 @@ import copy
 import doctest
 import inspect
 import math
+import operator
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 
 import msbreg
 from msbreg import (
@@ -436,6 +438,88 @@ def test_modules_compile_and_their_step_advances():
     assert torch.allclose(norm(z), functional.nuclear_norm(z))
 
 
+PAIRS = {
+    "singular_value, singular_value": lambda z, t: SingularValueLoss()(z) + SingularValueLoss()(t),
+    "singular_value, brownian": lambda z, t: SingularValueLoss()(z) + brownian_loss(z, seed=1, step=torch.tensor(2)),
+    "singular_value, centroid": lambda z, t: SingularValueLoss()(z) + CentroidLoss()(z, t),
+    "mmcr with targets": lambda z, t: MMCRLoss()(z, t),
+    "svmax, coding_rate": lambda z, t: SVMaxLoss()(z) + CodingRateLoss()(t),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_two_losses_compile_for_all_shapes_in_one_graph(pair):
+    torch._dynamo.reset()
+    z, t = gaussian(2, 8, 4, dtype=F32).requires_grad_(), gaussian(2, 8, 4, seed=1, dtype=F32)
+    compiled = torch.compile(PAIRS[pair], fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(z, t), PAIRS[pair](z, t), rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_that_changes_is_no_symbol_in_the_compiled_arithmetic():
+    """C++ that torch generates has no & for what may be a symbol."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(lambda z, step: brownian_loss(z, seed=1, step=step), fullgraph=True, backend=backend)
+    z = gaussian(2, 8, 4)
+    for step in range(3):
+        assert torch.allclose(compiled(z, step), brownian_loss(z, seed=1, step=step))
+    assert len(graphs) == 2  # of the first step, and of any
+    bitwise = [node for node in graphs[-1].graph.nodes if node.target in (operator.and_, operator.rshift)]
+    values = [node.args[0].meta["example_value"] for node in bitwise]
+    assert len(values) > 10 and all(isinstance(value, torch.Tensor) for value in values)
+
+
+RECOMPUTED = {
+    "msbreg": lambda z, t: MSBRegLoss()(z, t, step=3).loss,
+    "centroid": lambda z, t: CentroidLoss()(z, t),
+    "singular_value": lambda z, t: SingularValueLoss()(z),
+    "brownian": lambda z, t: BrownianLoss()(z, step=3),
+    "mmcr": lambda z, t: MMCRLoss(0.2)(z),
+    "svmax": lambda z, t: SVMaxLoss()(z),
+    "coding_rate": lambda z, t: CodingRateLoss()(z),
+}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("loss", RECOMPUTED)
+def test_checkpoints_recompute_the_same(loss, reentrant):
+    z, t = gaussian(2, 8, 4).requires_grad_(), gaussian(2, 8, 4, seed=1)
+    (expected,) = torch.autograd.grad(RECOMPUTED[loss](z, t), z)
+    checkpoint(RECOMPUTED[loss], z, t, use_reentrant=reentrant).backward()
+    assert torch.equal(z.grad, expected) and expected.abs().max() > 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_that_would_draw_other_noise_is_refused(reentrant):
+    z, criterion = gaussian(2, 8, 4).requires_grad_(), BrownianLoss()
+    value = checkpoint(criterion, z, use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match="BrownianLoss to be called with step= where"):
+        value.backward()
+    assert criterion.step == 1
+    checkpoint(criterion.eval(), z, use_reentrant=reentrant).backward()  # whose step stays
+
+
+def test_a_compiled_module_is_copied_as_one():
+    compiled = torch.compile(MSBRegLoss(seed=3), backend="eager")
+    twin = copy.deepcopy(compiled)
+    assert type(twin) is type(compiled) and twin.seed == 3 and twin.step is not compiled.step
+
+
+def test_a_module_built_on_the_meta_device_is_made_whole():
+    with torch.device("meta"):
+        criterion = MSBRegLoss(seed=-5)
+    assert criterion.step.is_meta
+    criterion = criterion.to_empty(device="cpu")
+    criterion.step.fill_(77)  # what memory may hold
+    criterion.reset_parameters()
+    assert (criterion.seed.item(), criterion.step.item()) == (-5, 0)
+
+
 def test_module_is_the_function():
     z, t, y = gaussian(2, 8, 4), gaussian(2, 8, 4, seed=1), gaussian(2, 8, 5, seed=2)
     options = {"lambda_m": 0.7, "lambda_s": 0.1, "lambda_b": 0.2, "leave_one_out": True, "spectrum": "whitening",
@@ -532,6 +616,8 @@ REFUSED = [
     (lambda: msbreg_loss(OK, OK, embedding=OK.to("meta"), **NOISE), ValueError, "embedding on cpu"),
     (lambda: msbreg_loss(OK, OK, per="batch", **NOISE), ValueError, "per to be one of 'image', 'view'"),
     (lambda: msbreg_loss(OK, OK, seed=0.5, step=0), TypeError, "seed to be an int"),
+    (lambda: msbreg_loss(OK, OK, lambda_s=torch.ones(()), **NOISE), TypeError, "lambda_s to be a number, got Tensor"),
+    (lambda: MSBRegLoss(lambda_b=None)(OK, OK), TypeError, "lambda_b to be a number, got NoneType"),
     (lambda: MSBRegLoss(seed=1.9), TypeError, "seed to be an int"),
     (lambda: BrownianLoss(seed=2**63), ValueError, "seed to be an int of 64 bits"),
     (lambda: singular_value_loss(OK, spectrum="flat"), ValueError, "'nuclear', 'whitening', 'coding_rate', got 'flat'"),

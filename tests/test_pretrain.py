@@ -294,7 +294,7 @@ def test_processes_of_torchrun_train_as_one_does(tmp_path, small, undisturbed, f
         for folder in (tmp_path, undisturbed)
     )
     assert [row["step"] for row in two] == [row["step"] for row in one] == [2, 4, 6, 8, 10, 12]
-    for mine, theirs in zip(two[:2], one[:2], strict=True):  # then LARS has blown rounding up, by how much the CPU decides
+    for mine, theirs in zip(two[:2], one[:2], strict=True):  # then LARS blows rounding up; by how much, the CPU says
         for name in ("loss", "centroid", "singular_value", "brownian"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), (mine["step"], name)
 

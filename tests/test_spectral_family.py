@@ -356,6 +356,15 @@ def test_autocast_changes_nothing(amp, shape):
     assert torch.equal(*(torch.autograd.grad(v.sum(), x)[0] for x, v in ((leaf, values), (amp_leaf, amp_values))))
 
 
+@pytest.mark.parametrize("shape", [(2, 24, 8), (2, 8, 24)])
+def test_a_backward_pass_inside_autocast_keeps_its_digits(shape):
+    leaf = gaussian(*shape).to(F32).requires_grad_()
+    (expected,) = torch.autograd.grad(everything(leaf).sum(), leaf)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (got,) = torch.autograd.grad(everything(leaf).sum(), leaf)
+    assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("dtype", [F64, F32, torch.float16])
 @pytest.mark.parametrize("shape", [(2, 24, 8), (2, 8, 24), (2, 1, 8), (2, 8, 1), (2, 1, 1)])
 @pytest.mark.parametrize("kind", ["usual", "zero_rows", "all_zero", "collapsed"])
