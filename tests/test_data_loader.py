@@ -1,6 +1,7 @@
 import io
 import itertools
 import math
+import subprocess
 import sys
 import threading
 import warnings
@@ -213,6 +214,27 @@ def test_bad_images_among_good_ones_are_named_once_replaced_and_counted(tmp_path
         again = list(loader.batches(0, 6))
     loader.close()
     assert same(batches, again)
+
+
+ODD_HEADER = """
+import sys
+from msbreg.data import ImageFolder, ViewLoader, evaluation
+loader = ViewLoader(ImageFolder(sys.argv[1]), evaluation(24), 64, shuffle=False, backend=sys.argv[2], threads=1)
+print(len(list(loader.batches())), loader.unreadable)
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_jpeg_with_an_odd_header_does_not_end_the_process(tmp_path, backend):
+    """As DALI 2.4 does in large batches, on a CPU, with what Pillow overlooks: bytes between two segments."""
+    for number in range(64):
+        data = picture(number)
+        tables = data.index(b"\xff\xc4")
+        data = data[:tables] + bytes(3) + data[tables:] if number == 0 else data
+        (tmp_path / f"{number:02d}.jpg").write_bytes(data)
+    command = [sys.executable, "-c", ODD_HEADER, str(tmp_path), backend]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "1 {}\n"), done.stderr
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -152,6 +152,30 @@ def test_samples_of_shards_are_grouped_by_name(tmp_path):
     assert shards.labels.tolist() == [1, -1, 0] and shards.classes == ["0", "7"]
 
 
+def test_images_with_dots_in_their_names_are_passed_over_and_said_to_be(tmp_path, caplog):
+    """A sample's name ends at the first dot: what stands behind it says which part of the sample it is."""
+    shards = TarShards(pack(tmp_path / "s.tar", {"a.jpg": b"a", "a.mask.png": b"m"}))
+    assert len(shards) == 1 and not caplog.messages
+    shards = TarShards(pack(tmp_path / "s.tar", {"a.jpg": b"a", "IMG.1.jpg": b"b", "IMG.2.jpg": b"c"}))
+    assert len(shards) == 1 and "2 such as IMG.1.jpg were passed over" in caplog.text
+    with pytest.raises(DataError, match=r"holds no images.*; 1 such as photo\.v1\.jpg were passed over: in WebDataset"):
+        TarShards(pack(tmp_path / "s.tar", {"photo.v1.jpg": b"a"}))
+
+
+def test_shards_joined_to_one_file_are_an_error(tmp_path):
+    one, other = (pack(tmp_path / f"{name}.tar", {f"{name}.jpg": b"x"}).read_bytes() for name in "ab")
+    (tmp_path / "both.tar").write_bytes(one + bytes(3 << 20) + other)
+    with pytest.raises(DataError, match="after its end, at byte 1,024, something else follows"):
+        TarShards(tmp_path / "both.tar")
+    (tmp_path / "padded.tar").write_bytes(one + bytes(3 << 20))
+    assert len(TarShards(tmp_path / "padded.tar")) == 1
+
+
+def test_an_index_file_by_windows(tmp_path):
+    fill(tmp_path, {"list.csv": "a.jpg,cat\nb.jpg,dog\n".encode("utf-8-sig")})
+    assert IndexFile(tmp_path / "list.csv").paths == ["a.jpg", "b.jpg"]
+
+
 def test_a_shard_cut_short_is_an_error(tmp_path):
     path = pack(tmp_path / "s.tar", {"a.jpg": b"x" * 5000, "b.jpg": b"y" * 5000})
     whole = path.read_bytes()
@@ -223,6 +247,36 @@ def test_subset_keeps_labels_and_classes(tmp_path):
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "JPEG2000"])
 def test_probe_tells_size_and_whether_every_backend_decodes_it(kind):
     assert probe(encoded((20, 30), kind)) == (20, 30, kind != "GIF")
+
+
+def tables_at(data: bytes) -> int:
+    """Where a JPEG file's Huffman tables begin."""
+    return data.index(b"\xff\xc4")
+
+
+ODD_JPEG = {
+    "bytes between segments": lambda data: data[: tables_at(data)] + bytes(3) + data[tables_at(data) :],
+    "a length too small": lambda data: data[: tables_at(data) + 2] + b"\0\5" + data[tables_at(data) + 4 :],
+    "tables of no codes": lambda data: data[: tables_at(data) + 5] + bytes(16) + data[tables_at(data) + 21 :],
+    "two frames": lambda data: data[:2] + data[data.index(b"\xff\xc0") : tables_at(data)] + data[2:],
+}
+
+
+@pytest.mark.parametrize("odd", ODD_JPEG)
+def test_a_jpeg_with_an_odd_header_is_left_to_pillow(odd):
+    """In a large batch DALI's parser would end the process."""
+    data = ODD_JPEG[odd](encoded((20, 30)))
+    assert probe(encoded((20, 30))).common
+    assert probe(data) == (20, 30, False)
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"optimize": True}, {"quality": 100, "subsampling": 0}])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_the_usual_kinds_of_jpeg_are_for_every_backend(mode, options):
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(encoded((20, 30)))).convert(mode).save(buffer, "JPEG", **options)
+    data = buffer.getvalue()
+    assert probe(data).common and probe(data[: tables_at(data)] + b"\xff\xff" + data[tables_at(data) :]).common
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])

@@ -26,6 +26,10 @@ COMMON_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000"
 """Pillow's names of the formats that DALI decodes too, to the same pixels on a CPU (MPO is a phone's JPEG)."""
 
 
+FRAMES = tuple(bytes([marker]) for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC))
+"""JPEG's markers of a frame, of which an image has one."""
+
+
 class UnreadableError(Exception):
     """An image that cannot be decoded; its text is the reason."""
 
@@ -65,7 +69,8 @@ def probe(data: bytes) -> Header:
     width, height = image.size
     if 5 <= _orientation(image) <= 8:
         width, height = height, width
-    return Header(height, width, image.format in COMMON_FORMATS and not image.mode.startswith(("I", "F")))
+    common = image.format in COMMON_FORMATS and not image.mode.startswith(("I", "F"))
+    return Header(height, width, common and (image.format not in ("JPEG", "MPO") or _has_plain_segments(data)))
 
 
 def decode(data: bytes | memoryview) -> Image.Image:
@@ -108,6 +113,38 @@ def _load(image: Image.Image) -> None:
         image.load()
     except Exception as error:  # as above
         raise UnreadableError(f"it cannot be decoded: {error}") from error
+
+
+def _has_plain_segments(data: bytes) -> bool:
+    """Whether a JPEG file's segments follow each other up to its first scan, without a byte between them.
+
+    Pillow overlooks such bytes. DALI's parser does not, and what it refuses in a batch may end the process: of DALI 2.4
+    on a CPU, in batches of 64 and more.
+    """
+    place, frames = 2, 0
+    while data[place : place + 1] == b"\xff":
+        marker = data[place + 1 : place + 2]
+        if marker == b"\xff":  # fill bytes are allowed before a marker
+            place += 1
+            continue
+        length = int.from_bytes(data[place + 2 : place + 4], "big")
+        if length < 2 or place + 2 + length > len(data):
+            return False
+        if marker == b"\xda":
+            return frames == 1
+        frames += marker in FRAMES
+        if marker == b"\xc4" and not _is_huffman(data[place + 4 : place + 2 + length]):
+            return False
+        place += 2 + length
+    return False
+
+
+def _is_huffman(tables: bytes) -> bool:
+    """Whether a segment's Huffman tables fill it: a byte, 16 numbers of codes, and as many bytes as these add up to."""
+    place = 0
+    while place < len(tables):
+        place += 17 + sum(tables[place + 1 : place + 17])
+    return place == len(tables)
 
 
 def _is_complete(data: bytes, kind: str | None) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import glob
 import itertools
+import logging
 import os
 import re
 import tarfile
@@ -31,6 +32,10 @@ EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", 
 """Endings, in any case, by which files and tar members are taken for images."""
 _ENDINGS = ", ".join(f".{ending}" for ending in EXTENSIONS)
 
+_BLOCKS = 1 << 20
+"""Bytes that are read at once of what follows a tar file's end: little, but for one that was joined to others."""
+
+logger = logging.getLogger(__name__)
 Labels = NDArray[np.int64]
 
 
@@ -142,7 +147,7 @@ class IndexFile(_Files):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text = self.path.read_text(encoding="utf-8-sig")  # Windows marks UTF-8 as such
         except FileNotFoundError as error:
             raise DataError(f"no such file: {self.path}") from error
         except (OSError, UnicodeDecodeError) as error:
@@ -196,11 +201,19 @@ class TarShards(Source):
     def _scanned(self) -> Listing:
         with ThreadPoolExecutor(max_workers=min(8, len(self.shards))) as pool:
             found = list(pool.map(_scan_shard, self.shards))
-        members = [(shard, *member) for shard, inside in enumerate(found) for member in inside]
+        members = [(shard, *member) for shard, (inside, _) in enumerate(found) for member in inside]
+        passed_over = [name for _, names in found for name in names]
+        dots = (
+            f"{len(passed_over):,} such as {''.join(passed_over[:1])} were passed over: in WebDataset all that follows "
+            "the first dot of a name is its ending"
+        )
         if not members:
             raise DataError(
                 f"{self.pattern} holds no images: no member of its {len(self.shards)} shards ends in {_ENDINGS}"
+                + f"; {dots}" * bool(passed_over)
             )
+        if passed_over:
+            logger.warning("%s has images of other names: %s", self.pattern, dots)
         shard, names, offset, size, labels = zip(*members, strict=True)
         return Listing(list(names), np.array([shard, offset, size], dtype=np.int64).T, *_number_classes(labels))
 
@@ -350,10 +363,14 @@ def _expand_braces(text: str) -> list[str]:
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 
-def _scan_shard(path: str) -> list[tuple[str, int, int, str | None]]:
-    """Name, offset, size and label of every sample's first image, in the shard's order."""
+def _scan_shard(path: str) -> tuple[list[tuple[str, int, int, str | None]], list[str]]:
+    """Name, offset, size and label of every sample's first image, in the shard's order.
+
+    And the names of images in samples that have none, since what follows the first dot is not an image's ending alone.
+    """
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, str] = {}
+    dotted: list[tuple[str, str]] = []
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -365,15 +382,19 @@ def _scan_shard(path: str) -> list[tuple[str, int, int, str | None]]:
                     continue
                 if ending in EXTENSIONS and key not in images:
                     images[key] = (member.name, member.offset_data, member.size)
+                elif _ending(ending) in EXTENSIONS:
+                    dotted.append((key, member.name))
                 elif ending == "cls":
                     text = tar.extractfile(member).read()  # type: ignore[union-attr]  # a regular file has contents
                     labels[key] = text.decode("utf-8", "replace").strip()
             # tarfile takes anything but a header for the end of the file, where there should be zeros alone.
             tar.fileobj.seek(tar.offset)
-            if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
-                raise tarfile.ReadError(f"no header at byte {tar.offset:,}")
+            while block := tar.fileobj.read(_BLOCKS):
+                if any(block):
+                    raise tarfile.ReadError(f"after its end, at byte {tar.offset:,}, something else follows")
     except tarfile.TarError as error:
         raise DataError(f"shard {path} is not a whole, uncompressed tar file: {error}") from error
     except OSError as error:
         raise DataError(f"shard {path} cannot be read: {error.strerror}") from error
-    return [(*image, labels.get(key)) for key, image in images.items()]
+    passed_over = [name for key, name in dotted if key not in images]
+    return [(*image, labels.get(key)) for key, image in images.items()], passed_over
