@@ -71,6 +71,22 @@ class CrossRankBatchNorm(_BatchNorm):
             running.lerp_(new.to(running.dtype), momentum)
 
 
+class CrossRankBatchNormAct(CrossRankBatchNorm):
+    """timm's `BatchNormAct2d`, a batch normalisation with an activation behind it, over all processes.
+
+    Args:
+        layer: whose modules `drop` and `act` follow the normalisation.
+    """
+
+    def __init__(self, layer: Any, **options: Any) -> None:
+        super().__init__(layer.num_features, layer.eps, layer.momentum, **options)
+        self.drop, self.act = layer.drop, layer.act
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See `CrossRankBatchNorm.forward`."""
+        return self.act(self.drop(super().forward(input)))
+
+
 class _CrossRankNormalise(torch.autograd.Function):
     """x̂ = (x - mean) / sqrt(variance + eps) * weight + bias with statistics of all processes, two sums over them.
 
@@ -176,6 +192,11 @@ def _channels(statistic: Tensor, x: Tensor) -> Tensor:
 CONVERTIBLE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+def _is_timms(layer: nn.Module) -> bool:
+    """Whether a layer is timm's `BatchNormAct2d`, which is known without timm."""
+    return type(layer).__name__ == "BatchNormAct2d" and type(layer).__module__.startswith("timm.")
+
+
 def convert_sync_batchnorm(module: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
     """Replaces every batch normalisation in a module by `CrossRankBatchNorm`, with its tensors and options.
 
@@ -190,27 +211,26 @@ def convert_sync_batchnorm(module: nn.Module, group: dist.ProcessGroup | None = 
         MSBRegError: a layer is of a class derived from torch's, of which more than the statistics would be lost.
     """
     for name, layer in module.named_modules():
-        if isinstance(layer, _BatchNorm) and type(layer) not in (*CONVERTIBLE, CrossRankBatchNorm, nn.SyncBatchNorm):
+        known = type(layer) in (*CONVERTIBLE, CrossRankBatchNorm, CrossRankBatchNormAct, nn.SyncBatchNorm)
+        if isinstance(layer, _BatchNorm) and not (known or _is_timms(layer)):
             raise MSBRegError(
-                f"cannot synchronise layer {name!r}: expected torch's own BatchNorm1d, 2d or 3d, got "
-                f"{type(layer).__name__}; choose another backbone, or train in one process"
+                f"cannot synchronise layer {name!r}: expected torch's own BatchNorm1d, 2d or 3d, or timm's "
+                f"BatchNormAct2d, got {type(layer).__name__}; choose another backbone, or train in one process"
             )
     return _convert(module, group)
 
 
 def _convert(module: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:
-    if isinstance(module, CONVERTIBLE):
-        new = CrossRankBatchNorm(
-            module.num_features,
-            module.eps,
-            module.momentum,
-            affine=False,
-            track_running_stats=False,
-            group=group,
-        )
-        new.affine, new.track_running_stats, new.training = module.affine, module.track_running_stats, module.training
-        new._parameters.update(module._parameters)
-        new._buffers.update(module._buffers)
+    if type(module) in CONVERTIBLE or _is_timms(module):
+        layer: Any = module
+        options: dict[str, Any] = {"affine": False, "track_running_stats": False, "group": group}
+        if _is_timms(layer):
+            new: CrossRankBatchNorm = CrossRankBatchNormAct(layer, **options)
+        else:
+            new = CrossRankBatchNorm(layer.num_features, layer.eps, layer.momentum, **options)
+        new.affine, new.track_running_stats, new.training = layer.affine, layer.track_running_stats, layer.training
+        new._parameters.update(layer._parameters)
+        new._buffers.update(layer._buffers)
         return new
     for name, child in module.named_children():
         setattr(module, name, _convert(child, group))

@@ -6,7 +6,7 @@ cores. `msbreg/configs/*.yaml` hold others; `--config NAME` loads one and dotted
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from msbreg import functional
 from msbreg.errors import MSBRegError
@@ -54,7 +54,7 @@ class RunConfig:
     checkpoint_every: int = 200
     """Steps between checkpoints; one is always written at the end and on SIGTERM or SIGUSR1."""
     log_every: int = 10
-    """Steps between lines of metrics.jsonl, which is also how often ranks compare notes on signals and bad losses."""
+    """Steps between lines of metrics.jsonl, which is also how often ranks compare notes on bad losses."""
     timeout: float = 1800.0
     """Seconds that a process waits for the others before it gives up. They wait for the first one's evaluations too."""
     tensorboard: bool = False
@@ -109,7 +109,8 @@ class ModelConfig:
     predictor: bool = True
     """A predictor after the online projector, as in BYOL."""
     view_chunk: int = 0
-    """Views in one forward pass, recomputed in the backward pass so that many views fit in memory; 0: all at once."""
+    """Views in one forward pass, recomputed in the backward pass so that many views fit in memory, each chunk with its
+    own batch statistics; 0: all at once."""
     compile: bool = False
     """torch.compile the networks, block by block."""
     cuda_graph: bool = False
@@ -189,7 +190,10 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def validate(self) -> None:
-        """Raises MSBRegError where options contradict each other; what depends on data or devices is checked later."""
+        """Raises MSBRegError where an option cannot be or contradicts another; data and devices are checked later."""
+        options = flatten(self)
+        for name, kind in option_types().items():
+            require_type(f"--{name}", options[name], kind)
         if self.data.views < 2:
             raise MSBRegError(
                 f"--data.views is {self.data.views}, but {self.method.name} compares views of one image with each "
@@ -204,7 +208,6 @@ class Config:
             raise MSBRegError("--method.disperse predictor needs --model.predictor true.")
         if self.method.name in ("byol", "simsiam") and not self.model.predictor:
             raise MSBRegError(f"{self.method.name} collapses without a predictor; leave --model.predictor true.")
-        options = flatten(self)
         if self.method.name != "msbreg":
             defaults = flatten(Config())
             for name in ONLY_MSBREG:
@@ -219,6 +222,24 @@ class Config:
                 "--model.cuda_graph is for networks with memory to spare, and cannot record what --model.view_chunk "
                 "recomputes; leave out one of them."
             )
+
+
+def option_types() -> dict[str, Any]:
+    """Type hints by option: {"run.dir": str, ...}."""
+    groups = get_type_hints(Config)
+    return {f"{group}.{name}": kind for group, cls in groups.items() for name, kind in get_type_hints(cls).items()}
+
+
+def require_type(name: str, value: Any, kind: Any) -> None:
+    """Raises MSBRegError where a value is not of its option's type; a whole number is one of any kind."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise MSBRegError(f"{name} is {value!r}, but must be one of {', '.join(get_args(kind))}.")
+        return
+    kinds = get_args(kind) or ((int, float) if kind is float else (kind,))
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        expected = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
+        raise MSBRegError(f"{name} is {value!r}, but must be {expected}.")
 
 
 def require_number(name: str, value: float, least: float, most: float) -> None:

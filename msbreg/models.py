@@ -122,7 +122,10 @@ def _timm_backbone(name: str) -> Backbone:
         raise MSBRegError(f"the backbone {TIMM + name!r} needs timm: pip install 'msbreg[timm]'.") from error
     if not timm.is_model(name):
         raise _unknown(TIMM + name, [TIMM + known for known in timm.list_models()])
-    backbone: Any = timm.create_model(name, pretrained=False, num_classes=0)
+    try:
+        backbone: Any = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
+    except TypeError:  # not a transformer, which would take images of one size alone without it
+        backbone = timm.create_model(name, pretrained=False, num_classes=0)
     backbone.num_features = backbone.head_hidden_size  # counts a last layer that some networks have after pooling
     return backbone
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
 from msbreg.checkpoint import whole_file
+from msbreg.distributed import all_reduce_sum, world_size
 from msbreg.errors import MSBRegError
 from msbreg.linalg import entropy_rank, singular_values
 
@@ -74,27 +76,35 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def embedding_statistics(embeddings: Tensor) -> dict[str, float]:
+def embedding_statistics(embeddings: Tensor, group: dist.ProcessGroup | None = None) -> dict[str, float]:
     """How spread out the embeddings of a step are; each says a healthy value from a collapsed one.
 
     Args:
         embeddings: (K, B, D), any floating dtype; normalised to unit rows here.
+        group: processes that have as many images each, N in all; None for this one alone.
 
     Returns:
         embedding_std: mean standard deviation of a dimension times sqrt(D): 1 spread out, 0 collapsed to a point.
-        effective_rank: of the first view's (B, D) matrix, 1 to min(B, D); B is this process's share of the batch.
+        effective_rank: of the first view's (N, D) matrix, 1 to min(N, D).
         singular_max, singular_min: its extreme singular values over those of a flat spectrum, which has 1 and 1.
         centroid_norm: length of the mean embedding: 0 spread out, 1 collapsed to a point.
     """
-    rows = normalize(embeddings.float(), dim=-1)
-    count, dim = rows.shape[1:]
-    values = singular_values(rows[0]) * math.sqrt(min(count, dim) / count)
+    rows = normalize(embeddings.float(), dim=-1).double()  # sums of squares, less the squared mean, leave digits
+    views, _, dim = rows.shape
+    count = rows.shape[1] * world_size(group)
+    mean, square = all_reduce_sum(torch.stack((rows, rows.square())).sum((1, 2)), group) / (views * count)
+    if group is None:
+        values = singular_values(rows[0])
+    else:
+        values = singular_values(all_reduce_sum(rows[0].mT @ rows[0], group)).sqrt()[: min(count, dim)]
+    values = values * math.sqrt(min(count, dim) / count)
+    variance = (square - mean.square()).clamp_min(0) * (views * count / (views * count - 1))
     statistics = {
-        "embedding_std": rows.flatten(0, 1).std(dim=0).mean() * math.sqrt(dim),
+        "embedding_std": variance.sqrt().mean() * math.sqrt(dim),
         "effective_rank": entropy_rank(values),
         "singular_max": values.max(),
         "singular_min": values.min(),
-        "centroid_norm": rows.mean(dim=(0, 1)).norm(),
+        "centroid_norm": mean.norm(),
     }
     return dict(zip(statistics, torch.stack(list(statistics.values())).tolist(), strict=True))
 

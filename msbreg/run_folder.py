@@ -17,7 +17,7 @@ __all__ = ["read_json", "refuse_other_config", "run_folder", "write_json"]
 FREE_TO_CHANGE = {
     "run.dir", "run.resume", "run.threads", "run.checkpoint_every", "run.log_every", "run.tensorboard", "run.device",
     "run.timeout", "data.path", "data.images", "data.eval_path", "data.backend", "data.threads", "data.prefetch",
-    "data.timeout", "data.cache",
+    "data.timeout", "data.cache", "model.compile", "model.cuda_graph",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ learning rate, the EMA momentum. So a run that was killed and started again walk
 import contextlib
 import gc
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import timedelta
@@ -43,6 +44,8 @@ from msbreg.step import TrainingStep
 __all__ = ["Trainer", "pretrain"]
 
 BAD_LOSSES_IN_A_ROW = 3
+SECONDS_BETWEEN_QUESTIONS = 5.0
+"""In which several ranks ask each other whether a signal came: launchers kill what has not ended in half a minute."""
 
 
 def pretrain(config: Config) -> dict[str, Any]:
@@ -99,6 +102,12 @@ class Trainer:
                 f"the run in {folder} was trained on {state['images']:,} images, but there are {len(self.source):,} "
                 "now; choose another --run.dir, or the images it had."
             )
+        self.fingerprint = self.source.fingerprint()
+        if state is not None and state.get("fingerprint", self.fingerprint) != self.fingerprint:
+            raise MSBRegError(
+                f"the run in {folder} was trained on images of other names or labels than those of {self.source}; "
+                "choose another --run.dir, or the images it had."
+            )
         self.loader = open_loader(config, processes, self.source)
         self.steps = planned_steps(config, self.loader.steps_per_epoch)
         self.warmup_steps = min(self.steps, round(config.optim.warmup_epochs * self.loader.steps_per_epoch))
@@ -109,6 +118,8 @@ class Trainer:
         self.step = TrainingStep(config, processes, steps=self.steps, warmup_steps=self.warmup_steps, classes=classes)
         self.bad_losses = torch.zeros(2, dtype=torch.int64, device=self.device)  # in a row now, and the longest row
         self.done, self.stopwatch = 0, Stopwatch(self.device)
+        self.ask_every = 1
+        """Steps between these questions, the same on all ranks."""
         self.results: dict[str, Any] = {}
         self.change = ""
         """What is to be said of the number of processes, where it is another one than before."""
@@ -134,6 +145,11 @@ class Trainer:
                 self.board = tensorboard(self.folder, self.done) if config.run.tensorboard else None
                 opened.callback(lambda: self.board is None or self.board.close())
             if self.done == 0:
+                if self.warmup_steps == self.steps > 1:
+                    self.progress.say(
+                        f"the warm-up of {config.optim.warmup_epochs:g} epochs takes the whole run, so that the "
+                        "learning rate only rises; lower --optim.warmup_epochs"
+                    )
                 self._evaluate()
             elif self.done < self.steps:
                 self.progress.say(f"going on from step {self.done} of {self.steps} in {self.folder}{self.change}")
@@ -207,7 +223,7 @@ class Trainer:
 
     def _stopped(self, stop: list[int]) -> bool:
         """Whether a signal came to any rank; several ranks ask each other now and then only."""
-        if self.processes.world > 1 and self.done % self.config.run.log_every:
+        if self.processes.world > 1 and self.done % self.ask_every:
             return False
         return any(self.processes.gather(len(stop)))
 
@@ -220,10 +236,13 @@ class Trainer:
         self._check_losses()
         self._share_unreadable()
         seconds, wait = self.stopwatch.lap()
+        steps, self.logged = self.done - self.logged, self.done
+        slowest = max(1, *self.processes.gather(round(1e6 * seconds / steps)))  # µs a step
+        self.ask_every = max(1, min(self.config.run.log_every, round(1e6 * SECONDS_BETWEEN_QUESTIONS / slowest)))
         losses = self.processes.mean(torch.stack([out.loss.detach(), *out.terms.values()]))
+        statistics = embedding_statistics(out.embeddings, self.processes.group)
         if not self.processes.first:
             return
-        steps, self.logged = self.done - self.logged, self.done
         images = steps * self.config.data.batch_size
         row = {
             "event": "train",
@@ -231,13 +250,14 @@ class Trainer:
             "epoch": self.done / self.loader.steps_per_epoch,
             **dict(zip(("loss", *out.terms), losses.tolist(), strict=True)),
             "lr": self.step.lr,
-            **embedding_statistics(out.embeddings),
+            **statistics,
             "images_per_second": images / seconds,
             "views_per_second": images * self.config.data.views / seconds,
             "data_wait_ms": 1e3 * wait / steps,
             "step_ms": 1e3 * seconds / steps,
             "memory_mb": memory_megabytes(self.device),
             "unreadable_images": len(self.loader.unreadable),
+            "processes": self.processes.world,
         }
         self._record(row)
         self.progress.show(
@@ -308,6 +328,7 @@ class Trainer:
         return {
             "step": self.done,
             "images": len(self.source),
+            "fingerprint": self.fingerprint,
             "processes": self.processes.world,
             "config": asdict(self.config),
             **self.step.state_dict(),
@@ -418,9 +439,13 @@ class Trainer:
 def stop_signals() -> Iterator[list[int]]:
     """Within it, SIGTERM and SIGUSR1 (what schedulers send before they preempt) and Ctrl-C fill the list it gives.
 
-    A second Ctrl-C interrupts at once.
+    A second Ctrl-C interrupts at once. In a thread other than the first, which Python lets no signals reach, it stays
+    empty.
     """
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
 
     def note(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and received:

@@ -132,6 +132,18 @@ def test_layers_that_do_more_than_normalise_are_refused():
         convert_sync_batchnorm(nn.Sequential(nn.ReLU(), BatchNormAndMore(3)))
 
 
+def test_timms_normalisation_with_an_activation_keeps_it(device):
+    layers = pytest.importorskip("timm.layers")
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), layers.BatchNormAct2d(4, act_layer=nn.SiLU)).to(device)
+    twin = convert_sync_batchnorm(copy.deepcopy(model))
+    assert isinstance(twin[1], CrossRankBatchNorm) and twin.state_dict().keys() == model.state_dict().keys()
+    x = torch.randn(8, 3, 6, 6, device=device)
+    for training in (True, False):
+        torch.testing.assert_close(twin.train(training)(x), model.train(training)(x))
+        torch.testing.assert_close(twin.state_dict(), model.state_dict())
+    assert (twin(x) < 0).any() and twin(x).min() > -0.3  # as SiLU leaves it
+
+
 @pytest.mark.parametrize("affine", [True, False])
 def test_compiled_it_has_the_same_gradients(device, affine):
     torch._dynamo.reset()

@@ -119,12 +119,23 @@ def config_of(name: str, size: int) -> Config:
     return config
 
 
+def test_timms_transformers_take_views_of_several_sizes():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    backbone = build_backbone("timm/vit_tiny_patch16_224").eval()
+    assert [backbone(torch.zeros(1, 3, size, size)).shape for size in (224, 96)] == 2 * [(1, 192)]
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
+    plain.load_state_dict(backbone.state_dict())
+    images = torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(backbone(images), plain(images))
+
+
 @pytest.mark.parametrize(
     ("name", "size", "words"),
     [
         ("vit_b_32", 32, r"Wrong image height! Expected 224 but got 32!"),
         ("squeezenet1_1", 16, r"Output size is too small"),
-        ("timm/vit_tiny_patch16_224", 32, r"Input height \(32\) doesn't match model \(224\)"),
+        ("timm/vit_tiny_patch16_224", 20, r"Input height \(20\) should be divisible by patch size \(16\)"),
     ],
 )
 def test_a_size_that_the_network_does_not_take_is_one_sentence(name, size, words):

@@ -1,5 +1,6 @@
 """What a run tells: numbers that give a collapse away, seconds of training alone, lines that are JSON, curves."""
 
+import ast
 import json
 import math
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 pytest.importorskip("tqdm", reason="this needs the extra [train]")
 
 import torch
+from test_processes import run_ranks
 
 from msbreg.monitor import MetricsFile, Progress, Stopwatch, embedding_statistics, read_metrics
 from msbreg.plots import draw_curves
@@ -34,6 +36,31 @@ def test_embeddings_that_are_spread_out_and_embeddings_that_are_not():
     collapsed = {"effective_rank": 1, "singular_max": math.sqrt(8), "singular_min": 0, "centroid_norm": 1}
     found = embedding_statistics(torch.stack([POINT, POINT]).bfloat16())
     assert found == pytest.approx({"embedding_std": 0, **collapsed}, abs=1e-2)
+
+
+STATISTICS = """
+import sys, torch
+from msbreg.monitor import embedding_statistics
+from msbreg.processes import Processes
+views = torch.load(sys.argv[1])
+with Processes("cpu") as processes:
+    print(embedding_statistics(views.chunk(processes.world, dim=1)[processes.rank], processes.group))
+"""
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 8), (2, 6, 20)])
+def test_statistics_are_those_of_all_processes(shape, tmp_path, free_port):
+    views = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    torch.save(views, tmp_path / "views.pt")
+    expected = embedding_statistics(views)
+    assert embedding_statistics(views[:, : shape[1] // 2])["effective_rank"] < expected["effective_rank"] - 0.1
+    for said in run_ranks(STATISTICS, [[str(tmp_path / "views.pt")]] * 2, free_port):
+        assert ast.literal_eval(said) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_statistics_of_what_is_not_finite_are_quiet():
+    found = embedding_statistics(torch.full((2, 4, 3), torch.nan))
+    assert all(math.isnan(value) for value in found.values())
 
 
 def test_the_spectrum_is_that_of_the_first_view():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ pytest.importorskip("jsonargparse", reason="this needs the extra [train]")
 import torch
 from PIL import Image
 
+from msbreg import trainer as training
 from msbreg.cli import configs_first, main, parse
 from msbreg.config import Config
+from msbreg.errors import MSBRegError
 from msbreg.inputs import open_images
 from msbreg.monitor import read_metrics
 from msbreg.processes import Processes
@@ -295,7 +298,15 @@ def test_processes_of_torchrun_train_as_one_does(tmp_path, small, undisturbed, f
     )
     assert [row["step"] for row in two] == [row["step"] for row in one] == [2, 4, 6, 8, 10, 12]
     for mine, theirs in zip(two[:2], one[:2], strict=True):  # then LARS blows rounding up; by how much, the CPU says
-        for name in ("loss", "centroid", "singular_value", "brownian"):
+        for name in (
+            "loss",
+            "centroid",
+            "singular_value",
+            "brownian",
+            "effective_rank",
+            "singular_max",
+            "embedding_std",
+        ):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), (mine["step"], name)
 
 
@@ -474,6 +485,53 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, small, capsys):
     assert "choose another --run.dir" in refusal(capsys, "--run.dir", in_the_way, *small)
     assert "choose another --run.dir" in refusal(capsys, "--run.dir", in_the_way / "run", *small)
     assert "choose another --run.dir" in refusal(capsys, "--run.dir", "/proc/msbreg", *small)
+
+
+def test_other_images_of_the_same_number(tmp_path, small, swatches, capsys):
+    """Their names are others, or their labels; the folder may move."""
+    images = {"as before": tmp_path / "a/images", "renamed": tmp_path / "b/images", "relabelled": tmp_path / "c/images"}
+    for folder in images.values():
+        shutil.copytree(swatches, folder)
+    classes = sorted(path.name for path in (swatches / "train").iterdir())
+    first = next((images["renamed"] / "train" / classes[0]).iterdir())
+    first.rename(first.with_name("another.jpg"))
+    moved = next((images["relabelled"] / "train" / classes[0]).iterdir())
+    moved.rename(images["relabelled"] / "train" / classes[1] / f"00000-{moved.name}")
+    run = ["--run.dir", tmp_path / "run", *small, "--optim.steps", "4"]
+    assert pretrain(*run) == 0
+    for change in ("renamed", "relabelled"):
+        assert "images of other names or labels" in refusal(capsys, *run, "--data.path", images[change])
+    assert pretrain(*run, "--data.path", images["as before"], "--model.compile", "true") == 0
+
+
+def test_a_warm_up_that_takes_the_whole_run_is_said(tmp_path, small, capsys):
+    assert pretrain("--run.dir", tmp_path, *small, "--optim.steps", "4") == 0
+    assert "the warm-up of 1 epochs takes the whole run" in capsys.readouterr().err
+
+
+def test_a_thread_may_train(tmp_path, swatches):
+    config = Config()
+    config.run.dir, config.data.path, config.data.size = str(tmp_path), str(swatches), 16
+    config.run.device, config.run.threads, config.data.threads, config.data.batch_size = "cpu", 1, 1, 32
+    config.model.hidden, config.model.dim, config.optim.steps, config.eval.linear = 16, 8, 2, False
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(training.pretrain, config).result()["finished"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("method.name", "foo", "one of msbreg, byol, simsiam"), ("model.precision", "fp16", "one of auto, fp32"),
+        ("data.batch_size", "64", "a whole number"), ("optim.lr", "fast", "a number"), ("data.views", 2.5, "a whole"),
+        ("data.views", True, "a whole number"), ("model.compile", 1, "true or false"), ("data.path", 3, "text"),
+    ],
+)  # fmt: skip
+def test_a_config_made_in_python_is_checked_as_the_command_line_is(option, value, words):
+    config = Config()
+    group, name = option.split(".")
+    setattr(getattr(config, group), name, value)
+    with pytest.raises(MSBRegError, match=f"--{option} is {value!r}, but must be .*{words}"):
+        config.validate()
 
 
 def test_two_runs_in_one_folder(tmp_path, small, capsys):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import glob
+import hashlib
 import itertools
 import logging
 import os
@@ -66,6 +67,15 @@ class Source(ABC):
         """The images with these numbers, in this order."""
         return Subset(self, indices)
 
+    def base_names(self) -> list[str]:
+        """(N,) names without the folders that they lie in, which may move."""
+        return [_base(self.name(index)) for index in range(len(self))]
+
+    def fingerprint(self) -> str:
+        """A hash of names and labels in their order: the same for the same images, wherever they lie."""
+        names = "\0".join(self.base_names()).encode("utf-8", "surrogateescape")
+        return hashlib.sha256(names + self.labels.tobytes()).hexdigest()[:32]
+
 
 class Subset(Source):
     """Some of the images of another source, with its class numbers."""
@@ -81,6 +91,11 @@ class Subset(Source):
     def name(self, index: int) -> str:
         """See `Source.name`."""
         return self.source.name(int(self.indices[index]))
+
+    def base_names(self) -> list[str]:
+        """See `Source.base_names`."""
+        names = self.source.base_names()
+        return [names[index] for index in self.indices.tolist()]
 
     def __str__(self) -> str:
         return str(self.source)
@@ -100,6 +115,10 @@ class _Files(Source):
     def name(self, index: int) -> str:
         """See `Source.name`."""
         return str(self.folder / self.paths[index])
+
+    def base_names(self) -> list[str]:
+        """See `Source.base_names`."""
+        return [_base(path) for path in self.paths]
 
 
 class ImageFolder(_Files):
@@ -233,6 +252,10 @@ class TarShards(Source):
         """See `Source.name`."""
         return f"{self.shards[self.place[index, 0]]}:{self.names[index]}"
 
+    def base_names(self) -> list[str]:
+        """See `Source.base_names`."""
+        return [_base(name) for name in self.names]
+
     def __str__(self) -> str:
         return self.pattern
 
@@ -291,6 +314,10 @@ def with_classes_of(train: Source, held_out: Source) -> Source:
         held_out.labels = np.where(held_out.labels >= 0, numbers[held_out.labels], -1)
         held_out.classes = train.classes
     return held_out
+
+
+def _base(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _ending(name: str) -> str:
