@@ -82,10 +82,9 @@ class OurLoader:
 
     rest, together = 2, 1
 
-    def __init__(self, case: Case, backend: Literal["dali", "torchvision"]) -> None:
-        self._loader = ViewLoader(
-            case.source, case.recipe, case.batch, device=case.device, backend=backend, threads=case.threads
-        )
+    def __init__(self, case: Case, backend: Literal["dali", "torchvision"], *, prefetch: int = 2) -> None:
+        options: dict[str, Any] = {"device": case.device, "backend": backend, "threads": case.threads}
+        self._loader = ViewLoader(case.source, case.recipe, case.batch, prefetch=prefetch, **options)
         self._step = 0
         with self.running() as batches:
             for _ in range(math.ceil(len(case.source) / case.batch)):
@@ -350,12 +349,12 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines).strip()
 
 
-def facts(options: argparse.Namespace, source: Source) -> dict[str, Any]:
+def facts(options: argparse.Namespace, source: Source, script: str = "bench/loader.py") -> dict[str, Any]:
     """Where the figures are from."""
     packages = ("torchvision", "pillow", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
     device = torch.device(options.device)
     return {
-        **provenance("bench/loader.py", options.data, device, packages),
+        **provenance(script, options.data, device, packages),
         "images": {
             "from": "rendered" if options.data is None else "files",
             "count": len(source),
