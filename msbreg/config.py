@@ -50,7 +50,8 @@ class RunConfig:
     device: str = "auto"
     """cpu, cuda, cuda:N, or auto: the GPU where there is one."""
     threads: int = 0
-    """CPU threads of the networks in each process; 0 leaves torch's own choice."""
+    """CPU threads of the networks in each process; 0 leaves torch's own choice. Where other programs keep cores busy,
+    fewer are faster, or OMP_WAIT_POLICY=PASSIVE in the environment."""
     checkpoint_every: int = 200
     """Steps between checkpoints; one is always written at the end and on SIGTERM or SIGUSR1."""
     log_every: int = 10
@@ -83,7 +84,8 @@ class DataConfig:
     batch_size: int = 128
     """Images in a step, over all processes."""
     backend: Literal["auto", "dali", "torchvision"] = "auto"
-    """What decodes and augments; auto: DALI where it is installed."""
+    """What decodes and augments; auto: DALI where it is installed, but torchvision on a CPU from views of 96 pixels on,
+    where it is faster."""
     threads: int = 0
     """Threads that decode and augment in each process; 0: its cores, divided among the processes that may use them."""
     prefetch: int = 2

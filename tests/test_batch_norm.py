@@ -18,10 +18,10 @@ ON_A_GPU = pytest.param("cuda", marks=gpu)
 
 
 @pytest.fixture(params=["cpu", ON_A_GPU])
-def device(request, free_port):
+def device(request, tmp_path):
     """Where a group of this process alone can sum."""
     backend = "nccl" if request.param == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{free_port}", rank=0, world_size=1)
+    dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield request.param
     dist.destroy_process_group()
 

@@ -216,6 +216,23 @@ def test_bad_images_among_good_ones_are_named_once_replaced_and_counted(tmp_path
     assert same(batches, again)
 
 
+@pytest.mark.skipif("dali" not in BACKENDS, reason="DALI is not installed")
+@pytest.mark.parametrize(
+    ("asked", "recipe", "made_by"),
+    [
+        ("auto", cifar(2, 32), "DaliBackend"),
+        ("auto", byol(2, 96), "TorchvisionBackend"),
+        ("auto", multi_crop(2, 2, size=96, local_size=32), "TorchvisionBackend"),
+        ("dali", byol(2, 224), "DaliBackend"),
+        ("torchvision", cifar(2, 32), "TorchvisionBackend"),
+    ],
+)
+def test_a_cpu_has_the_backend_that_is_faster_there(pictures, asked, recipe, made_by):
+    loader = ViewLoader(pictures, recipe, 2, backend=asked, threads=1)
+    loader.close()
+    assert type(loader._backend).__name__ == made_by
+
+
 ODD_HEADER = """
 import sys
 from msbreg.data import ImageFolder, ViewLoader, evaluation

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, wait
 from functools import lru_cache
+from importlib.util import find_spec
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -40,6 +41,9 @@ T = TypeVar("T")
 
 READING_THREADS = 8
 """They wait for disks and networks more than they compute, so they are not counted by cores."""
+LARGE = 96
+"""Side of the views from which on Pillow and numpy are faster on a CPU than DALI: 1.4 times as fast at 224, 1.1 at 96,
+where at 32 DALI is 2.4 to 2.9 times as fast (bench/README.md, "On two cores")."""
 READ_TOGETHER = 16
 """Images that one thread reads in a row."""
 
@@ -85,7 +89,8 @@ class ViewLoader:
     """Batches of views of the images of a source.
 
     Images that cannot be read are named in a warning, replaced by the next readable image of the source and counted in
-    `unreadable`.
+    `unreadable`. Of a JPEG that is damaged in its middle, DALI makes what libjpeg can save; the torchvision backend
+    gives it up.
 
     Args:
         source: the images.
@@ -98,7 +103,8 @@ class ViewLoader:
         rank: which process this is, over all machines.
         world_size: how many there are.
         device: where the views are made.
-        backend: "dali", "torchvision", or "auto": DALI where it is installed.
+        backend: "dali", "torchvision", or "auto": DALI where it is installed, but torchvision on a CPU for views of 96
+            pixels and more, of which it makes more there.
         threads: CPU threads that decode and augment; None: the cores this process may use.
         prefetch: batches that the backend works on ahead of the one asked for; as many again are read ahead of those.
         timeout: seconds that a batch is waited for until its images have been read; 0: for ever.
@@ -343,6 +349,8 @@ def _dismiss(tasks: SimpleQueue, count: int) -> None:
 def _open_backend(name: str, recipe: Recipe, batch_size: int, device: torch.device, threads: int) -> Backend:
     if name not in ("auto", "dali", "torchvision"):
         raise ValueError(f'backend is "auto", "dali" or "torchvision", not {name!r}')
+    if name == "auto" and device.type == "cpu" and max(view.size for view in recipe) >= LARGE:
+        name = "torchvision" if find_spec("torchvision") else "dali"
     if name != "torchvision":
         from msbreg.data.dali import DaliBackend
 
