@@ -80,9 +80,10 @@ class Loader(Protocol):
 class OurLoader:
     """`msbreg.data.ViewLoader`, after a pass over the images, whose headers it reads when it meets them first."""
 
-    rest, together = 2, 1
+    together = 1
 
     def __init__(self, case: Case, backend: Literal["dali", "torchvision"], *, prefetch: int = 2) -> None:
+        self.rest = 2 * prefetch
         options: dict[str, Any] = {"device": case.device, "backend": backend, "threads": case.threads}
         self._loader = ViewLoader(case.source, case.recipe, case.batch, prefetch=prefetch, **options)
         self._step = 0

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from records import cell, keep, markdown, provenance, spread
 
 from msbreg.data import Source, View
-from msbreg.data.dali import gaussian_row
+from msbreg.data.dali_backend import gaussian_row
+from msbreg.data.draws import draw
 from msbreg.data.images import decode
-from msbreg.data.parameters import draw
 from msbreg.data.recipes import MEAN, STD
 from msbreg.errors import MSBRegError
 from msbreg.machine import synchronize, usable_cores

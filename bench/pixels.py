@@ -27,7 +27,7 @@ from records import cell, keep, markdown, provenance, spread
 from timing import device_round, plan
 from torch import Tensor
 
-from msbreg.data.parameters import colour_matrices
+from msbreg.data.draws import colour_matrices
 from msbreg.data.recipes import MEAN, STD, View
 
 __all__ = ["Views", "measure", "pixels", "pixels_kernel", "plain", "random_views", "refusal"]

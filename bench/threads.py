@@ -73,6 +73,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of a turn at least; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args()
+    if options.device == "cuda" and not gpu:
+        parser.error("--device cuda: torch sees no GPU here")
     if min(options.rounds, options.views) < 1:
         parser.error("--rounds and --views: expected 1 or more")
     options.batch = 256 if options.size < WHOLE_IMAGE_BELOW else 32

@@ -33,7 +33,7 @@ def benchmark(config: Config, *, steps: int) -> str | None:
     config.validate()
     if steps < 1:
         raise MSBRegError(f"--steps is {steps}, but must be at least 1.")
-    with Processes(config.run.device) as processes, tempfile.TemporaryDirectory() as folder:
+    with Processes(config.run.device, timeout=config.run.timeout) as processes, tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, processes, Path(folder))
         trainer.step.train()
         batches = trainer.loader.batches()

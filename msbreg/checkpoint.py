@@ -20,10 +20,11 @@ from msbreg.processes import is_of_memory
 
 __all__ = ["FORMAT", "holds_one", "load_checkpoint", "load_run", "save_checkpoint", "whole_file"]
 
-FORMAT = 2
+FORMAT = 3
 NAME, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
 PARTS = {
-    "step": int, "images": int, "config": dict, "method": dict, "optimizer": dict, "unreadable": dict,
+    "step": int, "images": int, "fingerprint": str, "processes": int, "config": dict, "method": dict, "optimizer": dict,
+    "unreadable": dict,
     "seconds": float, "waited": float, "results": dict,
 }  # fmt: skip
 """What every checkpoint holds, and of which type it is."""
@@ -151,6 +152,9 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS):  # from file systems that cannot do that to folders
+            raise
     finally:
         os.close(descriptor)
 

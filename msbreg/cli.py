@@ -4,12 +4,12 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 import msbreg
-from msbreg.config import Config, config_of, packaged_configs
+from msbreg.config import Config, config_of, option_types, packaged_configs
 from msbreg.errors import MSBRegError
 
 __all__ = ["main"]
@@ -83,10 +83,9 @@ def build_parser() -> ArgumentParser:
 
     evaluate = ArgumentParser(description="kNN and linear probe accuracy of the frozen backbone of a run.")
     evaluate.add_argument("path", type=str, metavar="run", help="run folder, or a checkpoint file")
+    kinds = option_types()
     for name, meaning in EVALUATED_WITH.items():
-        group, option = name.split(".")
-        kind = get_type_hints(type(getattr(Config(), group)))[option]
-        evaluate.add_argument(f"--{name}", type=kind | None, default=None, help=meaning)
+        evaluate.add_argument(f"--{name}", type=kinds[name] | None, default=None, help=meaning)
     commands.add_subcommand("eval", evaluate, help="kNN and linear probe of a trained backbone")
 
     export = ArgumentParser(description="Write the backbone of a run as backbone.safetensors and backbone.pt.")
@@ -250,7 +249,7 @@ EVALUATED_WITH = {
     "data.backend": "what decodes; unset: as in the run",
     "data.threads": "threads that decode; unset: one a core",
     "data.timeout": "seconds that images are waited for, 0 for ever; unset: as in the run",
-    "data.cache": "folder for the rendered images; unset: as in the run",
+    "data.cache": "folder for rendered images and listings of tar shards; unset: as in the run",
     "eval.k": "neighbours in the weighted kNN vote; unset: as in the run",
     "eval.temperature": "temperature of the vote's weights; unset: as in the run",
     "eval.bank": "labelled images the neighbours come from, at the most; unset: as in the run",

@@ -13,14 +13,14 @@ from msbreg.errors import MSBRegError
 
 __all__ = [
     "LIMITS", "Config", "DataConfig", "EvalConfig", "MethodConfig", "ModelConfig", "OptimConfig", "RunConfig",
-    "config_of", "flatten", "packaged_configs", "require_number",
+    "config_of", "flatten", "option_types", "packaged_configs", "require_number",
 ]  # fmt: skip
 
 MANY = 10**9
 LIMITS: dict[str, tuple[float, float]] = {
     "run.seed": (0, 2**63 - 1), "run.threads": (0, 1024), "run.checkpoint_every": (1, MANY), "run.log_every": (1, MANY),
     "run.timeout": (1, MANY),
-    "data.images": (0, MANY), "data.size": (8, 10_000), "data.views": (1, 1000), "data.batch_size": (2, 10**6),
+    "data.images": (0, MANY), "data.size": (8, 10_000), "data.views": (2, 1000), "data.batch_size": (2, 10**6),
     "data.threads": (0, 1024), "data.prefetch": (1, 1000), "data.timeout": (0, MANY),
     "model.hidden": (1, 10**5), "model.dim": (2, 10**5), "model.view_chunk": (0, 1000),
     "method.lambda_m": (0, MANY), "method.lambda_s": (0, MANY), "method.lambda_b": (0, MANY), "method.tau": (0, 1),
@@ -233,7 +233,7 @@ def option_types() -> dict[str, Any]:
 
 
 def require_type(name: str, value: Any, kind: Any) -> None:
-    """Raises MSBRegError where a value is not of its option's type; a whole number is one of any kind."""
+    """Raises MSBRegError where a value is not of its option's type; an int is taken where a float is expected."""
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise MSBRegError(f"{name} is {value!r}, but must be one of {', '.join(get_args(kind))}.")

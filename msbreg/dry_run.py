@@ -64,7 +64,7 @@ def dry_run(config: Config) -> str | None:
     config.validate()
     config = copy.deepcopy(config)
     whole, views = config.data.batch_size, config.data.views
-    with Processes(config.run.device) as processes, tempfile.TemporaryDirectory() as folder:
+    with Processes(config.run.device, timeout=config.run.timeout) as processes, tempfile.TemporaryDirectory() as folder:
         mine, gpu = share_of_batch(config, processes), processes.device.type == "cuda"
         images, where = _images(config, processes)
         steps = planned_steps(config, whole_batches(images, mine, processes.world, of=where))

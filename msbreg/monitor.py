@@ -96,7 +96,10 @@ def embedding_statistics(embeddings: Tensor, group: dist.ProcessGroup | None = N
     if group is None:
         values = singular_values(rows[0])
     else:
-        values = singular_values(all_reduce_sum(rows[0].mT @ rows[0], group)).sqrt()[: min(count, dim)]
+        gram = all_reduce_sum(rows[0].mT @ rows[0], group)
+        finite = gram.isfinite().all()
+        values = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0)).clamp_min(0).sqrt()[-min(count, dim) :]
+        values = torch.where(finite, values, torch.nan)
     values = values * math.sqrt(min(count, dim) / count)
     variance = (square - mean.square()).clamp_min(0) * (views * count / (views * count - 1))
     statistics = {

@@ -26,9 +26,9 @@ class Processes:
 
     Args:
         device: "auto", "cpu", "cuda" or "cuda:N".
-        patience: how long a rank waits for the others, when they gather at the start and in every collective, before
+        timeout: seconds that a rank waits for the others, when they gather at the start and in every collective, before
             it gives up. One that dies is noticed at once by gloo, whose connection to it closes, and by torchrun, which
-            ends the others; patience is for one that hangs, or whose machine is gone. Losses and gradients on GPUs go
+            ends the others; this is for one that hangs, or whose machine is gone. Losses and gradients on GPUs go
             through NCCL, where torch itself ends the process (see `timeout` of `torch.distributed.init_process_group`).
 
     Raises:
@@ -44,13 +44,13 @@ class Processes:
         group: process group of the losses and gradients, or None where the process is alone.
     """
 
-    def __init__(self, device: str = "auto", *, patience: timedelta = timedelta(minutes=30)) -> None:
+    def __init__(self, device: str = "auto", *, timeout: float = 1800.0) -> None:
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.device = self._choose(device)
-        self.patience = patience
+        self.timeout = timeout
         self.group: dist.ProcessGroup | None = None
         self._control: dist.ProcessGroup | None = None
 
@@ -83,11 +83,12 @@ class Processes:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if self.world > 1:
+            timeout = timedelta(seconds=self.timeout)
             try:
-                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=self.patience)
+                dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=timeout)
                 self.group = dist.group.WORLD  # type: ignore[assignment]  # of a process that belongs to it
                 # Waits on the CPU, not in a GPU's queue.
-                self._control = dist.new_group(backend="gloo", timeout=self.patience)  # type: ignore[assignment]
+                self._control = dist.new_group(backend="gloo", timeout=timeout)  # type: ignore[assignment]
             except (RuntimeError, ValueError) as error:
                 raise MSBRegError(
                     f"rank {self.rank} could not join the {self.world} processes of the run: {first_sentence(error)}. "
@@ -113,7 +114,7 @@ class Processes:
             ) from error
         if self.world > 1 and isinstance(error, RuntimeError) and is_of_a_collective(error):
             if "imed out" in str(error):
-                why = f"another one did not answer in {self.patience.total_seconds():g} s (--run.timeout)"
+                why = f"another one did not answer in {self.timeout:g} s (--run.timeout)"
             else:
                 why = "another one is gone, and its last message or the system's log says why"
             raise MSBRegError(
@@ -193,7 +194,7 @@ class Processes:
         return max(1, usable_cores() // sum(host == theirs[0] and bool(mine & theirs[1]) for theirs in others))
 
     def mean(self, numbers: torch.Tensor) -> torch.Tensor:
-        """The mean over ranks of a tensor on each rank's device."""
+        """The mean over ranks of a tensor on each rank's device, which it overwrites."""
         if self.group is not None:
             dist.all_reduce(numbers, group=self.group)
             numbers /= self.world

@@ -13,15 +13,14 @@ def _cosine(step: float, steps: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(step, steps) / steps)) if steps > 0 else 0.0
 
 
-def warmup_cosine(step: int, steps: int, warmup_steps: int, base: float, final: float = 0.0) -> float:
-    """Rises linearly from 0 to `base`, then falls to `final` by half a cosine.
+def warmup_cosine(step: int, steps: int, warmup_steps: int, base: float) -> float:
+    """Rises linearly from 0 to `base`, then falls to 0 by half a cosine.
 
     Args:
         step: optimizer steps taken so far; 0 for the first one.
-        steps: steps of the whole run; from there on the value is `final`.
+        steps: steps of the whole run; from there on the value is 0.
         warmup_steps: steps of the rise; with 0 the first value is `base`.
         base: the peak, reached at `warmup_steps`.
-        final: where it ends.
 
     Raises:
         ValueError: where the warm-up is longer than the run.
@@ -30,7 +29,7 @@ def warmup_cosine(step: int, steps: int, warmup_steps: int, base: float, final: 
         raise ValueError(f"expected a warm-up no longer than the run, got {warmup_steps} of {steps} steps")
     if step < warmup_steps:
         return base * step / warmup_steps
-    return final + (base - final) * _cosine(step - warmup_steps, steps - warmup_steps)
+    return base * _cosine(step - warmup_steps, steps - warmup_steps)
 
 
 def ema_tau(step: int, steps: int, base: float = 0.996) -> float:

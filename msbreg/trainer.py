@@ -10,7 +10,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -67,11 +66,10 @@ def pretrain(config: Config) -> dict[str, Any]:
             f"--data.images says that this config is for {config.data.images:,} images, but there is no --data.path to "
             "them; give it, or --data.images 0 to train on images that msbreg renders."
         )
-    patience = timedelta(seconds=config.run.timeout)
     # A signal while images are listed, networks built or other ranks awaited must end the run as cleanly as later ones.
     with (
         stop_signals() as stop,
-        Processes(config.run.device, patience=patience) as processes,
+        Processes(config.run.device, timeout=config.run.timeout) as processes,
         run_folder(config, processes) as folder,
     ):
         return Trainer(config, processes, folder).run(stop)
@@ -103,7 +101,7 @@ class Trainer:
                 "now; choose another --run.dir, or the images it had."
             )
         self.fingerprint = self.source.fingerprint()
-        if state is not None and state.get("fingerprint", self.fingerprint) != self.fingerprint:
+        if state is not None and state["fingerprint"] != self.fingerprint:
             raise MSBRegError(
                 f"the run in {folder} was trained on images of other names or labels than those of {self.source}; "
                 "choose another --run.dir, or the images it had."
@@ -305,22 +303,14 @@ class Trainer:
 
     def _save(self) -> bool:
         """Writes a checkpoint, unless the run has just gone astray: then the last good one is worth more."""
+        self._check_losses()  # which waits for the GPU, whose time counts
         self.stopwatch.stop()
-        self._check_losses()
         self._share_unreadable()
         healthy = self._healthy()
         if healthy:
-            problem: MSBRegError | None = None
-            if self.processes.first:
-                try:
-                    checkpoint.save_checkpoint(self.folder, self._state())
-                except MSBRegError as error:
-                    problem = error
-            failed = any(self.processes.gather(int(problem is not None)))
-            if problem is not None:
-                raise problem
-            if failed:
-                raise MSBRegError("rank 0 could not save the checkpoint; it says why.")
+            self.processes.of_first(
+                lambda: checkpoint.save_checkpoint(self.folder, self._state()), "save the checkpoint"
+            )
         self.stopwatch.start()
         return healthy
 
@@ -347,7 +337,7 @@ class Trainer:
             ) from error
         self.loader.recall(state["unreadable"])
         self.done, self.results = state["step"], state["results"]
-        before, now = state.get("processes", self.processes.world), self.processes.world
+        before, now = state["processes"], self.processes.world
         if before != now:
             plural = "es" if now > 1 else ""
             self.change = (

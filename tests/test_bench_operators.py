@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
 from msbreg.data import View, open_source
-from msbreg.data.dali import DaliBackend
-from msbreg.data.parameters import draw
+from msbreg.data.dali_backend import DaliBackend
+from msbreg.data.draws import draw
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))

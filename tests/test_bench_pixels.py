@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from msbreg import kernels
 from msbreg.data import View
-from msbreg.data.parameters import Draw
+from msbreg.data.draws import Draw
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
@@ -42,7 +42,7 @@ def by_the_package(views):
     """The same by the package's backend without DALI, which a test holds against DALI."""
     from PIL import Image
 
-    from msbreg.data.twin import make_view
+    from msbreg.data.torchvision_backend import make_view
 
     count, size = views.bytes.shape[:2]
     none = np.zeros(count, np.float32)

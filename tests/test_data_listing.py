@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -70,7 +71,16 @@ def test_shards_that_changed_are_scanned_again(shards, scans, tmp_path):
     assert len(scans) == 9
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-30], lambda data: data[: len(data) // 2]])
+DAMAGES = {
+    "empty": lambda data: b"",
+    "cut at its end": lambda data: data[:-30],
+    "cut in its middle": lambda data: data[: len(data) // 2],
+    "of another version of zip": lambda data: re.sub(rb"(PK\x01\x02..)..", b"\\1\xff\x00", data, flags=re.DOTALL),
+    "no text in it": lambda data: data.replace(b'["', b"xx"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_listing_is_made_anew(shards, scans, tmp_path, damage):
     TarShards(shards, cache=tmp_path / "cache")
     (file,) = (tmp_path / "cache").iterdir()
@@ -88,6 +98,22 @@ def test_a_listing_of_other_lengths_is_made_anew(shards, scans, tmp_path):
         arrays = dict(file)
     np.savez(path, **arrays | {"labels": arrays["labels"][1:]})
     assert len(TarShards(shards, cache=tmp_path / "cache").labels) == 12 and len(scans) == 6
+
+
+def test_a_shard_that_changes_while_it_is_scanned_is_scanned_again(shards, tmp_path, monkeypatch):
+    """What was found is kept under the size and time that the shard had before."""
+    scan = sources._scan_shard
+
+    def scan_and_replace(path):
+        found = scan(path)
+        pack(Path(path), [f"{Path(path).stem}/new {image}" for image in range(5)])
+        return found
+
+    monkeypatch.setattr(sources, "_scan_shard", scan_and_replace)
+    assert len(TarShards(shards, cache=tmp_path / "cache")) == 12
+    monkeypatch.setattr(sources, "_scan_shard", scan)
+    assert content(TarShards(shards, cache=tmp_path / "cache")) == content(TarShards(shards))
+    assert len(TarShards(shards, cache=tmp_path / "cache")) == 15
 
 
 def test_a_full_disk_keeps_nothing_and_loses_nothing(shards, tmp_path, file_size_limit):

@@ -14,7 +14,6 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import torch
 
 from msbreg.cli import main
 from msbreg.data import ImageFolder, TarShards, ViewLoader
-from msbreg.data.parameters import permutation
+from msbreg.data.draws import permutation
 from msbreg.data.recipes import evaluation
 from msbreg.errors import DataError, MSBRegError
 from msbreg.monitor import read_metrics
@@ -324,7 +323,7 @@ def test_processes_that_never_come_together(monkeypatch, free_port, rank):
         monkeypatch.setenv(name, value)
     with (
         pytest.raises(MSBRegError, match=f"rank {rank} could not join the 2 processes of the run: .*imed out"),
-        Processes("cpu", patience=timedelta(seconds=1)),
+        Processes("cpu", timeout=1),
     ):
         pass
 

@@ -113,6 +113,13 @@ def test_kernels_know_torch_and_triton_alone():
             assert roots <= known, f"{path.name} line {node.lineno} imports {roots - known}"
 
 
+def test_kernels_use_nothing_that_interpreter_or_compilers_lack():
+    """See CONTRIBUTING.md."""
+    banned = re.compile(r"make_block_ptr|tl\.advance|autotune|libdevice|inline_asm|tl\.atomic_(?!add\()")
+    for path in (ROOT / "kernels").glob("*.py"):
+        assert not banned.findall(path.read_text()), path.name
+
+
 def test_ruff_is_pinned_alike_wherever_it_is_named():
     hook = re.search(r"ruff-pre-commit\n\s+rev: v([\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text()).group(1)
     extra = re.search(r"ruff==([\d.]+)", (ROOT / "setup.py").read_text()).group(1)

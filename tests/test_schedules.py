@@ -16,12 +16,11 @@ def test_warm_up_rises_linearly_from_zero_to_the_peak():
     assert values == pytest.approx([0.2 * step for step in range(11)])
 
 
-def test_the_cosine_falls_from_the_peak_to_the_final_value():
-    assert warmup_cosine(10, 110, 10, 2.0, final=0.5) == 2.0
-    assert warmup_cosine(35, 110, 10, 2.0, final=0.5) == pytest.approx(0.5 + 1.5 * (1 + math.sqrt(0.5)) / 2)
-    assert warmup_cosine(60, 110, 10, 2.0, final=0.5) == pytest.approx(1.25)
-    assert warmup_cosine(110, 110, 10, 2.0, final=0.5) == 0.5
-    assert warmup_cosine(1000, 110, 10, 2.0, final=0.5) == 0.5
+def test_the_cosine_falls_from_the_peak_to_zero():
+    assert warmup_cosine(10, 110, 10, 2.0) == 2.0
+    assert warmup_cosine(35, 110, 10, 2.0) == pytest.approx(1 + math.sqrt(0.5))
+    assert warmup_cosine(60, 110, 10, 2.0) == pytest.approx(1)
+    assert warmup_cosine(110, 110, 10, 2.0) == warmup_cosine(1000, 110, 10, 2.0) == 0
 
 
 def test_no_warm_up_starts_at_the_peak_and_all_warm_up_ends_there():

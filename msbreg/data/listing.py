@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import zipfile
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Listing", "keep", "kept"]
+__all__ = ["Listing", "listing_file", "load_listing", "save_listing"]
 
 VERSION = 1
 """Of what a listing is made of, and by which rules: another one is not read."""
@@ -32,40 +33,40 @@ class Listing(NamedTuple):
     """Names of the classes by number."""
 
 
-def kept(folder: Path, shards: Sequence[str]) -> Listing | None:
-    """What `keep` wrote of these shards, unless one has another size or time by now; None where it cannot be read."""
+def listing_file(folder: Path, shards: Sequence[str]) -> Path | None:
+    """Where the listing of these shards is kept: named by paths, sizes and times, so that shards that change lose it.
+
+    To be asked before they are scanned, so that what changes meanwhile is not taken for what was scanned. None where a
+    shard is not there.
+    """
     try:
-        with np.load(_file(folder, shards), allow_pickle=False) as file:
-            names, classes = (json.loads(file[name].tobytes()) for name in ("names", "classes"))
-            listing = Listing(names, file["place"], file["labels"], classes)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        status = [os.stat(shard) for shard in shards]
+    except OSError:
+        return None
+    named = [(os.path.abspath(shard), one.st_size, one.st_mtime_ns) for shard, one in zip(shards, status, strict=True)]
+    return folder / f"shards-{hashlib.sha256(json.dumps([VERSION, named]).encode()).hexdigest()[:32]}.npz"
+
+
+def load_listing(file: Path) -> Listing | None:
+    """What `save_listing` wrote, or None where there is nothing, or nothing whole."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            names, classes = (json.loads(arrays[name].tobytes()) for name in ("names", "classes"))
+            listing = Listing(names, arrays["place"], arrays["labels"], classes)
+    except Exception:  # damaged zip files make zipfile and NumPy raise nearly anything
         return None
     return listing if len(names) == len(listing.place) == len(listing.labels) else None
 
 
-def keep(folder: Path, shards: Sequence[str], listing: Listing) -> None:
+def save_listing(file: Path, listing: Listing) -> None:
     """Writes a listing, whole or not at all; where that is impossible, it is made anew the next time."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        target = _file(folder, shards)
-        beside = target.with_suffix(f".{os.getpid()}.tmp")
+    names, classes = (np.frombuffer(json.dumps(texts).encode(), np.uint8) for texts in (listing.names, listing.classes))
+    beside = file.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with beside.open("wb") as file:
-                names, classes = (_packed(texts) for texts in (listing.names, listing.classes))
-                np.savez(file, names=names, place=listing.place, labels=listing.labels, classes=classes)
-            beside.replace(target)
+            with beside.open("wb") as opened:
+                np.savez(opened, names=names, place=listing.place, labels=listing.labels, classes=classes)
+            beside.replace(file)
         finally:
             beside.unlink(missing_ok=True)
-    except OSError:
-        pass
-
-
-def _packed(texts: list[str]) -> NDArray[np.uint8]:
-    return np.frombuffer(json.dumps(texts).encode(), np.uint8)
-
-
-def _file(folder: Path, shards: Sequence[str]) -> Path:
-    """Named by what would change if the shards did."""
-    status = [os.stat(shard) for shard in shards]
-    named = [(os.path.abspath(shard), one.st_size, one.st_mtime_ns) for shard, one in zip(shards, status, strict=True)]
-    return folder / f"shards-{hashlib.sha256(json.dumps([VERSION, named]).encode()).hexdigest()[:32]}.npz"

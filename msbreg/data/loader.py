@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import threading
 import warnings
 import weakref
@@ -26,8 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from msbreg.data.draws import Draw, draw, permutation
 from msbreg.data.images import UndecodableError
-from msbreg.data.parameters import Draw, draw, permutation
 from msbreg.data.reader import Reader, Sample
 from msbreg.data.recipes import Recipe
 from msbreg.data.sources import Source
@@ -36,7 +35,6 @@ from msbreg.machine import usable_cores
 
 __all__ = ["Batch", "ViewLoader", "whole_batches"]
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 READING_THREADS = 8
@@ -352,7 +350,7 @@ def _open_backend(name: str, recipe: Recipe, batch_size: int, device: torch.devi
     if name == "auto" and device.type == "cpu" and max(view.size for view in recipe) >= LARGE:
         name = "torchvision" if find_spec("torchvision") else "dali"
     if name != "torchvision":
-        from msbreg.data.dali import DaliBackend
+        from msbreg.data.dali_backend import DaliBackend
 
         try:
             return DaliBackend(recipe, batch_size, device, threads)
@@ -361,7 +359,8 @@ def _open_backend(name: str, recipe: Recipe, batch_size: int, device: torch.devi
                 raise MSBRegError(
                     f"DALI cannot be imported ({error}); install it with pip install 'msbreg[train]' or use torchvision"
                 ) from error
-            logger.warning("DALI is not installed, so torchvision decodes and augments, which is slower")
-    from msbreg.data.twin import TorchvisionBackend
+            slower = "so torchvision decodes and augments, which is slower"
+            warnings.warn(f"DALI cannot be imported ({error}), {slower}", stacklevel=3)
+    from msbreg.data.torchvision_backend import TorchvisionBackend
 
     return TorchvisionBackend(recipe, device, threads)

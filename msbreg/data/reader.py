@@ -79,10 +79,7 @@ class Reader:
         raise DataError(f"none of the {len(self.source):,} images of {self.source} can be read: {self._example()}")
 
     def _read(self, index: int) -> Sample:
-        try:
-            data = self._bytes(index)
-        except OSError as error:
-            raise UnreadableError(f"it cannot be read: {error.strerror or error}") from error
+        data = self._bytes(index)
         if not self._sizes[index].any():
             header = probe(data)
             if not header.common:
@@ -98,6 +95,8 @@ class Reader:
         self._under_way[threading.get_ident()] = index
         try:
             return self.source.read(index)
+        except OSError as error:
+            raise UnreadableError(f"it cannot be read: {error.strerror or error}") from error
         finally:
             del self._under_way[threading.get_ident()]
 
@@ -110,7 +109,7 @@ class Reader:
         try:
             decode(self._bytes(index))
             self._uncommon.add(index)
-        except (UnreadableError, OSError) as error:
+        except UnreadableError as error:
             self._reject(index, str(error))
 
     def recall(self, unreadable: dict[int, str]) -> None:
@@ -118,7 +117,7 @@ class Reader:
         for index, reason in unreadable.items():
             try:
                 decode(self._bytes(index))
-            except (UnreadableError, OSError):
+            except UnreadableError:
                 self.unreadable[index] = reason
 
     def _reject(self, index: int, reason: str) -> None:

@@ -9,10 +9,10 @@ import csv
 import glob
 import hashlib
 import itertools
-import logging
 import os
 import re
 import tarfile
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from msbreg.data.listing import Listing, keep, kept
+from msbreg.data.listing import Listing, listing_file, load_listing, save_listing
 from msbreg.errors import DataError
 
 __all__ = [
@@ -36,7 +36,6 @@ _ENDINGS = ", ".join(f".{ending}" for ending in EXTENSIONS)
 _BLOCKS = 1 << 20
 """Bytes that are read at once of what follows a tar file's end: little, but for one that was joined to others."""
 
-logger = logging.getLogger(__name__)
 Labels = NDArray[np.int64]
 
 
@@ -210,11 +209,12 @@ class TarShards(Source):
         self.shards = _expand_shards(path)
         if not self.shards:
             raise DataError(f"{self.pattern} names no shards: expected tar files, or rising numbers as in {{000..127}}")
-        listing = None if cache is None else kept(cache, self.shards)
+        file = None if cache is None else listing_file(cache, self.shards)
+        listing = None if file is None else load_listing(file)
         if listing is None:
             listing = self._scanned()
-            if cache is not None:
-                keep(cache, self.shards, listing)
+            if file is not None:
+                save_listing(file, listing)
         self.names, self.place, self.labels, self.classes = listing
 
     def _scanned(self) -> Listing:
@@ -232,7 +232,7 @@ class TarShards(Source):
                 + f"; {dots}" * bool(passed_over)
             )
         if passed_over:
-            logger.warning("%s has images of other names: %s", self.pattern, dots)
+            warnings.warn(f"{self.pattern} has images of other names: {dots}", stacklevel=3)
         shard, names, offset, size, labels = zip(*members, strict=True)
         return Listing(list(names), np.array([shard, offset, size], dtype=np.int64).T, *_number_classes(labels))
 

@@ -14,10 +14,8 @@ from msbreg.models import build_backbone, mlp_head
 
 __all__ = ["BYOL", "Encoder", "MSBReg", "SimSiam", "StepOutput", "build_method"]
 
-Method = MSBReg | SimSiam
 
-
-def build_method(config: Config, group: dist.ProcessGroup | None = None) -> Method:
+def build_method(config: Config, group: dist.ProcessGroup | None = None) -> MSBReg:
     """The networks and loss that a config names, freshly initialised from torch's current random state.
 
     Args:

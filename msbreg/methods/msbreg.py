@@ -27,15 +27,23 @@ class MSBReg(nn.Module):
         predictor: (N, D) to (N, D) after the online projector, or None: the attraction then acts on the projector.
         criterion: the loss.
         disperse: "projector" or "predictor": whose output the two dispersive losses act on.
+        ema: whether targets are by an encoder that follows the online one; else they are the online projector's own,
+            its gradient stopped.
     """
 
     def __init__(
-        self, online: Encoder, predictor: nn.Module | None, criterion: MSBRegLoss, *, disperse: str = "projector"
+        self,
+        online: Encoder,
+        predictor: nn.Module | None,
+        criterion: MSBRegLoss,
+        *,
+        disperse: str = "projector",
+        ema: bool = True,
     ) -> None:
         super().__init__()
         self.online = online
         self.predictor = predictor
-        self.target = copy.deepcopy(online).requires_grad_(False)
+        self.target = copy.deepcopy(online).requires_grad_(False) if ema else None
         self.criterion = criterion
         self.disperse = disperse
         self._followers: tuple[tuple[nn.Parameter, ...], tuple[nn.Parameter, ...]] | None = None
@@ -61,6 +69,8 @@ class MSBReg(nn.Module):
         """All networks, run over the views of a batch; arguments as in `forward`."""
         features, z = self.online(views, batch)
         p = z if self.predictor is None else self.predictor(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        if self.target is None:
+            return Embeddings(features, z, p, z.detach())
         with torch.no_grad():
             _, t = self.target(views[:1], batch)
         return Embeddings(features, z, p, t)
@@ -72,6 +82,8 @@ class MSBReg(nn.Module):
 
     def after_step(self, tau: float) -> None:
         """Moves the target encoder towards the online one; call it after each optimizer step."""
+        if self.target is None:
+            return
         if self._followers is None:  # not before: moving a module to a device may make its parameters anew
             self._followers = tuple(self.target.parameters()), tuple(self.online.parameters())
         ema_update(*self._followers, tau)

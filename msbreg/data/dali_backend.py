@@ -1,6 +1,6 @@
 """Decoding and augmentation by NVIDIA DALI, on the CPU or on a GPU, from one graph.
 
-DALI has no part in reading, order or randomness: it is handed encoded images and the draws of `msbreg.data.parameters`,
+DALI has no part in reading, order or randomness: it is handed encoded images and the draws of `msbreg.data.draws`,
 and is a pure function of them. Each image is decoded once and cropped once per view.
 
 https://docs.nvidia.com/deeplearning/dali
@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from msbreg.data.draws import Draw
 from msbreg.data.images import UndecodableError
-from msbreg.data.parameters import Draw
 from msbreg.data.recipes import MEAN, STD, Recipe, View, size_groups
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F  # noqa: N812
 
+from msbreg.data.draws import Draw
 from msbreg.data.images import UndecodableError, UnreadableError, decode
-from msbreg.data.parameters import Draw
 from msbreg.data.recipes import MEAN, STD, Recipe, View, size_groups
 
 __all__ = ["TorchvisionBackend", "gaussian_blur", "make_view"]
