@@ -29,8 +29,9 @@ from peer_trainers import CASES, PROVIDERS, Case, Peer, Setting
 from records import gpu_state, keep, markdown, provenance
 from torch import Tensor, nn
 
-from msbreg.data.rendered import cache_folder, render
+from msbreg.data.rendered import render
 from msbreg.errors import MSBRegError
+from msbreg.files import cache_folder
 from msbreg.machine import synchronize, usable_cores
 from msbreg.monitor import Stopwatch
 

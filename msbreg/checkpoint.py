@@ -9,16 +9,15 @@ import errno
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from msbreg.errors import MSBRegError
-from msbreg.processes import is_of_memory
+from msbreg.errors import MSBRegError, is_of_memory
+from msbreg.files import reason, sync_folder, whole_file
 
-__all__ = ["FORMAT", "holds_one", "load_checkpoint", "load_run", "save_checkpoint", "whole_file"]
+__all__ = ["FORMAT", "holds_one", "load_checkpoint", "load_run", "save_checkpoint"]
 
 FORMAT = 3
 NAME, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
@@ -127,43 +126,3 @@ def load_run(folder: Path, *, to_go_on: bool = False) -> dict[str, Any] | None:
             with contextlib.suppress(FileNotFoundError):
                 os.replace(newest, folder / DAMAGED)
         return state
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name to write to; what is there at the end takes the place of `path`, unless there is an error.
-
-    Raises:
-        MSBRegError: where it cannot be written.
-    """
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
-        raise MSBRegError(f"cannot write {path}: {reason(error)}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename in the folder survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOSYS):  # from file systems that cannot do that to folders
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def reason(error: BaseException) -> str:
-    """The operating system's words where an error carries them."""
-    last, cause = error, error  # type: BaseException, BaseException | None
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        last, cause = cause, cause.__cause__ or cause.__context__
-    return (str(last).splitlines() or [type(last).__name__])[0]

@@ -1,6 +1,8 @@
 """The errors that are meant for the person at the keyboard."""
 
-__all__ = ["DataError", "MSBRegError"]
+import torch
+
+__all__ = ["DataError", "MSBRegError", "is_of_memory"]
 
 
 class MSBRegError(Exception):
@@ -12,3 +14,8 @@ class MSBRegError(Exception):
 
 class DataError(MSBRegError):
     """Images that cannot be trained on: no such folder, nothing in it, too many that cannot be read."""
+
+
+def is_of_memory(error: RuntimeError) -> bool:
+    """Whether torch could not allocate; of a CPU's errors only the text tells."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msbreg.checkpoint import reason, whole_file
 from msbreg.config import config_of
 from msbreg.errors import MSBRegError
+from msbreg.files import reason, whole_file
 
 __all__ = ["backbone_of", "export_backbone"]
 

@@ -9,6 +9,7 @@ from msbreg.config import Config
 from msbreg.data import Source, ViewLoader, load_recipe, open_source, open_split, with_classes_of
 from msbreg.data.recipes import Recipe
 from msbreg.errors import MSBRegError
+from msbreg.files import cache_folder
 from msbreg.processes import Processes
 
 __all__ = ["LABELLED_IMAGES_A_CLASS", "has_labels", "open_images", "open_loader", "recipe_of", "share_of_batch"]
@@ -76,7 +77,7 @@ def open_images(config: Config, processes: Processes) -> tuple[Source, Source | 
     Raises:
         MSBRegError: there are no images where the config says, or they cannot be rendered there.
     """
-    from msbreg.data.rendered import cache_folder, render
+    from msbreg.data.rendered import render
 
     cache = Path(config.data.cache).expanduser() if config.data.cache else cache_folder()
     if config.data.path is not None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from msbreg.checkpoint import whole_file
 from msbreg.distributed import all_reduce_sum, world_size
 from msbreg.errors import MSBRegError
+from msbreg.files import whole_file
 from msbreg.linalg import entropy_rank, singular_values
 
 __all__ = ["MetricsFile", "Progress", "Stopwatch", "embedding_statistics", "markdown_table", "memory_megabytes"]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from msbreg.checkpoint import whole_file
+from msbreg.files import whole_file
 
 __all__ = ["draw_curves"]
 

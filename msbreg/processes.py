@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from msbreg.errors import MSBRegError
+from msbreg.errors import MSBRegError, is_of_memory
 from msbreg.machine import allowed_cores, usable_cores
 
 __all__ = ["Processes"]
@@ -208,11 +208,6 @@ class Processes:
 def is_of_a_collective(error: RuntimeError) -> bool:
     """Whether torch could not talk to another rank; of gloo's errors only the text tells, by its source's path."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-def is_of_memory(error: RuntimeError) -> bool:
-    """Whether torch could not allocate; of a CPU's errors only the text tells."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def first_sentence(error: BaseException) -> str:

@@ -2,17 +2,15 @@
 
 import contextlib
 import fcntl
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from msbreg.checkpoint import whole_file
 from msbreg.config import Config, config_of, flatten
 from msbreg.errors import MSBRegError
 from msbreg.processes import Processes
 
-__all__ = ["read_json", "refuse_other_config", "run_folder", "write_json"]
+__all__ = ["refuse_other_config", "run_folder"]
 
 FREE_TO_CHANGE = {
     "run.dir", "run.resume", "run.threads", "run.checkpoint_every", "run.log_every", "run.tensorboard", "run.device",
@@ -58,18 +56,3 @@ def refuse_other_config(state: dict[str, Any], config: Config, folder: Path) -> 
             f"{folder} holds a run with other options: {differences}. "
             "Give the options it had to go on with it, or another --run.dir to start anew."
         )
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON file whole or not at all."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; empty where the file is missing, damaged or of something else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -22,6 +22,7 @@ from msbreg.config import Config
 from msbreg.errors import MSBRegError
 from msbreg.evaluator import TASKS, Evaluator
 from msbreg.export import export_backbone
+from msbreg.files import read_json, write_json
 from msbreg.inputs import has_labels, open_images, open_loader
 from msbreg.methods import StepOutput
 from msbreg.monitor import (
@@ -37,7 +38,7 @@ from msbreg.monitor import (
 from msbreg.plots import draw_curves
 from msbreg.preflight import planned_steps
 from msbreg.processes import Processes
-from msbreg.run_folder import read_json, refuse_other_config, run_folder, write_json
+from msbreg.run_folder import refuse_other_config, run_folder
 from msbreg.step import TrainingStep
 
 __all__ = ["Trainer", "pretrain"]

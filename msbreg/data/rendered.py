@@ -28,7 +28,7 @@ from PIL import Image
 
 from msbreg.errors import DataError
 
-__all__ = ["CLASSES", "cache_folder", "render", "swatches"]
+__all__ = ["CLASSES", "render", "swatches"]
 
 Array = NDArray[np.floating]
 
@@ -208,11 +208,6 @@ def swatches(labels: NDArray[np.int64], *, size: int, random: np.random.Generato
     clouds = 1 + draw.uniform(0.05, 0.35) * draw.field(x, y, 2.5)
     picture = _expose(draw, _mix(ground * clouds[..., None], ink, ink_share), x, y)
     return (picture.clip(0, 1) * 255 + 0.5).astype(np.uint8)
-
-
-def cache_folder() -> Path:
-    """Where rendered images are kept unless told otherwise: msbreg's folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "msbreg").expanduser()
 
 
 def render(

@@ -1,0 +1,73 @@
+"""Files that are whole or not there, and where msbreg keeps what it can make again."""
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from msbreg.errors import MSBRegError
+
+__all__ = ["cache_folder", "read_json", "reason", "sync_folder", "whole_file", "write_json"]
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Gives a temporary name to write to; what is there at the end takes the place of `path`, unless there is an error.
+
+    Raises:
+        MSBRegError: where it cannot be written.
+    """
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
+        raise MSBRegError(f"cannot write {path}: {reason(error)}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in the folder survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS):  # from file systems that cannot do that to folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def reason(error: BaseException) -> str:
+    """The operating system's words where an error carries them."""
+    last, cause = error, error  # type: BaseException, BaseException | None
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        last, cause = cause, cause.__cause__ or cause.__context__
+    return (str(last).splitlines() or [type(last).__name__])[0]
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; empty where the file is missing, damaged or of something else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def cache_folder() -> Path:
+    """Where rendered images and listings of shards are kept unless told otherwise: in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "msbreg").expanduser()
