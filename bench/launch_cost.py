@@ -117,7 +117,7 @@ def gram(
 def unit_gram(
     *, z_hat_pointer, gram_pointer, squares_pointer, batch, dim, width, ROWS, BLOCK_P, BLOCK_Q, **_: Any
 ) -> tuple[int, ...]:
-    """As `gram`, of all parts of the numbers, and what fills up their width."""
+    """As `gram`, of all parts of the split matrices, and what fills up their width."""
     side, inner = (batch, width) if ROWS else (dim, batch)
     filled = batch if ROWS else width
     views, tiles, parts = gram_pointer.numel() // side**2, cdiv(side, BLOCK_P), parts_of(z_hat_pointer)
@@ -127,9 +127,9 @@ def unit_gram(
     return loaded, size(gram_pointer) + size(squares_pointer), *by_parts(parts, flops)
 
 
-def to_numbers(*, matrix_pointer, number_pointer, **_: Any) -> tuple[int, int, int]:
+def split(*, matrix_pointer, split_pointer, **_: Any) -> tuple[int, int, int]:
     """Each once."""
-    return size(matrix_pointer), size(number_pointer), 0
+    return size(matrix_pointer), size(split_pointer), 0
 
 
 def first_factors(
@@ -186,7 +186,7 @@ def unit_product(
     *, z_hat_pointer, weight_pointer, output_pointer, batch, dim, width, weight_width, WEIGHT_LEFT, BLOCK_I, BLOCK_D,
     BLOCK_Q, **_: Any,
 ) -> tuple[int, ...]:  # fmt: skip
-    """As `product`, of all parts of the numbers, and what fills up their width."""
+    """As `product`, of all parts of the split matrices, and what fills up their width."""
     views, parts = output_pointer.numel() // (batch * dim), parts_of(z_hat_pointer)
     down, across = cdiv(batch, BLOCK_I), cdiv(dim, BLOCK_D)
     inner, columns = (batch if WEIGHT_LEFT else width), min(across * BLOCK_D, width)
@@ -214,7 +214,7 @@ def brownian_directions(*, output_pointer, seed_pointer, views, batch, BLOCK_ROW
 FORMULAS: dict[str, Callable[..., tuple[int, ...]]] = {
     f"{formula.__name__}_kernel": formula
     for formula in (
-        rows_forward, image_gradient, gram, unit_gram, to_numbers, first_factors, step, root, product, unit_product,
+        rows_forward, image_gradient, gram, unit_gram, split, first_factors, step, root, product, unit_product,
         spectral_sums, totals, brownian_directions,
     )
 }  # fmt: skip
@@ -222,12 +222,12 @@ FORMULAS: dict[str, Callable[..., tuple[int, ...]]] = {
 
 
 def parts_of(tensor: Any) -> int:
-    """Of numbers: halves are in pairs."""
+    """Of a split matrix: halves are in pairs."""
     return 2 if tensor.element_size() == 2 else 1
 
 
 def by_parts(parts: int, flops: int) -> tuple[int, int]:
-    """Operations of a product of numbers in float32 or float64, and in halves."""
+    """Operations of a product of split matrices in float32 or float64, and in halves."""
     return (flops, 0) if parts == 1 else (0, PRODUCTS * flops)
 
 

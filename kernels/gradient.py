@@ -144,8 +144,8 @@ def row_losses_backward(
         key: (2,) of `row_losses`; None for no Brownian loss.
         norms: (K, B) of `row_losses`.
         centroid: (B, D) of `row_losses`.
-        z_hat: (K, parts, B, w) numbers of `row_losses`.
-        weight: W, numbers of D x D matrices, or with weight_left of B x B; None for no singular value loss.
+        z_hat: (K, parts, B, w), split, of `row_losses`.
+        weight: W, split, of D x D matrices, or with weight_left of B x B; None for no singular value loss.
         attraction_weight: of each |ẑ - ĉ|² in the weighted sum.
         product_weight: of ẑ W.
         weight_left: whether it is W ẑ.

@@ -1,11 +1,11 @@
-"""Gram matrices, all views at once: of any matrices, and of unit rows, whose numbers halves can hold."""
+"""Gram matrices, all views at once: of any matrices, and of unit rows, whose entries halves can hold."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.halves import STAGES, depth, in_parts, parts_of, product_of_numbers, sum_dtype
+from msbreg.kernels.halves import STAGES, depth, in_parts, parts_of, split_product, sum_dtype
 from msbreg.kernels.tiles import accumulator, load_tile, offsets, precision
 
 __all__ = ["gram", "gram_kernel", "unit_gram", "unit_gram_kernel"]
@@ -70,7 +70,7 @@ def unit_gram_kernel(
 ):
     """As `gram_kernel`, of unit rows.
 
-    z_hat_pointer: [views, parts, batch, width] numbers, ẑ of dim dimensions; see `halves`.
+    z_hat_pointer: [views, parts, batch, width], split, ẑ of dim dimensions; see `halves`.
     gram_pointer: [views, dim, dim], or with ROWS [views, batch, batch], float32 or float64.
     squares_pointer: [views, tiles of the triangle], float64, which add up to |G|² of each view.
     """
@@ -82,7 +82,7 @@ def unit_gram_kernel(
     low = tl.full([], batch, tl.int64) * width
     m = z_hat_pointer + k * parts_of(z_hat_pointer) * low
     if ROWS:
-        sums = product_of_numbers(
+        sums = split_product(
             left=m, left_low=low, left_stride_p=width, left_stride_q=1,
             right=m, right_low=low, right_stride_q=1, right_stride_r=width,
             p=p, p_count=batch, left_count=width, right_count=width, r=r, r_count=batch,
@@ -90,7 +90,7 @@ def unit_gram_kernel(
         )  # fmt: skip
         store_symmetric(gram_pointer + k * batch * batch, sums, p, r, batch)
     else:
-        sums = product_of_numbers(
+        sums = split_product(
             left=m, left_low=low, left_stride_p=1, left_stride_q=width,
             right=m, right_low=low, right_stride_q=width, right_stride_r=1,
             p=p, p_count=width, left_count=batch, right_count=batch, r=r, r_count=width,
@@ -139,7 +139,7 @@ def gram(z: Tensor, *, smaller: bool) -> Tensor:
 
 
 def unit_gram(z_hat: Tensor, dim: int, *, smaller: bool) -> tuple[Tensor, Tensor]:
-    """As `gram`, of unit rows as `row_losses` makes them, (K, parts, B, w) numbers of dim dimensions.
+    """As `gram`, of unit rows as `row_losses` makes them, (K, parts, B, w), split, of dim dimensions.
 
     Returns:
         The Gram matrices, and (K, n), float64, which add up over a view to |G|², its squared Frobenius norm.
@@ -170,7 +170,7 @@ def tile(side: int, itemsize: int) -> dict[str, int | bool]:
 
 
 def unit_tile(side: int, like: Tensor) -> dict[str, int | bool]:
-    """As `tile`, of numbers of a tensor like that."""
+    """As `tile`, of split matrices like that tensor."""
     block = 32 if like.dtype == torch.float64 else 64 if side < 1024 or side % 16 else 128  # numbers stored one by one
     return {
         "BLOCK_P": min(block, max(16, triton.next_power_of_2(side))),

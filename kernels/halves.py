@@ -1,12 +1,12 @@
-"""Float32 matrices on tensor cores: each number is a pair of halves, high + low / 2048.
+"""Float32 matrices on tensor cores: each entry is split into a pair of halves, high + low / 2048.
 
 Both are float16, of 11 bits: together 22, as many as three TF32 products keep, at twice their rate. And a tile of
 halves goes from memory to the tensor cores as it is, where one of float32 is taken apart in registers whenever it is
 read. Low is scaled because float16's numbers end at 6e-8: without that, nothing of it is left in a number below 1e-4.
 
-Numbers, here and in the kernels that read them, are a tensor [..., parts, rows, width]: of float32 matrices two parts,
-the high halves and the low ones; of float64 one, and of float32 too on AMD, whose MI200 takes halves below 6e-5 for
-zero. The width is that of the matrix rounded up to a multiple of 16, which is what Triton must know to load 16 bytes at
+A split matrix, here and in the kernels that read it, is a tensor [..., parts, rows, width]: of float32 two parts, the
+high halves and the low ones; of float64 one, and of float32 too on AMD, whose MI200 takes halves below 6e-5 for zero.
+The width is that of the matrix rounded up to a multiple of 16, which is what Triton must know to load 16 bytes at
 a time; beyond the matrix is zero.
 
 For matrices whose entries are about one: from 65520 on a number is infinite, below 6e-5 it is wrong by up to 1.5e-11.
@@ -30,14 +30,14 @@ __all__ = [
     "STAGES",
     "ample_shared_memory",
     "depth",
+    "empty_split",
     "halves",
     "in_parts",
-    "numbers",
     "parts_of",
-    "product_of_numbers",
-    "store_number",
+    "split",
+    "split_product",
+    "store_split",
     "sum_dtype",
-    "to_numbers",
 ]  # fmt: skip
 
 SCALE = tl.constexpr(2048.0)
@@ -57,12 +57,12 @@ def halves(x):
 
 @triton.jit
 def parts_of(pointer):
-    """How many numbers of the pointer's make one: two halves, or the number itself."""
+    """How many of the pointer's numbers make an entry: two halves, or the entry itself."""
     return 2 if pointer.dtype.element_ty == tl.float16 else 1
 
 
 @triton.jit
-def store_number(pointer, low, x, mask):
+def store_split(pointer, low, x, mask):
     """Stores x as it is; where pointer has places of halves as a pair, whose low is `low` elements behind its high."""
     if pointer.dtype.scalar.element_ty == tl.float16:
         x_high, x_low = halves(x)
@@ -73,7 +73,7 @@ def store_number(pointer, low, x, mask):
 
 
 @triton.jit
-def product_of_numbers(
+def split_product(
     left,
     left_low,
     left_stride_p,
@@ -91,11 +91,11 @@ def product_of_numbers(
     BLOCK_Q: tl.constexpr,
     IN_PARTS: tl.constexpr,
 ):
-    """A tile [P, R] of L R, float32, or float64 of such numbers.
+    """A tile [P, R] of L R for split matrices, float32, or float64 for such.
 
-    left, left_stride_p, left_stride_q: L, [p_count, left_count] numbers; left_low: from a high half to its low one,
+    left, left_stride_p, left_stride_q: L, [p_count, left_count], split; left_low: from a high half to its low one,
         int64.
-    right and so on: R, [right_count, r_count] numbers. Where there are fewer than L has columns, those are zero.
+    right and so on: R, [right_count, r_count], split. Where there are fewer than L has columns, those are zero.
     p, r: int32, which rows and columns.
     IN_PARTS: see `in_parts`.
     """
@@ -128,13 +128,13 @@ def product_of_numbers(
 
 
 @triton.jit
-def to_numbers_kernel(
-    matrix_pointer, number_pointer, side, width, scale: tl.float64, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr
+def split_kernel(
+    matrix_pointer, split_pointer, side, width, scale: tl.float64, BLOCK_P: tl.constexpr, BLOCK_Q: tl.constexpr
 ):
-    """Numbers of scale * X.
+    """Splits scale * X.
 
     matrix_pointer: [views, side, side], X, contiguous, float32 or float64.
-    number_pointer: [views, parts, width, width].
+    split_pointer: [views, parts, width, width].
 
     One program makes a tile.
     """
@@ -144,25 +144,25 @@ def to_numbers_kernel(
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     x = load_tile(matrix_pointer + k * side * side, p, side, side, q, side, 1, ACC) * tl.full([], scale, ACC)
     low = tl.full([], width, tl.int64) * width
-    place = number_pointer + k * parts_of(number_pointer) * low + offsets(p, width, q, 1)
-    store_number(place, low, x, (p < width)[:, None] & (q < width)[None, :])
+    place = split_pointer + k * parts_of(split_pointer) * low + offsets(p, width, q, 1)
+    store_split(place, low, x, (p < width)[:, None] & (q < width)[None, :])
 
 
-def to_numbers(matrix: Tensor, scale: float) -> Tensor:
-    """Numbers, (K, parts, w, w), of scale X for matrices X, (K, p, p), contiguous, float32 or float64."""
+def split(matrix: Tensor, scale: float) -> Tensor:
+    """scale X, split, (K, parts, w, w), for matrices X, (K, p, p), contiguous, float32 or float64."""
     views, side, _ = matrix.shape
-    output = numbers(matrix, (views,), side, side, square=True)
+    output = empty_split(matrix, (views,), side, side, square=True)
     width = output.shape[-1]
     grid = (triton.cdiv(width, 16), triton.cdiv(width, 128), views)
     with torch.cuda.device_of(matrix):
-        to_numbers_kernel[grid](
+        split_kernel[grid](
             matrix, output, side, width, scale, BLOCK_P=16, BLOCK_Q=128, num_warps=4, enable_fp_fusion=True
         )
     return output
 
 
-def numbers(like: Tensor, batch: tuple[int, ...], rows: int, columns: int, *, square: bool = False) -> Tensor:
-    """Memory for numbers of matrices (*batch, rows, columns) of a float32 or float64 tensor's dtype, on its device.
+def empty_split(like: Tensor, batch: tuple[int, ...], rows: int, columns: int, *, square: bool = False) -> Tensor:
+    """Memory for split matrices (*batch, rows, columns) of a float32 or float64 tensor's dtype, on its device.
 
     Where they are square, rows are rounded up too.
     """
@@ -173,19 +173,19 @@ def numbers(like: Tensor, batch: tuple[int, ...], rows: int, columns: int, *, sq
 
 
 def sum_dtype(made: Tensor) -> torch.dtype:
-    """What products of such numbers are summed in: float32 for halves, or what the numbers are."""
+    """What products of split matrices are summed in: float32 for halves, or the matrices' own dtype."""
     return torch.float32 if made.dtype == torch.float16 else made.dtype
 
 
 def depth(rows: int, columns: int, like: Tensor) -> int:
-    """The depth of the tiles of a product of numbers: 64, or what fits into the shared memory `STAGES` times.
+    """The depth of the tiles of a product of split matrices: 64, or what fits into the shared memory `STAGES` times.
 
     Without `ample_shared_memory` factors are held in registers too, and it is a part of what there is.
 
     Args:
         rows: of a tile of the product.
         columns: of it.
-        like: a float32 or float64 tensor, whose numbers they are, on their device.
+        like: a float32 or float64 tensor, on the device, of what is split.
     """
     if like.dtype == torch.float64:
         return 16

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, in_parts, numbers, parts_of
-from msbreg.kernels.newton_schulz import affine_product, first_factors, normalisation, spectral_sum, store_numbers
+from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, empty_split, in_parts, parts_of
+from msbreg.kernels.newton_schulz import affine_product, first_factors, normalisation, spectral_sum, store_matrix
 
 __all__ = ["first_factors_kernel", "inverse_root", "root_kernel", "step_kernel"]
 
@@ -44,7 +44,7 @@ def first_factors_kernel(
 
     gram_pointer: [views, side, side], G, contiguous.
     squares_pointer: [views, count], float64, which add up to |G|² of each view.
-    a_pointer, t_pointer: [views, parts, width, width] numbers.
+    a_pointer, t_pointer: [views, parts, width, width], split.
     a, b: of T = a I + b A.
     shift, floor: see `normalisation`.
 
@@ -85,11 +85,11 @@ def step_kernel(
 ):
     """One or two batches of products, i I + s L R.
 
-    left_pointer, right_pointer: [views, parts, width, width] numbers, L and R of the first batch.
+    left_pointer, right_pointer: [views, parts, width, width], split, L and R of the first batch.
     second_left_pointer, second_right_pointer: those of the second batch.
     gram_pointer: [views, side, side], G, contiguous, read for the sums alone.
     squares_pointer: [views, count], float64, which add up to |G|² of each view, read with LAST alone.
-    output_pointer: [1 or 2, views, parts, width, width] numbers; with LAST Z, numbers or as it is, [views, parts,
+    output_pointer: [1 or 2, views, parts, width, width], split; with LAST Z, split or as it is, [views, parts,
         output_width, output_width].
     sums_pointer: [views, tiles], float64, with LAST; None where they are not wanted.
     identity, scale: i and s.
@@ -112,14 +112,14 @@ def step_kernel(
         s *= tl.sqrt(normalisation(squares_pointer + k * count, count, shift, floor)[0])
         z = affine_product(left, right, side, width, i, s, p, r, BLOCK_Q, IN_PARTS)
         size = tl.full([], parts_of(output_pointer), tl.int64) * output_width * output_width
-        store_numbers(output_pointer + k * size, z, p, r, output_width)
+        store_matrix(output_pointer + k * size, z, p, r, output_width)
         if sums_pointer is not None:
             total = spectral_sum(gram_pointer + k * side * side, z, p, r, side, shift, trace_weight, root_weight)
             tile = (k * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
             tl.store(sums_pointer + tile, total)
     else:
         x = affine_product(left, right, side, width, i, s, p, r, BLOCK_Q, IN_PARTS)
-        store_numbers(output_pointer + batch * matrix, x, p, r, width)
+        store_matrix(output_pointer + batch * matrix, x, p, r, width)
 
 
 @triton.jit
@@ -151,7 +151,7 @@ def root_kernel(
     gram_pointer, squares_pointer, output_pointer: as for `step_kernel` with LAST.
     sums_pointer: [views, members], else as there.
     weights_pointer: [steps, 2], float64, a and b of each step; two steps or more.
-    work_pointer: [5, views, parts, width, width] numbers: Y and Z after the first step and every second one from there,
+    work_pointer: [5, views, parts, width, width], split: Y and Z after the first step and every second one from there,
         those after the others, and T, where A is at first.
     counter_pointer: [views, 32] int32, zero; see `wait_for_all`.
 
@@ -196,11 +196,11 @@ def root_kernel(
                 x = affine_product(left, right, side, width, identity, scale, p, r, BLOCK_Q, IN_PARTS)
                 if last:
                     size = tl.full([], parts_of(output_pointer), tl.int64) * output_width * output_width
-                    store_numbers(output_pointer + k * size, x, p, r, output_width)
+                    store_matrix(output_pointer + k * size, x, p, r, output_width)
                     if sums_pointer is not None:
                         total += spectral_sum(gram, x, p, r, side, shift, trace_weight, root_weight)
                 else:
-                    store_numbers(tl.where(mixing, t, tl.where(second, new + batch, new)), x, p, r, width)
+                    store_matrix(tl.where(mixing, t, tl.where(second, new + batch, new)), x, p, r, width)
         if sums_pointer is not None:
             tl.store(sums_pointer + k * members + member, total)
 
@@ -246,11 +246,11 @@ def inverse_root(
         at_once: whether it is one launch; None: as said above.
 
     Returns:
-        Z, (K, p, p), and None; or with weights Z as numbers, (K, parts, w, w), and float64 numbers of any shape, which
+        Z, (K, p, p), and None; or with weights Z split, (K, parts, w, w), and float64 numbers of any shape, which
         add up over a view.
     """
     views, side, _ = gram.shape
-    output = torch.empty_like(gram) if weights is None else numbers(gram, (views,), side, side, square=True)
+    output = torch.empty_like(gram) if weights is None else empty_split(gram, (views,), side, side, square=True)
     with torch.cuda.device_of(gram):
         if at_once is None:
             waits_for_host = gram.is_cuda and gram.numel() < FEW and not torch.cuda.is_current_stream_capturing()
@@ -270,8 +270,8 @@ def sequence(
 ) -> Tensor | None:
     """Writes Z into `output` in 2 len(steps) launches; returns the sums, where they are wanted."""
     views, side, _ = gram.shape
-    t = numbers(gram, (views,), side, side, square=True)
-    iterates = [numbers(gram, (2, views), side, side, square=True) for _ in range(2)]
+    t = empty_split(gram, (views,), side, side, square=True)
+    iterates = [empty_split(gram, (2, views), side, side, square=True) for _ in range(2)]
     width, count = t.shape[-1], squares.shape[1]
     config = tile(gram)
     tiles = triton.cdiv(width, config["BLOCK_P"])
@@ -313,7 +313,7 @@ def one_launch(
 ) -> Tensor | None:
     """As `sequence`, in one launch, and before it a small copy and the fill of a counter."""
     views, side, _ = gram.shape
-    work = numbers(gram, (5, views), side, side, square=True)
+    work = empty_split(gram, (5, views), side, side, square=True)
     width = work.shape[-1]
     config = tile(gram)
     programs = processors(gram.device)

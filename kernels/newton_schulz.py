@@ -4,18 +4,18 @@ Y ← T Y, Z ← Z T with T = a I + b Y Z takes Y = A, Z = I to A^(1/2) and A^(-
 once they are rounded, so their order is not free to change, and symmetry must not be made use of: mirroring one
 triangle of the iterates diverges, multiplying in another order loses digits near collapse.
 
-The iterates are in memory as tensor cores want them: numbers, [..., parts, w, w] (see `halves`), whose entries stay
+The iterates are in memory as tensor cores want them: split, [..., parts, w, w] (see `halves`), whose entries stay
 below 2 / sqrt(smallest eigenvalue of A), 2e3.
 """
 
 import triton
 import triton.language as tl
 
-from msbreg.kernels.halves import product_of_numbers, store_number
+from msbreg.kernels.halves import split_product, store_split
 from msbreg.kernels.tiles import affine, load_tile, offsets
 from msbreg.kernels.totals import total_of
 
-__all__ = ["affine_product", "first_factors", "normalisation", "spectral_sum", "store_numbers"]
+__all__ = ["affine_product", "first_factors", "normalisation", "spectral_sum", "store_matrix"]
 
 
 @triton.jit
@@ -31,34 +31,34 @@ def normalisation(squares, count, shift, floor):
 
 
 @triton.jit
-def store_numbers(output, tile, p, r, width):
-    """Stores a tile [P, R] of numbers [parts, width, width], or of a matrix [width, width] as it is."""
+def store_matrix(output, tile, p, r, width):
+    """Stores a tile [P, R] of a matrix: split, [parts, width, width], or as it is, [width, width]."""
     mask = (p < width)[:, None] & (r < width)[None, :]
-    store_number(output + offsets(p, width, r, 1), tl.full([], width, tl.int64) * width, tile, mask)
+    store_split(output + offsets(p, width, r, 1), tl.full([], width, tl.int64) * width, tile, mask)
 
 
 @triton.jit
 def first_factors(gram, a_output, t_output, side, width, a, b, s, h, p, r):
     """Writes a tile [P, R] of A = s (G + h I) and of T = a I + b A.
 
-    gram: [side, side], G, contiguous. a_output, t_output: [parts, width, width] numbers.
+    gram: [side, side], G, contiguous. a_output, t_output: [parts, width, width], split.
     a, b, s, h: float64. p, r: int32, rows and columns of the tile.
     """
     ACC: tl.constexpr = gram.dtype.element_ty
     g = load_tile(gram, p, side, side, r, side, 1, ACC)
-    store_numbers(a_output, affine(g, p, r, side, (s * h).to(ACC), s.to(ACC)), p, r, width)
-    store_numbers(t_output, affine(g, p, r, side, (a + b * s * h).to(ACC), (b * s).to(ACC)), p, r, width)
+    store_matrix(a_output, affine(g, p, r, side, (s * h).to(ACC), s.to(ACC)), p, r, width)
+    store_matrix(t_output, affine(g, p, r, side, (a + b * s * h).to(ACC), (b * s).to(ACC)), p, r, width)
 
 
 @triton.jit
 def affine_product(left, right, side, width, identity, scale, p, r, BLOCK_Q: tl.constexpr, IN_PARTS: tl.constexpr):
     """A tile [P, R] of i I + s L R.
 
-    left, right: [parts, width, width] numbers, L and R.
+    left, right: [parts, width, width], split, L and R.
     identity, scale: i and s, float64. p, r: int32, rows and columns of the tile.
     """
     low = tl.full([], width, tl.int64) * width
-    product = product_of_numbers(
+    product = split_product(
         left=left, left_low=low, left_stride_p=width, left_stride_q=1,
         right=right, right_low=low, right_stride_q=width, right_stride_r=1,
         p=p, p_count=width, left_count=width, right_count=width, r=r, r_count=width,

@@ -1,11 +1,11 @@
-"""M W for each view: of any matrices, and of unit rows, whose numbers halves can hold."""
+"""M W for each view: of any matrices, and of unit rows, whose entries halves can hold."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, in_parts, parts_of, product_of_numbers, sum_dtype
+from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, in_parts, parts_of, split_product, sum_dtype
 from msbreg.kernels.tiles import accumulator, load_tile, offsets, precision
 
 __all__ = ["product", "product_kernel", "unit_product", "unit_product_kernel"]
@@ -75,8 +75,8 @@ def unit_product_kernel(
 ):
     """As `product_kernel`, of unit rows.
 
-    z_hat_pointer: [views, parts, batch, width] numbers, ẑ of dim dimensions; see `halves`.
-    weight_pointer: [views, parts, weight_width, weight_width] numbers, W.
+    z_hat_pointer: [views, parts, batch, width], split, ẑ of dim dimensions; see `halves`.
+    weight_pointer: [views, parts, weight_width, weight_width], split, W.
     output_pointer: [views, batch, dim], float32 or float64, contiguous.
     """
     k = tl.program_id(2).to(tl.int64)
@@ -85,14 +85,14 @@ def unit_product_kernel(
     low, w_low = tl.full([], batch, tl.int64) * width, tl.full([], weight_width, tl.int64) * weight_width
     m, w = z_hat_pointer + k * parts_of(z_hat_pointer) * low, weight_pointer + k * parts_of(weight_pointer) * w_low
     if WEIGHT_LEFT:
-        sums = product_of_numbers(
+        sums = split_product(
             left=w, left_low=w_low, left_stride_p=weight_width, left_stride_q=1,
             right=m, right_low=low, right_stride_q=width, right_stride_r=1,
             p=i, p_count=batch, left_count=weight_width, right_count=batch, r=d, r_count=width,
             BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS,
         )  # fmt: skip
     else:
-        sums = product_of_numbers(
+        sums = split_product(
             left=m, left_low=low, left_stride_p=width, left_stride_q=1,
             right=w, right_low=w_low, right_stride_q=weight_width, right_stride_r=1,
             p=i, p_count=batch, left_count=width, right_count=width, r=d, r_count=width,
@@ -131,11 +131,11 @@ def product(z: Tensor, weight: Tensor) -> Tensor:
 
 
 def unit_product(z_hat: Tensor, weight: Tensor, dim: int, *, left: bool) -> Tensor:
-    """As `product`, of unit rows as `row_losses` makes them, (K, parts, B, w) numbers of dim dimensions.
+    """As `product`, of unit rows as `row_losses` makes them, (K, parts, B, w), split, of dim dimensions.
 
     Args:
         z_hat: ẑ.
-        weight: W, (K, parts, v, v) numbers, of dim x dim matrices, or with left of B x B.
+        weight: W, (K, parts, v, v), split, of dim x dim matrices, or with left of B x B.
         dim: D.
         left: W ẑ rather than ẑ W.
     """
@@ -177,7 +177,7 @@ def tile(rows: int, columns: int, itemsize: int) -> dict[str, int | bool]:
 
 
 def unit_tile(rows: int, columns: int, like: Tensor) -> dict[str, int | bool]:
-    """As `tile`, of numbers of a tensor like that."""
+    """As `tile`, of split matrices like that tensor."""
     large = rows >= 1024 and columns >= 1024 and like.dtype == torch.float32
     block = 32 if like.dtype == torch.float64 else 128 if large else 64
     return {

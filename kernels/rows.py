@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.halves import numbers, parts_of, store_number
+from msbreg.kernels.halves import empty_split, parts_of, store_split
 from msbreg.kernels.philox import brownian_rows
 from msbreg.kernels.tiles import accumulator, load_tile, offsets, unit
 
@@ -69,7 +69,7 @@ def rows_forward_kernel(
     t_pointer: [target_views, batch, dim], as z; None for no attraction.
     seed_pointer, step_pointer: int64, one element each; None for no push.
     norm_pointer: [views, batch], |z|, in the accumulator's dtype, as are all below; contiguous.
-    z_hat_pointer: [views, parts, batch, width] numbers, ẑ; None where they are not wanted. See `halves`.
+    z_hat_pointer: [views, parts, batch, width], split, ẑ; None where they are not wanted. See `halves`.
     centroid_pointer: [batch, dim], ĉ; with LEAVE_ONE_OUT the sum of the views' t̂.
     attraction_pointer: [views, batch], |ẑ - ĉ|²; None where only its sum is wanted.
     image_pointer: [2, batch], sums over the views of |ẑ - ĉ|² and of <ẑ, n̂>; None for neither.
@@ -116,7 +116,7 @@ def rows_forward_kernel(
         if z_hat_pointer is not None:
             low = tl.full([], batch, tl.int64) * width
             place = z_hat_pointer + i * width + offsets(k, parts_of(z_hat_pointer) * low, d, 1)
-            store_number(place, low, z_hat, (k < views)[:, None] & (d < width)[None, :])
+            store_split(place, low, z_hat, (k < views)[:, None] & (d < width)[None, :])
         if t_pointer is not None:
             difference = z_hat - c_hat
             if BLOCK_K > 1:
@@ -141,7 +141,7 @@ class RowLosses(NamedTuple):
     norms: Tensor
     """(K, B): |z|."""
     z_hat: Tensor | None
-    """(K, parts, B, w) numbers: ẑ; see `kernels.halves`."""
+    """(K, parts, B, w): ẑ, split; see `kernels.halves`."""
     centroid: Tensor | None
     """(B, D): ĉ, or with leave_one_out the sum of the views' t̂."""
     attraction: Tensor | None
@@ -178,7 +178,7 @@ def row_losses(
     views, batch, dim = z.shape
     new = {"device": z.device, "dtype": accumulator(z.dtype)}
     norms = torch.empty(views, batch, **new)
-    made = numbers(norms, (views,), batch, dim) if z_hat else None
+    made = empty_split(norms, (views,), batch, dim) if z_hat else None
     centroid = None if t is None else torch.empty(batch, dim, **new)
     attraction = torch.empty(views, batch, **new) if each else None
     images = None if t is None and noise is None else torch.empty(2, batch, **new)

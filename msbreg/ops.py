@@ -21,7 +21,7 @@ from msbreg.distributed import world_size
 from msbreg.kernels.gradient import row_losses_backward
 from msbreg.kernels.gram import gram as gram_of_rows
 from msbreg.kernels.gram import unit_gram
-from msbreg.kernels.halves import LARGEST, numbers, to_numbers
+from msbreg.kernels.halves import LARGEST, empty_split, split
 from msbreg.kernels.inverse_root import inverse_root
 from msbreg.kernels.product import product
 from msbreg.kernels.rows import row_losses
@@ -35,7 +35,7 @@ MAX_MATRICES = 2**15 - 1
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """The weighted sum; the three losses, (3,); |ẑ - ĉ|², (K, B); and, for the way back, |z|, (K, B), the centroids,
-(B, D), ẑ and the matrix that the singular value loss multiplies it by, as numbers (see `kernels.halves`), and the
+(B, D), ẑ and the matrix that the singular value loss multiplies it by, both split (see `kernels.halves`), and the
 noise's seed and step, (2,), which their owner may change in between. Those not asked for are empty."""
 
 
@@ -92,18 +92,18 @@ class Dispersion(NamedTuple):
         return by_view[self.spectrum] * self.processes / self.views / self.scale
 
     def sums(self, g: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-        """Numbers that add up to the loss, float64, any shape; and W, (K, parts, w, w) numbers, see `kernels.halves`.
+        """Numbers that add up to the loss, float64, any shape; and W, (K, parts, w, w), split, see `kernels.halves`.
 
         `squares` are those of `unit_gram`, or of `spectral_sums`.
         """
         if self.spectrum == "whitening":
             # Σ (cλ - 1)² = |cG - I|²
-            return spectral_sums(g, identity=-1.0, scale=self.c), to_numbers(g, self.scale)
+            return spectral_sums(g, identity=-1.0, scale=self.c), split(g, self.scale)
         if self.spectrum == "coding_rate":
             rates, weight = reference.coding_rate(
                 g, rows=self.rows, dim=self.dim, precision=reference.CODING_PRECISION, gram_of=gram
             )
-            return -rates.double(), to_numbers(weight.contiguous(), self.scale)
+            return -rates.double(), split(weight.contiguous(), self.scale)
         # Σ (sqrt(cλ + δ²) - 1)² = c trace(G) + pδ² - 2 sqrt(c) trace((G + shift I)^(1/2)) + p
         shift = self.smoothing**2 / self.c
         floor, steps = linalg.newton_schulz_plan(shift / self.rows, g.dtype)
@@ -196,8 +196,8 @@ def _forward_fake(
         new((views, batch) if each else 0),
         new(views, batch),
         new(0 if t is None else (batch, dim)),
-        new(0) if spectrum is None else numbers(new(0), (views,), batch, dim),
-        new(0) if spectrum is None else numbers(new(0), (views,), side, side, square=True),
+        new(0) if spectrum is None else empty_split(new(0), (views,), batch, dim),
+        new(0) if spectrum is None else empty_split(new(0), (views,), side, side, square=True),
         z.new_empty(0 if seed is None else 2, dtype=torch.int64),
     )
 

@@ -233,7 +233,7 @@ def test_all_kernels_compile_without_fault(compiled, architecture):
     if architecture in ("sm_80", "gfx942"):
         expected -= {"root"}
     if architecture == "sm_90":
-        expected |= {"spectral_sums", "to_numbers", "gram", "product", "brownian_directions"}
+        expected |= {"spectral_sums", "split", "gram", "product", "brownian_directions"}
     assert kernels == {f"{name}_kernel" for name in expected}
     assert {f"{row['kernel']} {fault}" for row in rows for fault in row["faults"]} == set()
     assert all(row["spilled_bytes"] == 0 and row["registers"] <= 255 for row in rows)
@@ -313,7 +313,7 @@ def test_launches_choose_what_versions_of_triton_choose_differently(compiled):
 
 def test_sizes_of_one_compile(compiled):
     """Which Triton puts in as constants, without the methods of a tensor."""
-    names = "rows_forward", "unit_gram", "spectral_sums", "to_numbers", "totals"
+    names = "rows_forward", "unit_gram", "spectral_sums", "split", "totals"
     assert compiled["one"] == {f"{name}_kernel": [] for name in names}
 
 

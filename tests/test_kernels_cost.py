@@ -14,7 +14,7 @@ import triton.language as tl  # noqa: E402
 
 from msbreg import kernels, ops  # noqa: E402
 from msbreg.kernels.gram import gram, unit_gram  # noqa: E402
-from msbreg.kernels.halves import to_numbers  # noqa: E402
+from msbreg.kernels.halves import split  # noqa: E402
 from msbreg.kernels.inverse_root import inverse_root  # noqa: E402
 from msbreg.kernels.philox import brownian_directions  # noqa: E402
 from msbreg.kernels.product import product, unit_product  # noqa: E402
@@ -111,7 +111,7 @@ def test_the_losses(launches, dtype, options):
     options |= {"spectrum": "whitening", "smoothing": 0.0, "group": None}
     total, _, each = ops.losses(z, t, key, key, first_image=0, weights=(1.0, 0.1, 0.5), **options)
     (total + each.sum() if options["each"] else total).backward()
-    forward = "rows_forward", "unit_gram", "spectral_sums", "to_numbers", "totals"
+    forward = "rows_forward", "unit_gram", "spectral_sums", "split", "totals"
     agree(launches, *forward, "unit_product", "image_gradient")
 
 
@@ -134,8 +134,8 @@ def test_gram_matrices_and_products_of_several_tiles(launches, shape, dtype):
     z_hat, dim = row_losses(z, z_hat=True).z_hat, shape[2]
     for smaller in (True, False):
         g, _ = unit_gram(z_hat, dim, smaller=smaller)
-        unit_product(z_hat, to_numbers(g, 1.0), dim, left=g.shape[-1] != dim)
-    unit = "unit_gram", "to_numbers", "unit_product"
+        unit_product(z_hat, split(g, 1.0), dim, left=g.shape[-1] != dim)
+    unit = "unit_gram", "split", "unit_product"
     agree(launches, "gram", "product", "gram", "product", "rows_forward", *unit, *unit)
 
 

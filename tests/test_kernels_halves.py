@@ -27,11 +27,11 @@ F64, F32, F16 = torch.float64, torch.float32, torch.float16
 def store_kernel(input_pointer, output_pointer, count, BLOCK: tl.constexpr):
     place = tl.arange(0, BLOCK)
     x = tl.load(input_pointer + place, mask=place < count, other=0.0)
-    halves.store_number(output_pointer + place, count, x, place < count)
+    halves.store_split(output_pointer + place, count, x, place < count)
 
 
 def stored(x, dtype):
-    """What `store_number` makes of numbers."""
+    """What `store_split` makes of numbers."""
     output = torch.full((2 if dtype == F16 else 1, len(x)), math.nan, device=DEVICE, dtype=dtype)
     store_kernel[(1,)](x.to(DEVICE), output, len(x), BLOCK=triton.next_power_of_2(len(x)), num_warps=1)
     return output.cpu()
@@ -232,7 +232,7 @@ def test_there_are_two_steps_or_more(smallest, dtype):
 def test_on_amd_numbers_stay_as_they_are(monkeypatch):
     """Its MI200 takes small halves for zero."""
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    numbers = halves.numbers(torch.zeros(2), (5, 2), 20, 20, square=True)
+    numbers = halves.empty_split(torch.zeros(2), (5, 2), 20, 20, square=True)
     assert numbers.shape == (5, 2, 1, 32, 32) and numbers.dtype == F32
     assert near_collapse(inverse_root) < 1.5 * near_collapse(by_float32)
 
@@ -348,7 +348,7 @@ def test_a_compiled_loss_may_be_recorded_at_its_first_call():
 def test_weights_of_any_size_come_within_what_halves_hold():
     x = torch.randn(2, 20, 20, generator=torch.Generator().manual_seed(0), dtype=F32).to(DEVICE) * 1e5
     scale = halves.LARGEST / 5e5
-    made = halves.to_numbers(x, scale)
+    made = halves.split(x, scale)
     assert made.shape == (2, 2, 32, 32) and made[..., 20:, :].count_nonzero() == made[..., 20:].count_nonzero() == 0
     back = torch.stack([value(each.cpu()) for each in made])[:, :20, :20] / scale
     assert torch.allclose(back, x.to("cpu", F64), rtol=1e-6, atol=1e-3)

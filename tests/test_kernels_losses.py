@@ -601,7 +601,7 @@ def careless_strides(pointer, rows, row_count, row_stride, columns, column_count
 
 @triton.jit
 def careless_store(pointer, low, x, mask):
-    """Twin of `store_number` that stores nothing."""
+    """Twin of `store_split` that stores nothing."""
 
 
 TWINS = {
@@ -644,7 +644,7 @@ def test_checks_catch_broken_twins(name, monkeypatch):
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="compiled kernels do not see a twin put in a function's place")
 def test_the_check_of_outputs_catches_one_that_is_not_written(monkeypatch):
-    monkeypatch.setattr(newton_schulz, "store_number", careless_store)
+    monkeypatch.setattr(newton_schulz, "store_split", careless_store)
     with pytest.raises(AssertionError):
         test_every_output_is_written(monkeypatch)
 
@@ -787,7 +787,7 @@ def test_matrices_of_several_tiles(shape):
         assert torch.allclose(g.to("cpu", F64), expected, atol=1e-4)
         assert torch.allclose(product.product(z, g).to("cpu", F64), linalg.multiply(exact, expected), atol=1e-2)
         g, squares = gram.unit_gram(numbers, dim, smaller=smaller)
-        made = product.unit_product(numbers, halves.to_numbers(g, 0.5), dim, left=g.shape[-1] != dim)
+        made = product.unit_product(numbers, halves.split(g, 0.5), dim, left=g.shape[-1] != dim)
         expected = linalg.gram(unit, smaller=smaller)
         assert torch.allclose(g.to("cpu", F64), expected, atol=1e-6)
         assert torch.allclose(squares.sum(1).cpu(), expected.square().sum((1, 2)), rtol=1e-6)
@@ -831,7 +831,7 @@ def test_every_launch_is_made_on_the_device_of_its_tensors(monkeypatch):
     coding_rate(gaussian(3, 2, dtype=F32).requires_grad_()).backward()
     singular_value_loss(gaussian(3, 2, dtype=F32), spectrum="whitening")
     expected = {"brownian_directions", "first_factors", "gram", "image_gradient", "product", "rows_forward"}
-    assert launched == expected | {"spectral_sums", "step", "to_numbers", "totals", "unit_gram", "unit_product"}
+    assert launched == expected | {"spectral_sums", "step", "split", "totals", "unit_gram", "unit_product"}
 
 
 def test_matrix_operators_keep_torchs_rules():
