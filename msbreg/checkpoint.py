@@ -7,6 +7,7 @@ moment whole or not there; the one before it stays as `checkpoint.previous.pt`.
 import contextlib
 import errno
 import os
+import shutil
 import warnings
 import zipfile
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from msbreg.errors import MSBRegError, is_of_memory
 from msbreg.files import reason, sync_folder, whole_file
 
-__all__ = ["FORMAT", "holds_one", "load_checkpoint", "load_run", "save_checkpoint"]
+__all__ = ["FORMAT", "holds_one", "keep_checkpoint", "load_checkpoint", "load_run", "save_checkpoint"]
 
 FORMAT = 3
 NAME, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
@@ -62,6 +63,20 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
             f"cannot save the checkpoint {newest}: {reason(error)}; {kept}. "
             "Make room and run the same command again to go on from there."
         ) from error
+
+
+def keep_checkpoint(folder: Path, step: int) -> None:
+    """Keeps the newest checkpoint, which is of that step, under a name of its own.
+
+    Raises:
+        MSBRegError: where that is impossible.
+    """
+    newest, kept = folder / NAME, folder / f"checkpoint-{step}.pt"
+    with whole_file(kept) as temporary:
+        try:
+            os.link(newest, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(newest, temporary)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ __all__ = [
 MANY = 10**9
 LIMITS: dict[str, tuple[float, float]] = {
     "run.seed": (0, 2**63 - 1), "run.threads": (0, 1024), "run.checkpoint_every": (1, MANY), "run.log_every": (1, MANY),
+    "run.keep_every": (0, MANY),
     "run.timeout": (1, MANY),
     "data.images": (0, MANY), "data.size": (8, 10_000), "data.views": (2, 1000), "data.batch_size": (2, 10**6),
     "data.threads": (0, 1024), "data.prefetch": (1, 1000), "data.timeout": (0, MANY),
@@ -54,6 +55,8 @@ class RunConfig:
     fewer are faster, or OMP_WAIT_POLICY=PASSIVE in the environment."""
     checkpoint_every: int = 200
     """Steps between checkpoints; one is always written at the end and on SIGTERM or SIGUSR1."""
+    keep_every: int = 0
+    """Steps between checkpoints that are kept as checkpoint-STEP.pt, beside the last two; 0: none."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl, which is also how often ranks compare notes on bad losses."""
     timeout: float = 1800.0

@@ -13,9 +13,9 @@ from msbreg.processes import Processes
 __all__ = ["refuse_other_config", "run_folder"]
 
 FREE_TO_CHANGE = {
-    "run.dir", "run.resume", "run.threads", "run.checkpoint_every", "run.log_every", "run.tensorboard", "run.device",
-    "run.timeout", "data.path", "data.images", "data.eval_path", "data.backend", "data.threads", "data.prefetch",
-    "data.timeout", "data.cache", "model.compile", "model.cuda_graph",
+    "run.dir", "run.resume", "run.threads", "run.checkpoint_every", "run.keep_every", "run.log_every",
+    "run.tensorboard", "run.device", "run.timeout", "data.path", "data.images", "data.eval_path", "data.backend",
+    "data.threads", "data.prefetch", "data.timeout", "data.cache", "model.compile", "model.cuda_graph",
 }  # fmt: skip
 
 

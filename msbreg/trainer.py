@@ -176,7 +176,7 @@ class Trainer:
                 self._evaluate()
             if self._stopped(stop):
                 break
-            if self.done % config.run.checkpoint_every == 0:
+            if self.done % config.run.checkpoint_every == 0 or self._kept():
                 self._save()
         self.stopwatch.stop()
         if self.done < self.steps:
@@ -309,11 +309,18 @@ class Trainer:
         self._share_unreadable()
         healthy = self._healthy()
         if healthy:
-            self.processes.of_first(
-                lambda: checkpoint.save_checkpoint(self.folder, self._state()), "save the checkpoint"
-            )
+            self.processes.of_first(self._write, "save the checkpoint")
         self.stopwatch.start()
         return healthy
+
+    def _kept(self) -> bool:
+        """Whether the checkpoint of this step is to be kept."""
+        return self.config.run.keep_every > 0 and self.done % self.config.run.keep_every == 0
+
+    def _write(self) -> None:
+        checkpoint.save_checkpoint(self.folder, self._state())
+        if self._kept():
+            checkpoint.keep_checkpoint(self.folder, self.done)
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from msbreg import trainer as training
+from msbreg.checkpoint import load_checkpoint
 from msbreg.cli import configs_first, main, parse
 from msbreg.config import Config
 from msbreg.errors import MSBRegError
@@ -502,6 +503,16 @@ def test_other_images_of_the_same_number(tmp_path, small, swatches, capsys):
     for change in ("renamed", "relabelled"):
         assert "images of other names or labels" in refusal(capsys, *run, "--data.path", images[change])
     assert pretrain(*run, "--data.path", images["as before"], "--model.compile", "true") == 0
+
+
+def test_checkpoints_are_kept_for_good(tmp_path, small, capsys):
+    options = ["--run.dir", tmp_path, *small, "--optim.steps", "7", "--run.checkpoint_every", "1000"]
+    assert pretrain(*options, "--run.keep_every", "3") == 0
+    names = sorted(path.name for path in tmp_path.glob("checkpoint*"))
+    assert names == ["checkpoint-3.pt", "checkpoint-6.pt", "checkpoint.previous.pt", "checkpoint.pt"]
+    assert [load_checkpoint(tmp_path / f"checkpoint-{step}.pt")["step"] for step in (3, 6)] == [3, 6]
+    assert main(["eval", str(tmp_path / "checkpoint-3.pt"), "--run.device", "cpu"]) == 0
+    assert "step 3" in capsys.readouterr().out
 
 
 def test_a_warm_up_that_takes_the_whole_run_is_said(tmp_path, small, capsys):
