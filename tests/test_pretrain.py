@@ -324,6 +324,22 @@ def test_a_signal_to_torchrun_lets_all_ranks_save(tmp_path, small, free_port):
     assert 4 <= torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] < 4000
 
 
+def test_ranks_ask_about_signals_more_often_than_they_log(tmp_path, small, free_port):
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port),
+        "-m", "msbreg", "pretrain", "--run.dir", str(tmp_path), *small, "--optim.steps", "400000",
+        "--run.log_every", "100000",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "checkpoint.previous.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert "stopped by a signal at step" in errors
+
+
 def test_eval_and_export(undisturbed, tmp_path, capsys):
     assert main(["eval", str(undisturbed), "--run.device", "cpu"]) == 0
     printed = capsys.readouterr().out
