@@ -235,6 +235,19 @@ def test_a_held_out_class_without_training_images_is_an_error(tmp_path):
         open_split(tmp_path)
 
 
+def test_a_fingerprint_is_of_names_labels_and_order_alone(tmp_path):
+    def index(folder: str, *lines: str) -> IndexFile:
+        return IndexFile(fill(tmp_path / folder, {"list.txt": "\n".join(lines).encode()}) / "list.txt")
+
+    first = index("a", "x/1.jpg 0", "x/2.jpg 1")
+    assert index("b", "y/z/1.jpg 0", "2.jpg 1").fingerprint() == first.fingerprint()
+    others = index("c", "x/1.jpg 1", "x/2.jpg 0"), index("d", "x/2.jpg 0", "x/1.jpg 1"), index("e", "x/1.jpg 0")
+    assert len({first.fingerprint(), *(other.fingerprint() for other in others)}) == 4
+    assert first.subset([1]).fingerprint() == index("f", "x/0.jpg 0", "x/2.jpg 1").subset([1]).fingerprint()
+    packed = TarShards(pack(tmp_path / "s.tar", {"p/1.jpg": b"", "p/1.cls": b"0", "p/2.jpg": b"", "p/2.cls": b"1"}))
+    assert packed.fingerprint() == first.fingerprint()
+
+
 def test_without_a_split_everything_is_for_training(tmp_path):
     train, test = open_split(fill(tmp_path, {"a/1.jpg": b"", "b/1.jpg": b""}))
     assert len(train) == 2 and test is None
