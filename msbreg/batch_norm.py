@@ -116,7 +116,7 @@ class _CrossRankNormalise(torch.autograd.Function):
         mean, square = (total[:-1] / count).view(2, -1)
         variance = (square - mean.square()).clamp_min(0)
         inverse = torch.rsqrt(variance + eps).to(dtype)
-        unbiased, mean = variance * (count / (count - 1)), mean.to(dtype)
+        unbiased, mean = variance * (count / (count - 1).clamp_min(1)), mean.to(dtype)
 
         if native:
             output = torch.batch_norm_elemt(x, weight, bias, mean, inverse, eps)
@@ -200,6 +200,8 @@ def _is_timms(layer: nn.Module) -> bool:
 def convert_sync_batchnorm(module: nn.Module, group: dist.ProcessGroup | None = None) -> nn.Module:
     """Replaces every batch normalisation in a module by `CrossRankBatchNorm`, with its tensors and options.
 
+    Hooks of the layers are not taken over.
+
     Args:
         module: changed in place, unless it is a batch normalisation itself.
         group: process group; None for the default one.
@@ -217,10 +219,13 @@ def convert_sync_batchnorm(module: nn.Module, group: dist.ProcessGroup | None = 
                 f"cannot synchronise layer {name!r}: expected torch's own BatchNorm1d, 2d or 3d, or timm's "
                 f"BatchNormAct2d, got {type(layer).__name__}; choose another backbone, or train in one process"
             )
-    return _convert(module, group)
+    return _convert(module, group, {})
 
 
-def _convert(module: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:
+def _convert(module: nn.Module, group: dist.ProcessGroup | None, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """`made` has the layers that were replaced already: a module may have one under several names."""
+    if module in made:
+        return made[module]
     if type(module) in CONVERTIBLE or _is_timms(module):
         layer: Any = module
         options: dict[str, Any] = {"affine": False, "track_running_stats": False, "group": group}
@@ -231,7 +236,10 @@ def _convert(module: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:
         new.affine, new.track_running_stats, new.training = layer.affine, layer.track_running_stats, layer.training
         new._parameters.update(layer._parameters)
         new._buffers.update(layer._buffers)
+        made[module] = new
         return new
-    for name, child in module.named_children():
-        setattr(module, name, _convert(child, group))
+    made[module] = module
+    for name, child in list(module._modules.items()):
+        if child is not None:
+            setattr(module, name, _convert(child, group, made))
     return module

@@ -73,6 +73,7 @@ def keep_checkpoint(folder: Path, step: int) -> None:
     """
     newest, kept = folder / NAME, folder / f"checkpoint-{step}.pt"
     with whole_file(kept) as temporary:
+        temporary.unlink(missing_ok=True)  # after a kill it may be another checkpoint's other name
         try:
             os.link(newest, temporary)
         except OSError:  # a file system without links
@@ -100,7 +101,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             raise MSBRegError(f"cannot read the checkpoint {path}: {error.strerror}.") from error
         raise DamagedError(f"{path} cannot be read as a checkpoint: it is cut short or damaged.") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise MSBRegError(f"{path} is not a checkpoint of msbreg (format {FORMAT}).")
+        raise MSBRegError(f"{path} is not a checkpoint of msbreg, or of a version with another format than {FORMAT}.")
     for name, kind in PARTS.items():
         if not isinstance(state.get(name), kind):
             raise MSBRegError(f"{path} is not a checkpoint of msbreg: its {name!r} is missing or no {kind.__name__}.")

@@ -236,15 +236,19 @@ def option_types() -> dict[str, Any]:
 
 
 def require_type(name: str, value: Any, kind: Any) -> None:
-    """Raises MSBRegError where a value is not of its option's type; an int is taken where a float is expected."""
+    """Raises MSBRegError where a value is not of its option's type; an int is taken where a float is expected.
+
+    Types derived from these, as NumPy's are, are none: a checkpoint that holds them would be refused when it is read.
+    """
     if get_origin(kind) is Literal:
-        if value not in get_args(kind):
+        if type(value) is not str or value not in get_args(kind):
             raise MSBRegError(f"{name} is {value!r}, but must be one of {', '.join(get_args(kind))}.")
         return
     kinds = get_args(kind) or ((int, float) if kind is float else (kind,))
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+    if type(value) not in kinds:
         expected = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
-        raise MSBRegError(f"{name} is {value!r}, but must be {expected}.")
+        of = "" if type(value).__module__ == "builtins" else f" of {type(value).__module__}"
+        raise MSBRegError(f"{name} is {value!r}{of}, but must be {expected}.")
 
 
 def require_number(name: str, value: float, least: float, most: float) -> None:

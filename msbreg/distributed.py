@@ -1,9 +1,19 @@
 """Sums over the processes of a group."""
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Shared", "all_reduce_sum", "rank", "world_size"]
+__all__ = ["Shared", "all_gather_rows", "all_reduce_sum", "rank", "world_size"]
+
+
+def all_gather_rows(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The rows, (N, ...), of all processes, which have as many each, one after the other; x itself for None."""
+    if group is None:
+        return x
+    everyone = [torch.empty_like(x) for _ in range(world_size(group))]
+    dist.all_gather(everyone, x.contiguous(), group=group)
+    return torch.cat(everyone)
 
 
 class Shared:

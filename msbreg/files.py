@@ -69,5 +69,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def cache_folder() -> Path:
-    """Where rendered images and listings of shards are kept unless told otherwise: in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "msbreg").expanduser()
+    """Where rendered images and listings of shards are kept unless told otherwise: in the user's cache.
+
+    Raises:
+        MSBRegError: the user has no home folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "msbreg").expanduser()
+    except RuntimeError as error:
+        raise MSBRegError("there is no home folder for a cache; set --data.cache or XDG_CACHE_HOME.") from error

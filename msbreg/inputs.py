@@ -1,5 +1,6 @@
 """What a config trains and is judged on: its images, the views of them, and the loader that makes these."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -79,18 +80,24 @@ def open_images(config: Config, processes: Processes) -> tuple[Source, Source | 
     """
     from msbreg.data.rendered import render
 
-    cache = Path(config.data.cache).expanduser() if config.data.cache else cache_folder()
     if config.data.path is not None:
         path = Path(config.data.path).expanduser()
-        return processes.of_first(lambda: _listed(config, path, cache), "list the images")
-    rendered = cache / f"rendered-{config.data.size}"
+        return processes.of_first(lambda: _listed(config, path), "list the images")
+    rendered = _cache(config) / f"rendered-{config.data.size}"
     if processes.local_rank == 0:
         render(rendered, size=config.data.size)
     processes.wait()
-    return _listed(config, rendered, cache)  # each machine has its own
+    return _listed(config, rendered)  # each machine has its own
 
 
-def _listed(config: Config, path: Path, cache: Path) -> tuple[Source, Source | None]:
+def _cache(config: Config) -> Path:
+    return Path(config.data.cache).expanduser() if config.data.cache else cache_folder()
+
+
+def _listed(config: Config, path: Path) -> tuple[Source, Source | None]:
+    cache: Path | None = None
+    with contextlib.suppress(MSBRegError):  # what cannot be kept is made again
+        cache = _cache(config)
     train, held_out = open_split(path, cache=cache)
     if config.data.eval_path is not None:
         held_out = with_classes_of(train, open_source(os.path.expanduser(config.data.eval_path), cache=cache))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
-from msbreg.distributed import all_reduce_sum, world_size
+from msbreg.distributed import all_gather_rows, all_reduce_sum, world_size
 from msbreg.errors import MSBRegError
 from msbreg.files import whole_file
 from msbreg.linalg import entropy_rank, singular_values
@@ -93,12 +93,12 @@ def embedding_statistics(embeddings: Tensor, group: dist.ProcessGroup | None = N
     views, _, dim = rows.shape
     count = rows.shape[1] * world_size(group)
     mean, square = all_reduce_sum(torch.stack((rows, rows.square())).sum((1, 2)), group) / (views * count)
-    if group is None:
-        values = singular_values(rows[0])
-    else:
+    if group is None or count <= dim:
+        values = singular_values(all_gather_rows(rows[0], group))
+    else:  # D² numbers, however many rows there are
         gram = all_reduce_sum(rows[0].mT @ rows[0], group)
         finite = gram.isfinite().all()
-        values = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0)).clamp_min(0).sqrt()[-min(count, dim) :]
+        values = torch.linalg.eigvalsh(torch.where(finite, gram, 0.0)).clamp_min(0).sqrt()
         values = torch.where(finite, values, torch.nan)
     values = values * math.sqrt(min(count, dim) / count)
     variance = (square - mean.square()).clamp_min(0) * (views * count / (views * count - 1))

@@ -132,6 +132,20 @@ def test_layers_that_do_more_than_normalise_are_refused():
         convert_sync_batchnorm(nn.Sequential(nn.ReLU(), BatchNormAndMore(3)))
 
 
+def test_a_layer_under_two_names_stays_one():
+    model = nn.Module()
+    model.a = nn.BatchNorm1d(3)
+    model.b = model.a
+    convert_sync_batchnorm(model)
+    assert type(model.a) is CrossRankBatchNorm and model.b is model.a
+
+
+def test_one_row_leaves_the_running_variance_finite(device):
+    layer = CrossRankBatchNorm(3).to(device)
+    layer(torch.ones(1, 3, device=device))
+    assert layer.running_var.isfinite().all()
+
+
 def test_timms_normalisation_with_an_activation_keeps_it(device):
     layers = pytest.importorskip("timm.layers")
     model = nn.Sequential(nn.Conv2d(3, 4, 3), layers.BatchNormAct2d(4, act_layer=nn.SiLU)).to(device)

@@ -134,6 +134,21 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path, content):
 WITHOUT_STEP = {name: value for name, value in state(1, format=checkpoint.FORMAT).items() if name != "step"}
 
 
+def test_what_a_kill_left_of_a_kept_checkpoint_harms_none(tmp_path, monkeypatch):
+    """Its temporary name may be another name of what is the previous checkpoint by now."""
+    checkpoint.save_checkpoint(tmp_path, state(5))
+    checkpoint.save_checkpoint(tmp_path, state(10))
+    os.link(tmp_path / "checkpoint.pt", tmp_path / "checkpoint-10.pt.partial")
+    checkpoint.save_checkpoint(tmp_path, state(10, seconds=2.0))
+    checkpoint.keep_checkpoint(tmp_path, 10)
+    assert checkpoint.load_checkpoint(tmp_path / "checkpoint-10.pt")["seconds"] == 2.0
+    assert checkpoint.load_checkpoint(tmp_path / "checkpoint.previous.pt")["seconds"] == 0.0
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
+    checkpoint.keep_checkpoint(tmp_path, 11)
+    assert checkpoint.load_checkpoint(tmp_path / "checkpoint-11.pt")["step"] == 10
+    assert not list(tmp_path.glob("*.partial"))
+
+
 @pytest.mark.parametrize("value", [{"weights": 1}, [1, 2], WITHOUT_STEP, state(1, format=checkpoint.FORMAT, config=3)])
 def test_anothers_file_is_refused(tmp_path, value):
     torch.save(value, tmp_path / "checkpoint.pt")

@@ -15,6 +15,21 @@ from msbreg.inputs import has_labels, open_images, open_loader, set_aside, share
 from msbreg.processes import Processes
 
 
+def test_without_a_home_folder_images_are_still_found(config, swatches, monkeypatch):
+    def homeless(path):
+        if str(path).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return path
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    config.data.path = str(swatches)
+    assert len(open_images(config, Processes("cpu"))[0]) == 240
+    config.data.path = None
+    with pytest.raises(MSBRegError, match=r"no home folder for a cache; set --data\.cache or XDG_CACHE_HOME"):
+        open_images(config, Processes("cpu"))
+
+
 @pytest.fixture
 def config() -> Config:
     config = Config()

@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("jsonargparse", reason="this needs the extra [train]")
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -550,6 +551,7 @@ def test_a_thread_may_train(tmp_path, swatches):
     [
         ("method.name", "foo", "one of msbreg, byol, simsiam"), ("model.precision", "fp16", "one of auto, fp32"),
         ("data.batch_size", "64", "a whole number"), ("optim.lr", "fast", "a number"), ("data.views", 2.5, "a whole"),
+        ("optim.lr", np.float64(0.1), "a number"), ("method.name", np.str_("msbreg"), "one of msbreg"),
         ("data.views", True, "a whole number"), ("model.compile", 1, "true or false"), ("data.path", 3, "text"),
     ],
 )  # fmt: skip
@@ -557,7 +559,7 @@ def test_a_config_made_in_python_is_checked_as_the_command_line_is(option, value
     config = Config()
     group, name = option.split(".")
     setattr(getattr(config, group), name, value)
-    with pytest.raises(MSBRegError, match=f"--{option} is {value!r}, but must be .*{words}"):
+    with pytest.raises(MSBRegError, match=f"--{option} is .*, but must be .*{words}"):
         config.validate()
 
 
