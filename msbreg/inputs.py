@@ -81,7 +81,7 @@ def open_images(config: Config, processes: Processes) -> tuple[Source, Source | 
     from msbreg.data.rendered import render
 
     if config.data.path is not None:
-        path = Path(config.data.path).expanduser()
+        path = Path(os.path.expanduser(config.data.path))
         return processes.of_first(lambda: _listed(config, path), "list the images")
     rendered = _cache(config) / f"rendered-{config.data.size}"
     if processes.local_rank == 0:

@@ -26,7 +26,7 @@ COMMON_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000"
 """Pillow's names of the formats that DALI decodes too, to the same pixels on a CPU (MPO is a phone's JPEG)."""
 
 
-FRAMES = tuple(bytes([marker]) for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC))
+START_OF_FRAME = tuple(bytes([marker]) for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC))
 """JPEG's markers of a frame, of which an image has one."""
 
 
@@ -132,7 +132,7 @@ def _has_plain_segments(data: bytes) -> bool:
             return False
         if marker == b"\xda":
             return frames == 1
-        frames += marker in FRAMES
+        frames += marker in START_OF_FRAME
         if marker == b"\xc4" and not _is_huffman(data[place + 4 : place + 2 + length]):
             return False
         place += 2 + length

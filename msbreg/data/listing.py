@@ -6,13 +6,15 @@ import contextlib
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from msbreg.errors import MSBRegError
+from msbreg.files import whole_file
 
 __all__ = ["Listing", "listing_file", "load_listing", "save_listing"]
 
@@ -61,12 +63,7 @@ def load_listing(file: Path) -> Listing | None:
 def save_listing(file: Path, listing: Listing) -> None:
     """Writes a listing, whole or not at all; where that is impossible, it is made anew the next time."""
     names, classes = (np.frombuffer(json.dumps(texts).encode(), np.uint8) for texts in (listing.names, listing.classes))
-    beside = file.with_suffix(f".{uuid.uuid4().hex}.tmp")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, MSBRegError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with beside.open("wb") as opened:
-                np.savez(opened, names=names, place=listing.place, labels=listing.labels, classes=classes)
-            beside.replace(file)
-        finally:
-            beside.unlink(missing_ok=True)
+        with whole_file(file) as temporary, temporary.open("wb") as opened:
+            np.savez(opened, names=names, place=listing.place, labels=listing.labels, classes=classes)
