@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ from msbreg.errors import MSBRegError
 from msbreg.machine import synchronize, usable_cores
 
 __all__ = ["LOADERS", "Case", "Loader", "Turn", "loaders", "rows", "table", "turn"]
+
+K = TypeVar("K")
 
 MANY = 10**9
 """Images that nobody comes to the end of."""
@@ -280,29 +282,39 @@ def turn(loader: Loader, case: Case, *, seconds: float) -> Turn:
         return Turn(done, time.perf_counter() - began, loader.cpu_seconds() - used)
 
 
-def measure(case: Case, names: list[str], *, rounds: int, seconds: float) -> dict[str, list[Turn]]:
-    """Turns of these loaders, by name, after a short one that does not count."""
+def measure(
+    case: Case, openers: dict[K, Callable[[Case], Loader]], *, rounds: int, seconds: float
+) -> dict[K, list[Turn]]:
+    """Turns of these loaders, by what they are called, after a short one that does not count."""
     with ExitStack() as stack:
         opened = {}
-        for name in names:
-            opened[name] = LOADERS[name].open(case)
+        for name, opener in openers.items():
+            opened[name] = opener(case)
             stack.callback(opened[name].close)
         for loader in opened.values():
             turn(loader, case, seconds=0)
-        taken: dict[str, list[Turn]] = {name: [] for name in opened}
+        taken: dict[K, list[Turn]] = {name: [] for name in opened}
         for _ in range(rounds):
             for name, loader in opened.items():
                 taken[name].append(turn(loader, case, seconds=seconds))
         return taken
 
 
+def rates(case: Case, turns: list[Turn]) -> list[float]:
+    """Images/s of each turn."""
+    return [case.batch * one.batches / one.seconds for one in turns]
+
+
+def costs(case: Case, turns: list[Turn]) -> list[float]:
+    """CPU seconds a view of each turn."""
+    return [one.cpu_seconds / (len(case.recipe) * case.batch * one.batches) for one in turns]
+
+
 def rows(case: Case, turns: dict[str, list[Turn]]) -> list[dict[str, Any]]:
     """A row for each loader: figures over the rounds, and ratios within each round."""
     views = len(case.recipe)
-    rate = {name: [case.batch * one.batches / one.seconds for one in taken] for name, taken in turns.items()}
-    cost = {
-        name: [one.cpu_seconds / (views * case.batch * one.batches) for one in taken] for name, taken in turns.items()
-    }
+    rate = {name: rates(case, taken) for name, taken in turns.items()}
+    cost = {name: costs(case, taken) for name, taken in turns.items()}
     return [
         {
             "views": views,
@@ -422,7 +434,8 @@ def main() -> None:
                 recipe = load_recipe(options.recipe, views, options.size)
                 case = Case(source, recipe, options.batch, options.threads, torch.device(options.device))
                 names = [name for name in loaders(recipe) if name not in result["left_out"]]
-                result["rows"] += rows(case, measure(case, names, rounds=options.rounds, seconds=options.seconds))
+                openers = {name: LOADERS[name].open for name in names}
+                result["rows"] += rows(case, measure(case, openers, rounds=options.rounds, seconds=options.seconds))
                 print(f"{views} views: done", file=sys.stderr, flush=True)
                 keep(result, options.json)
     except MSBRegError as error:

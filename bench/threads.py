@@ -10,12 +10,12 @@ round: as many threads as cores, two batches ahead.
 import argparse
 import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from loader import Case, OurLoader, Turn, facts, images, turn
+from loader import Case, Loader, OurLoader, Turn, costs, facts, images, measure, rates, ratios
 from records import cell, keep, markdown, spread
 
 from msbreg.data import load_recipe
@@ -23,7 +23,7 @@ from msbreg.data.recipes import WHOLE_IMAGE_BELOW
 from msbreg.errors import MSBRegError
 from msbreg.machine import usable_cores
 
-__all__ = ["Setting", "main", "measure", "settings"]
+__all__ = ["Setting", "main", "rows", "settings"]
 
 
 class Setting(NamedTuple):
@@ -39,25 +39,23 @@ def settings(cores: int) -> list[Setting]:
     return [*(Setting(number, 2) for number in threads), Setting(cores, 1), Setting(cores, 4)]
 
 
-def measure(case: Case, tried: list[Setting], *, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Images/s and CPU milliseconds a view of each setting, and its speed over the first one's in the same round."""
-    with ExitStack() as stack:
-        opened = []
-        for threads, prefetch in tried:
-            opened.append(OurLoader(case._replace(threads=threads), "dali", prefetch=prefetch))
-            stack.callback(opened[-1].close)
-        for loader in opened:
-            turn(loader, case, seconds=0)
-        taken: list[list[Turn]] = [[turn(loader, case, seconds=seconds) for loader in opened] for _ in range(rounds)]
-    rows = []
-    for setting, turns in zip(tried, zip(*taken, strict=True), strict=True):
-        speeds = [case.batch * one.batches / one.seconds for one in turns]
-        first = [case.batch * one[0].batches / one[0].seconds for one in taken]
-        cpu = [1e3 * one.cpu_seconds / (one.batches * case.batch * len(case.recipe)) for one in turns]
-        over = [speed / base for speed, base in zip(speeds, first, strict=True)]
-        row = {"images_per_second": spread(speeds), "over_the_first": spread(over), "cpu_ms_per_view": spread(cpu)}
-        rows.append(setting._asdict() | row)
-    return rows
+def opener(setting: Setting) -> Callable[[Case], Loader]:
+    """What opens a loader with this setting."""
+    return lambda case: OurLoader(case._replace(threads=setting.threads), "dali", prefetch=setting.prefetch)
+
+
+def rows(case: Case, turns: dict[Setting, list[Turn]]) -> list[dict[str, Any]]:
+    """A row for each setting: figures over the rounds, and its speed over the first one's in the same round."""
+    first = rates(case, next(iter(turns.values())))
+    return [
+        setting._asdict()
+        | {
+            "images_per_second": spread(rates(case, taken)),
+            "over_the_first": spread(ratios(rates(case, taken), first)),
+            "cpu_ms_per_view": spread([1e3 * cost for cost in costs(case, taken)]),
+        }
+        for setting, taken in turns.items()
+    ]
 
 
 def main() -> None:
@@ -85,8 +83,8 @@ def main() -> None:
             recipe = load_recipe(options.recipe, options.views, options.size)
             case = Case(source, recipe, options.batch, options.threads, torch.device(options.device))
             result = facts(options, source, script="bench/threads.py") | {"views": options.views}
-            tried = settings(options.threads)
-            result["rows"] = measure(case, tried, rounds=options.rounds, seconds=options.seconds)
+            openers = {setting: opener(setting) for setting in settings(options.threads)}
+            result["rows"] = rows(case, measure(case, openers, rounds=options.rounds, seconds=options.seconds))
     except (MSBRegError, ImportError) as error:
         sys.exit(str(error))
     keep(result, options.json)
