@@ -254,6 +254,54 @@ def test_a_jpeg_with_an_odd_header_does_not_end_the_process(tmp_path, backend):
     assert (done.returncode, done.stdout) == (0, "1 {}\n"), done.stderr
 
 
+MUTATED_HEADERS = """
+import io, random, sys
+import numpy as np
+import torch
+from PIL import Image
+from msbreg.data.dali_backend import _decode, _pipeline
+from msbreg.data.images import UnreadableError, probe
+
+def made():
+    pipeline = _pipeline(64, torch.device("cpu"), threads=2)
+    with pipeline:
+        pipeline.set_outputs(_decode(torch.device("cpu")))
+    pipeline.build()
+    return pipeline
+
+buffer = io.BytesIO()
+Image.effect_noise((64, 48), 50).convert("RGB").save(buffer, "JPEG")
+whole = buffer.getvalue()
+random, pipeline, decoded = random.Random(0), made(), 0
+for _ in range(int(sys.argv[1])):
+    data = bytearray(whole)
+    for _ in range(random.choice((1, 1, 2, 3))):
+        place = random.randrange(2, whole.index(bytes((0xFF, 0xDA))) + 14)
+        new = [random.randrange(256)] * random.randrange(3)
+        data[place : place + random.randrange(2)] = bytes(new)
+    try:
+        common = probe(bytes(data)).common
+    except UnreadableError:
+        continue
+    if common:
+        files = [np.frombuffer(file, np.uint8) for file in (bytes(data), *[whole] * 63)]
+        pipeline.feed_input("encoded", files)
+        try:
+            pipeline.run()
+            decoded += 1
+        except RuntimeError:
+            pipeline = made()
+print(decoded)
+"""
+
+
+@pytest.mark.skipif("dali" not in BACKENDS, reason="DALI is not installed")
+def test_no_mutated_header_ends_the_process():
+    command = [sys.executable, "-c", MUTATED_HEADERS, "1200"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and int(done.stdout) > 100, (done.returncode, done.stdout, done.stderr[-500:])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_substitutes_do_not_depend_on_ranks_or_on_what_was_found_before(tmp_path, backend):
     for number in range(12):
