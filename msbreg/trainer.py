@@ -146,8 +146,8 @@ class Trainer:
             if self.done == 0:
                 if self.warmup_steps == self.steps > 1:
                     self.progress.say(
-                        f"the warm-up of {config.optim.warmup_epochs:g} epochs takes the whole run, so that the "
-                        "learning rate only rises; lower --optim.warmup_epochs"
+                        f"the warm-up, --optim.warmup_epochs {config.optim.warmup_epochs:g}, takes the whole run, so "
+                        "that the learning rate only rises: lower it"
                     )
                 self._evaluate()
             elif self.done < self.steps:

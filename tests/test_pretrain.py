@@ -534,7 +534,7 @@ def test_checkpoints_are_kept_for_good(tmp_path, small, capsys):
 
 def test_a_warm_up_that_takes_the_whole_run_is_said(tmp_path, small, capsys):
     assert pretrain("--run.dir", tmp_path, *small, "--optim.steps", "4") == 0
-    assert "the warm-up of 1 epochs takes the whole run" in capsys.readouterr().err
+    assert "the warm-up, --optim.warmup_epochs 1, takes the whole run" in capsys.readouterr().err
 
 
 def test_a_thread_may_train(tmp_path, swatches):
