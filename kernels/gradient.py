@@ -11,7 +11,7 @@ from torch import Tensor
 from msbreg.kernels.philox import brownian_rows
 from msbreg.kernels.product import unit_product
 from msbreg.kernels.rows import centroid_of_others, tile
-from msbreg.kernels.tiles import EPS, load_tile, offsets
+from msbreg.kernels.tiles import inverse_length, load_tile, offsets
 
 __all__ = ["image_gradient_kernel", "row_gradient", "row_losses_backward"]
 
@@ -27,7 +27,7 @@ def row_gradient(g, z_hat, norm, c_hat, n_hat, attraction, push):
     if n_hat is not None:
         g += push * n_hat
     radial = tl.sum(z_hat * g, axis=1)
-    return (g - z_hat * radial[:, None]) * tl.where(norm <= EPS, 0.0, 1.0 / norm)[:, None]
+    return (g - z_hat * radial[:, None]) * inverse_length(norm)[:, None]
 
 
 @triton.jit(do_not_specialize=["views", "batch", "first_image"])

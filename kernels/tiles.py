@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["EPS", "accumulator", "affine", "load_tile", "offsets", "precision", "unit"]
+__all__ = ["EPS", "accumulator", "affine", "inverse_length", "load_tile", "offsets", "precision", "unit"]
 
 EPS = tl.constexpr(1e-12)
 """Rows no longer than this have no direction."""
@@ -40,7 +40,7 @@ def unit(x):
     norm = at_least_eps(tl.sqrt(squares))
     x_hat = x * (1.0 / norm)[:, None]
     if tl.max((squares == float("inf")).to(tl.int32), axis=0) == 1:
-        largest = tl.maximum(tl.max(tl.abs(x), axis=1), EPS)
+        largest = at_least_eps(tl.max(tl.abs(x), axis=1))
         y = x * (1.0 / largest)[:, None]
         norm = at_least_eps(largest * tl.sqrt(tl.sum(y * y, axis=1)))
         x_hat = y * (largest / norm)[:, None]
@@ -50,7 +50,14 @@ def unit(x):
 @triton.jit
 def at_least_eps(norm):
     """NaN, for which the comparison is false, stays."""
-    return tl.where(norm < EPS, EPS, norm)
+    eps = tl.full([], EPS, norm.dtype)  # a bare number is float32 in a comparison and float64 in tl.where
+    return tl.where(norm < eps, eps, norm)
+
+
+@triton.jit
+def inverse_length(norm):
+    """1 / |x| of the |x| that `unit` gives; 0 for rows that have no direction."""
+    return tl.where(norm <= tl.full([], EPS, norm.dtype), 0.0, 1.0 / norm)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
