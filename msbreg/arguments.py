@@ -1,5 +1,6 @@
 """What the losses are called with: checked, with a sentence for what does not fit, and made one tensor."""
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, get_args
@@ -89,14 +90,15 @@ def check_spectral(spectrum: Spectrum, smoothing: float) -> None:
 
 
 def check_smoothing(smoothing: float) -> None:
-    """Raises ValueError for a negative δ, or NaN."""
-    if not smoothing >= 0:
-        raise ValueError(f"expected smoothing of at least 0, got {smoothing}")
+    """Raises ValueError for a δ that is negative, infinite or NaN, TypeError for one that is no number."""
+    check_number("smoothing", smoothing)
+    if not 0 <= smoothing < math.inf:
+        raise ValueError(f"expected smoothing of at least 0, and finite, got {smoothing}")
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raises TypeError for a weight that kernels cannot take: a tensor, which the host would have to read, or None."""
-    if isinstance(value, Tensor) or value is None:
+    """Raises TypeError for what is no real number, or is a tensor, which the host would have to read."""
+    if isinstance(value, (Tensor, str)) or not hasattr(value, "__float__"):
         raise TypeError(f"expected {name} to be a number, got {type(value).__name__}")
 
 

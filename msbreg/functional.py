@@ -492,9 +492,9 @@ def _gram(
     Eigenvalues near zero want float64 where no smoothing covers for what is wrong with them in float32. `trace` is that
     of the Gram matrix, where it is known.
     """
-    x = m.double() if solver == "eigh" and smoothing == 0 else m
+    x = m.double() if solver != "newton_schulz" and smoothing == 0 else m
     gram = all_reduce_sum(products(x).gram(x, smaller=group is None), group)
-    tolerance = linalg.rank_tolerance(m, solver)
+    tolerance = linalg.rank_tolerance(m, solver) if smoothing == 0 else 0.0
 
     def inverse_root(gram: Tensor, shift: float) -> Tensor:
         if solver == "newton_schulz":

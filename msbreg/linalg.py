@@ -70,9 +70,11 @@ def effective_rank(matrix: Tensor) -> Tensor:
 
 
 def entropy_rank(values: Tensor) -> Tensor:
-    """The `effective_rank`, (...), of matrices with these singular values (..., p)."""
-    total = values.sum(-1, keepdim=True)
-    p = values / torch.where(total == 0, 1.0, total)
+    """The `effective_rank`, (...), of matrices with these singular values (..., p), largest first."""
+    largest = values[..., :1]
+    p = values / torch.where(largest == 0, 1.0, largest)  # whose sum cannot overflow
+    total = p.sum(-1, keepdim=True)
+    p = p / torch.where(total == 0, 1.0, total)
     entropy = -torch.special.xlogy(p, p).sum(-1)
     return torch.where(total[..., 0] == 0, 0.0, entropy.exp())
 
@@ -98,6 +100,8 @@ def polar(matrix: Tensor, *, solver: Solver = "auto") -> Tensor:
     """
     solver = resolve_solver(solver, matrix.device)
     m = checked(matrix)
+    if m.numel() == 0:
+        return torch.zeros_like(matrix)
     tolerance = rank_tolerance(m, solver)
     if solver == "eigh":
         m = m.double()
@@ -168,7 +172,7 @@ def rank_tolerance(matrix: Tensor, solver: Solver) -> float:
     """
     by_matrix = (max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps) ** 2
     by_gram = min(matrix.shape[-2:]) * torch.finfo(torch.float64).eps
-    return by_matrix if solver == "svd" else max(by_matrix, by_gram)
+    return by_matrix if solver == "svd" else torch.sym_max(by_matrix, by_gram)  # torch.export may know them as symbols
 
 
 def eigenpairs(gram: Tensor, matrix: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -199,8 +203,11 @@ def newton_schulz(gram: Tensor, shift: float, trace: float | None = None) -> Ten
     share = 0.0 if trace is None or torch.compiler.is_compiling() else shift / trace
     floor, steps = newton_schulz_plan(share, gram.dtype)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    # By the Frobenius norm rather than the trace: eigenvalues as large as can be keep their digits.
-    size = torch.linalg.matrix_norm(gram, keepdim=True)
+    # By the Frobenius norm rather than the trace: eigenvalues as large as can be keep their digits. No entry is larger
+    # than the largest on the diagonal, by which they are divided before squares overflow or vanish.
+    largest = gram.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
+    largest = torch.where(largest == 0, 1.0, largest)
+    size = largest * torch.linalg.matrix_norm(gram / largest, keepdim=True)
     size = torch.where(size == 0, 1.0, size)
     shifts = (floor * size).clamp_min(shift)
     scale = size + shifts

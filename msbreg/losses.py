@@ -72,8 +72,8 @@ class _NoisyLoss(Loss):
     def __init__(self, seed: int, group: dist.ProcessGroup | None) -> None:
         super().__init__(group)
         check_noise(seed, 0, 0)
-        self._seed = seed
-        self.register_buffer("seed", torch.tensor(seed, dtype=torch.int64))
+        self._seed = int(seed)
+        self.register_buffer("seed", torch.tensor(self._seed, dtype=torch.int64))
         self.register_buffer("step", torch.tensor(0, dtype=torch.int64))
 
     def reset_parameters(self) -> None:

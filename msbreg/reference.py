@@ -158,7 +158,7 @@ def singular_value_loss(
     inverse = inverse_root(gram, shift)
     roots = c**0.5 * trace_of_root(gram, shift, inverse)
     value = c * _trace(gram) + p * (smoothing**2 + 1) - 2 * roots - (p - r) * (1 - smoothing) ** 2
-    return value.to(gram.dtype), torch.sub(2 * c * identity, inverse, alpha=2 * c**0.5)
+    return value.to(gram.dtype), 2 * c * identity - 2 * c**0.5 * inverse
 
 
 def nuclear_norm(

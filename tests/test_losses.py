@@ -6,6 +6,7 @@ import operator
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -455,6 +456,22 @@ def test_two_losses_compile_for_all_shapes_in_one_graph(pair):
     torch.testing.assert_close(compiled(z, t), PAIRS[pair](z, t), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "criterion",
+    [MSBRegLoss(), SingularValueLoss(), SingularValueLoss(spectrum="whitening"), SVMaxLoss(), MMCRLoss()],
+    ids=lambda criterion: f"{type(criterion).__name__}-{getattr(criterion, 'spectrum', '')}",
+)
+def test_exports_for_all_batches(criterion):
+    """Of more rows than dimensions; with fewer the Gram matrices are on the other side, which is another program."""
+    criterion = copy.deepcopy(criterion).eval()
+    inputs = lambda batch: (gaussian(3, batch, 5).float(),) * (1 + isinstance(criterion, MSBRegLoss))  # noqa: E731
+    sizes = tuple({1: torch.export.Dim("batch", min=6, max=4096)} for _ in inputs(12))
+    program = torch.export.export(criterion, inputs(12), dynamic_shapes=sizes).module()
+    got, expected = program(*inputs(50)), criterion(*inputs(50))
+    for a, b in zip(got, expected, strict=True) if isinstance(expected, tuple) else [(got, expected)]:
+        assert torch.allclose(a, b, rtol=1e-4)
+
+
 def test_a_step_that_changes_is_no_symbol_in_the_compiled_arithmetic():
     """C++ that torch generates has no & for what may be a symbol."""
     torch._dynamo.reset()
@@ -618,15 +635,24 @@ REFUSED = [
     (lambda: msbreg_loss(OK, OK, seed=0.5, step=0), TypeError, "seed to be an int"),
     (lambda: msbreg_loss(OK, OK, lambda_s=torch.ones(()), **NOISE), TypeError, "lambda_s to be a number, got Tensor"),
     (lambda: MSBRegLoss(lambda_b=None)(OK, OK), TypeError, "lambda_b to be a number, got NoneType"),
+    (lambda: msbreg_loss(OK, OK, lambda_b="0.5", **NOISE), TypeError, "lambda_b to be a number, got str"),
+    (lambda: singular_value_loss(OK, smoothing=None), TypeError, "smoothing to be a number, got NoneType"),
+    (lambda: singular_value_loss(OK, smoothing=math.inf), ValueError, "and finite, got inf"),
     (lambda: MSBRegLoss(seed=1.9), TypeError, "seed to be an int"),
     (lambda: BrownianLoss(seed=2**63), ValueError, "seed to be an int of 64 bits"),
     (lambda: singular_value_loss(OK, spectrum="flat"), ValueError, "'nuclear', 'whitening', 'coding_rate', got 'flat'"),
     (lambda: singular_value_loss(OK, solver="qr"), ValueError, "solver to be one of .*got 'qr'"),
-    (lambda: singular_value_loss(OK, smoothing=-1), ValueError, "at least 0, got -1"),
-    (lambda: functional.nuclear_norm(OK, smoothing=math.nan), ValueError, "at least 0, got nan"),
+    (lambda: singular_value_loss(OK, smoothing=-1), ValueError, "at least 0, and finite, got -1"),
+    (lambda: functional.nuclear_norm(OK, smoothing=math.nan), ValueError, "at least 0, and finite, got nan"),
     (lambda: singular_value_loss(OK[0, 0]), ValueError, r"a tensor \(B, D\).*got shape \(4,\)"),
     (lambda: brownian_loss(OK[None], **NOISE), ValueError, r"got shape \(1, 2, 3, 4\)"),
 ]
+
+
+def test_numbers_of_numpy_are_numbers():
+    numbers = {"seed": 11, "step": 5, "lambda_s": 0.25, "lambda_b": 0.5, "smoothing": 0.25}
+    of_numpy = {name: np.asarray(value)[()] for name, value in numbers.items()}
+    assert msbreg_loss(OK, OK, **of_numpy) == msbreg_loss(OK, OK, **numbers)
 
 
 @pytest.mark.parametrize(("call", "error", "message"), REFUSED)

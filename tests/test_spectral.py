@@ -317,9 +317,12 @@ def test_nuclear_norm_of_zero_and_of_odd_scales(solver, dtype):
     assert value.item() == 0 and torch.equal(gradient, torch.zeros_like(gradient))
     m = gaussian(12, 5).to(dtype)
     _, expected = value_and_gradient(lambda m: nuclear_norm(m, solver=solver), m)
-    for scale in (1e-8, 1e8):
-        _, gradient = value_and_gradient(lambda m: nuclear_norm(m, solver=solver), scale * m)
-        assert torch.allclose(gradient, expected, atol=1e-4 if dtype == F32 else 1e-9)
+    tolerance = 1e-4 if dtype == F32 else 1e-9
+    for scale in (1e-13, 1e-8, 1e8, 1e14):  # of the last, and of the first, the squared Gram matrix is no float32
+        value, gradient = value_and_gradient(lambda m: nuclear_norm(m, solver=solver), scale * m)
+        assert torch.allclose(gradient, expected, atol=tolerance)
+        assert value.item() == pytest.approx(scale * torch.linalg.matrix_norm(m, "nuc").item(), rel=tolerance)
+        assert torch.allclose(linalg.polar(scale * m, solver=solver), expected, atol=tolerance)
 
 
 @pytest.mark.parametrize("solver", ["eigh", "newton_schulz", "svd"])
@@ -363,6 +366,22 @@ def test_effective_rank():
     entropy = -(p * p.log()).sum()
     assert linalg.effective_rank(with_spectrum(9, 2, 8 * p)).item() == pytest.approx(math.exp(entropy))
     assert linalg.effective_rank(torch.full((3, 2), math.nan)).isnan()
+    m = gaussian(8, 6).to(F32)
+    assert linalg.effective_rank(2e37 * m).item() == pytest.approx(linalg.effective_rank(m).item())
+
+
+@pytest.mark.parametrize("solver", ["eigh", "svd"])
+def test_exact_solvers_keep_the_digits_of_unequal_singular_values(solver):
+    s = torch.full((16,), 1e-4, dtype=F64)
+    s[0] = 1
+    m = with_spectrum(64, 16, s).to(F32)
+    assert nuclear_norm(m, solver=solver).item() == pytest.approx(linalg.singular_values(m.double()).sum().item(), 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (2, 0, 3)])
+def test_matrices_without_entries(shape):
+    m = torch.empty(shape)
+    assert linalg.polar(m).shape == shape and (linalg.effective_rank(m) == 0).all()
 
 
 def test_the_solver_that_is_chosen_is_the_exact_one_but_on_gpus():

@@ -47,7 +47,7 @@ def svmax(z, weight=1.0):
         n, d = view.shape
         r = min(n, d)
         mean, lower, upper = nuclear(unit(view)) / r, math.sqrt(n) / r, math.sqrt(n / r)
-        losses.append(weight * torch.exp((upper - mean) / (upper - lower if r > 1 else 1)))
+        losses.append(weight * torch.exp((upper - mean) / (upper - lower) if r > 1 else 0 * mean))
     return torch.stack(losses).mean()
 
 
@@ -201,6 +201,14 @@ def test_svmax_is_between_its_bounds_whatever_the_shape(shape):
     assert SVMaxLoss()(flat).item() == pytest.approx(1)
     assert SVMaxLoss(2.0)(gaussian(1, d).repeat(n, 1)).item() == pytest.approx(2 * math.e)
     assert 1 < SVMaxLoss()(gaussian(n, d)).item() < math.e
+    assert SVMaxLoss(2.0)(gaussian(n, 1)).item() == 2
+
+
+def test_svmax_of_rows_of_zeros():
+    r, rows = 4, 25
+    assert SVMaxLoss()(torch.zeros(rows, r)).item() == pytest.approx(math.exp(r**0.5 / (r**0.5 - 1)))
+    value, gradient = value_and_gradient(SVMaxLoss(2.0), torch.zeros(rows, 1, dtype=F64))
+    assert value.item() == 2 and gradient.count_nonzero() == 0
 
 
 def test_momentum_mmcr():
