@@ -142,7 +142,9 @@ def multiply(matrix: Tensor, weight: Tensor) -> Tensor:
     return matrix @ weight if weight.shape[-1] == matrix.shape[-1] else weight @ matrix
 
 
-def inverse_root(gram: Tensor, shift: float, solver: Solver, matrix: Tensor, tolerance: float) -> Tensor:
+def inverse_root(
+    gram: Tensor, shift: float, solver: Solver, matrix: Tensor, tolerance: float | torch.SymFloat
+) -> Tensor:
     """A^(-1/2), (..., p, p), of A = G + shift I.
 
     Args:
@@ -164,7 +166,7 @@ def inverse_root(gram: Tensor, shift: float, solver: Solver, matrix: Tensor, tol
     return (vectors * inverse[..., None, :]) @ vectors.mT
 
 
-def rank_tolerance(matrix: Tensor, solver: Solver) -> float:
+def rank_tolerance(matrix: Tensor, solver: Solver) -> float | torch.SymFloat:
     """The eigenvalue of the Gram matrix, relative to the largest, up to which it stands for a singular value of zero.
 
     As in `torch.linalg.matrix_rank` a matrix resolves singular values down to max(N, D) roundings. A Gram matrix,

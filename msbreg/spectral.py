@@ -4,8 +4,8 @@
     ‖M‖_*     nuclear norm, the sum of the singular values
     R(M)      coding rate, ½ log det(I + D / (B ε) MᵀM)
 
-Half precisions are raised to float32, inside autocast too. Where rows are made ẑ, one of zeros has gradient zero. What is
-not finite comes out as NaN, and nothing waits for the device.
+Half precisions are raised to float32, inside autocast too. Where rows are made ẑ, one of zeros has gradient zero. What
+is not finite comes out as NaN, and nothing waits for the device.
 """
 
 import math
@@ -92,8 +92,8 @@ class SVMaxLoss(Loss):
     https://arxiv.org/abs/2103.02770. For N rows and r = min(N, D), L = sqrt(N) / r is the s_μ of rows that all point
     one way, and U = sqrt(N / r) that of a flat spectrum: the penalty falls from e times the weight to the weight. The
     paper has N > D, and so D for r, in L and U; with N < D a mean of the N singular values would not stay between
-    those. Here all three are by r, whatever N. At r = 1 nothing can spread, and the penalty is the weight. Rows of zeros
-    have no part in s_μ, which may then be below L: of nothing but zeros the penalty is the weight times exp(U / (U - L)).
+    those. Here all three are by r, whatever N. At r = 1 nothing can spread, and the penalty is the weight. Rows of
+    zeros may bring s_μ below L: of nothing but zeros the penalty is the weight times exp(U / (U - L)).
 
     Args:
         weight: 1 is that of the authors' demonstration.
@@ -190,8 +190,8 @@ def covariance_energy(embeddings: Views) -> Tensor:
 
     VICReg adds this over its two views, divided by D: Bardes, Ponce, LeCun, https://arxiv.org/abs/2105.04906. Where
     N < D it is ‖X Xᵀ‖² / (N - 1)² - Σ_j var_j², O(N² D) in place of O(N D²): in float32 it is off by some 4% where one
-    column is 1,000 times as wide as the others, and for a wider one may be below 0, while the gradient keeps its digits. The rows of other processes do not
-    count.
+    column is 1,000 times as wide as the others, and may be below 0 where one is wider still, while the gradient keeps
+    its digits. The rows of other processes do not count.
 
     Args:
         embeddings: (K, N, D), K tensors (N, D), or one tensor (N, D), any floating-point dtype.
