@@ -71,6 +71,24 @@ def test_shards_that_changed_are_scanned_again(shards, scans, tmp_path):
     assert len(scans) == 9
 
 
+def test_shards_that_changed_but_for_size_and_time_are_scanned_again(shards, scans, tmp_path):
+    """As a tool leaves them that copies the time of modification as well."""
+    status = (shards / "1.tar").stat()
+    TarShards(shards, cache=tmp_path)
+    pack(shards / "1.tar", [f"ü1/another {image}\udce9" for image in range(4)])
+    os.utime(shards / "1.tar", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert content(TarShards(shards, cache=tmp_path)) == content(TarShards(shards))
+    assert len(scans) == 9
+
+
+def test_images_that_are_passed_over_are_named_each_time(tmp_path, scans):
+    pack(tmp_path / "0.tar", ["a", "IMG.1"])
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"0\.tar has more images: 1 such as IMG\.1\.jpg were passed over"):
+            TarShards(tmp_path / "0.tar", cache=tmp_path / "cache")
+    assert scans == ["0.tar"]
+
+
 DAMAGES = {
     "empty": lambda data: b"",
     "cut at its end": lambda data: data[:-30],

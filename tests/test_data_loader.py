@@ -1,6 +1,7 @@
 import io
 import itertools
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ pytest.importorskip("PIL", reason="this needs the extra [train]")
 import torch
 from PIL import Image
 
-from msbreg.data import ImageFolder, View, ViewLoader, byol, cifar, evaluation, load_recipe, multi_crop
+from msbreg.data import ImageFolder, Source, View, ViewLoader, byol, cifar, evaluation, load_recipe, multi_crop
 from msbreg.data.draws import LUMA, crop_boxes, draw, permutation
 from msbreg.data.recipes import size_groups
 from msbreg.errors import DataError, MSBRegError
@@ -254,8 +255,19 @@ def test_a_jpeg_with_an_odd_header_does_not_end_the_process(tmp_path, backend):
     assert (done.returncode, done.stdout) == (0, "1 {}\n"), done.stderr
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_backend_turns_what_pillow_takes_for_upright(tmp_path, backend):
+    """EXIF orientation 6 as a BYTE: DALI would follow it, Pillow does not."""
+    exif = b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1\1\0\1\0\0\0\6\0\0\0\0\0\0\0"
+    data = picture(0, (40, 40))
+    (tmp_path / "0.jpg").write_bytes(data)
+    (tmp_path / "1.jpg").write_bytes(data[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + data[2:])
+    upright, turned = stream(ImageFolder(tmp_path), evaluation(16), 2, shuffle=False, backend=backend)[0].views[0]
+    assert torch.equal(upright, turned)
+
+
 MUTATED_HEADERS = """
-import io, random, sys
+import io, random, struct, sys, warnings, zlib
 import numpy as np
 import torch
 from PIL import Image
@@ -269,37 +281,53 @@ def made():
     pipeline.build()
     return pipeline
 
-buffer = io.BytesIO()
-Image.effect_noise((64, 48), 50).convert("RGB").save(buffer, "JPEG")
-whole = buffer.getvalue()
-random, pipeline, decoded = random.Random(0), made(), 0
-for _ in range(int(sys.argv[1])):
+def with_checksums(png):
+    place = 8
+    while place + 12 <= len(png):
+        end = place + 8 + int.from_bytes(png[place : place + 4], "big")
+        png[end : end + 4] = struct.pack(">I", zlib.crc32(png[place + 4 : end]))
+        place = end + 4
+
+kind, count = sys.argv[1], int(sys.argv[2])
+buffer, exif, random = io.BytesIO(), Image.Exif(), random.Random(0)
+exif[0x0112], exif[0x010F] = 1, "a camera"
+options = {"exif": exif} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+Image.effect_noise((32, 24), 50).convert("P" if kind == "PNG" else "RGB").save(buffer, kind, **options)
+whole, decoded, pipeline = buffer.getvalue(), 0, made()
+warnings.simplefilter("ignore")
+header = {"JPEG": whole.find(bytes((0xFF, 0xDA))) + 14, "PNG": whole.find(b"IDAT") + 4, "WEBP": 30}[kind]
+for _ in range(count):
     data = bytearray(whole)
     for _ in range(random.choice((1, 1, 2, 3))):
-        place = random.randrange(2, whole.index(bytes((0xFF, 0xDA))) + 14)
+        place = random.randrange(2, header)
         new = [random.randrange(256)] * random.randrange(3)
         data[place : place + random.randrange(2)] = bytes(new)
+    if kind == "PNG":
+        with_checksums(data)
     try:
-        common = probe(bytes(data)).common
+        size = probe(bytes(data))
     except UnreadableError:
         continue
-    if common:
+    if size is not None:
         files = [np.frombuffer(file, np.uint8) for file in (bytes(data), *[whole] * 63)]
         pipeline.feed_input("encoded", files)
         try:
-            pipeline.run()
-            decoded += 1
+            (images,) = pipeline.run()
         except RuntimeError:
             pipeline = made()
+            continue
+        decoded += 1
+        assert images.at(0).shape == (*size, 3), (images.at(0).shape, size)
 print(decoded)
 """
 
 
 @pytest.mark.skipif("dali" not in BACKENDS, reason="DALI is not installed")
-def test_no_mutated_header_ends_the_process():
-    command = [sys.executable, "-c", MUTATED_HEADERS, "1200"]
+@pytest.mark.parametrize(("kind", "count"), [("JPEG", 1200), ("PNG", 600), ("WEBP", 900)])
+def test_no_mutated_header_ends_the_process(kind, count):
+    command = [sys.executable, "-c", MUTATED_HEADERS, kind, str(count)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and int(done.stdout) > 100, (done.returncode, done.stdout, done.stderr[-500:])
+    assert done.returncode == 0 and int(done.stdout) > 50, (done.returncode, done.stdout, done.stderr[-500:])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -401,6 +429,14 @@ def test_a_batch_larger_than_the_data_set(pictures):
     loader.close()
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_there_is_no_step_before_the_first(pictures, shuffle):
+    loader = ViewLoader(pictures, cifar(1, 8), 8, shuffle=shuffle, backend="torchvision", threads=1)
+    with pytest.raises(ValueError, match="first step of 0 or more, got -1"):
+        loader.batches(-1)
+    loader.close()
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -457,6 +493,76 @@ def test_closing_ends_all_threads_of_a_loader_that_was_used_and_of_one_that_was_
     for thread in set(threading.enumerate()) - before:
         thread.join(10)
         assert not thread.is_alive()
+
+
+class Slow(Source):
+    """Pictures that are handed out only once `go` is set."""
+
+    def __init__(self, source):
+        self.source, self.labels, self.classes = source, source.labels, source.classes
+        self.asked, self.go = threading.Event(), threading.Event()
+
+    def read(self, index):
+        self.asked.set()
+        assert self.go.wait(60)
+        return self.source.read(index)
+
+    def name(self, index):
+        return self.source.name(index)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_closing_from_another_thread_ends_the_stream_and_frees_all(pictures, backend):
+    before = set(threading.enumerate())
+    source, ended = Slow(pictures), []
+    loader = ViewLoader(source, cifar(1, 16), 8, backend=backend, threads=1)
+    batches = loader.batches()
+    waiting = threading.Thread(target=lambda: ended.append(next(batches, None)))
+    waiting.start()
+    assert source.asked.wait(60)
+    loader.close()
+    source.go.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert ended == [None]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_closing_a_stream_that_another_thread_goes_through(pictures, backend):
+    loader = ViewLoader(pictures, cifar(1, 16), 8, backend=backend, threads=1)
+    batches, errors, begun = loader.batches(), [], threading.Event()
+
+    def go_through():
+        try:
+            for _ in batches:
+                begun.set()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=go_through)
+    thread.start()
+    assert begun.wait(60)
+    loader.close()
+    thread.join(60)
+    assert not thread.is_alive() and errors == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_loader_of_another_process_is_an_error(pictures):
+    loader = ViewLoader(pictures, cifar(1, 16), 8, backend="torchvision", threads=1, timeout=10)
+    child = os.fork()
+    if child == 0:
+        try:
+            next(loader.batches())
+            os._exit(1)
+        except RuntimeError as error:
+            os._exit(0 if "make it in the process that uses it" in str(error) else 2)
+        finally:
+            os._exit(3)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    loader.close()
 
 
 def test_permutations_are_permutations_and_have_no_favourites():
@@ -610,9 +716,16 @@ def test_recipes_from_a_file(tmp_path):
         ("- blurr: 1", "block 1: no field is called blurr; there are size, area"),
         ("- size: 32\n- blur: 2", "block 2: blur is a probability, 0 to 1, not 2"),
         ("- area: [0.5, 0.2]", "area is a range"),
-        ("- area: 0.5", "block 1"),
+        ("- area: 0.5", "block 1: area is a range .*, not 0.5"),
+        ("- area: [0.1]", "block 1: area is a range .*, not .0.1"),
+        ("- sigma: {low: 1, high: 2}", "block 1: sigma is a range"),
+        ("- jitter: 8e-1", "block 1: jitter is a probability, 0 to 1, not '8e-1'"),
+        ("- hue: null", "block 1: hue is a strength, 0 to 0.5, not None"),
+        ("- centre: half", "block 1: centre is a share .*, not 'half'"),
+        ("- size: true", "block 1: size is a number of pixels"),
         ("- size: big", "size is a number of pixels"),
-        ("- flip: often", "block 1"),
+        ("- flip: often", "block 1: flip is a probability"),
+        ("- flip: true", "block 1: flip is a probability, 0 to 1, not True"),
         ("- brightness: .inf", "brightness is a strength, 0 to 1000, not inf"),
         ("- sigma: [0.1, .inf]", "sigma is a range .* <= 1000, not"),
         ("- ratio: [0.5, .nan]", "ratio is a range"),
@@ -628,12 +741,18 @@ def test_wrong_recipe_files(tmp_path, text, says):
         load_recipe(str(tmp_path / "wrong.yaml"), 2, 32)
 
 
+@pytest.mark.parametrize("wrong", [{"area": 0.5}, {"ratio": None}, {"flip": "0.5"}, {"sigma": (0.1, 1, 2)}])
+def test_a_view_of_wrong_types_is_a_value_error(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is a "):
+        View(**wrong)
+
+
 def test_missing_recipes_and_views():
     with pytest.raises(MSBRegError, match="no recipe is called moco"):
         load_recipe("moco", 2, 32)
     with pytest.raises(MSBRegError, match="cannot be read: No such file"):
         load_recipe("missing.yaml", 2, 32)
-    with pytest.raises(MSBRegError, match="at least one small one, not 2"):
+    with pytest.raises(MSBRegError, match=r"at least one small one, not 2 in all: set --data\.views to 3 or more\.$"):
         load_recipe("multi_crop", 2, 224)
     for views in (lambda: byol(0), lambda: cifar(0), lambda: multi_crop(2, 0), lambda: multi_crop(0, 2)):
         with pytest.raises(ValueError, match="expected 1 view or more, got 0"):

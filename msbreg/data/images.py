@@ -1,14 +1,14 @@
-"""What an encoded image is: its size as told by its header, whether it is whole, and its pixels by Pillow."""
+"""What an encoded image is: whether every backend decodes it, how large it is, and its pixels by Pillow."""
 
 from __future__ import annotations
 
 import io
-from typing import NamedTuple
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
-__all__ = ["Header", "UndecodableError", "UnreadableError", "as_ppm", "decode", "probe"]
+__all__ = ["UndecodableError", "UnreadableError", "as_ppm", "decode", "probe"]
 
 ORIENTATION_TAG = 0x0112
 UPRIGHT = {
@@ -22,12 +22,13 @@ UPRIGHT = {
 }
 """What brings an image upright, by its EXIF orientation."""
 
-COMMON_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000")
-"""Pillow's names of the formats that DALI decodes too, to the same pixels on a CPU (MPO is a phone's JPEG)."""
+SIXTEEN_BITS = ("PNG", "PPM")
+"""Formats of which Pillow's mode I holds 16 bits: elsewhere they are 32 or signed, and what is white is unknown."""
 
-
-START_OF_FRAME = tuple(bytes([marker]) for marker in range(0xC0, 0xD0) if marker not in (0xC4, 0xC8, 0xCC))
-"""JPEG's markers of a frame, of which an image has one."""
+FRAMES = (b"\xc0", b"\xc1", b"\xc2")
+"""JPEG's markers of a frame with Huffman codes, sequential or progressive, of which an image has one."""
+OTHER_FRAMES = tuple(bytes([marker]) for marker in range(0xC3, 0xD0) if marker != 0xC4)
+"""Markers of frames that hardly any program writes: lossless ones, hierarchical ones, arithmetic codes."""
 
 
 class UnreadableError(Exception):
@@ -46,56 +47,47 @@ class UndecodableError(Exception):
         self.positions = positions
 
 
-class Header(NamedTuple):
-    """What the loader must know of an image before it is decoded."""
+def probe(data: bytes) -> tuple[int, int] | None:
+    """Height and width, read from the header alone, of a file that every backend decodes: on a CPU to the same pixels.
 
-    height: int
-    """Pixels, upright."""
-    width: int
-    """Pixels, upright."""
-    common: bool
-    """Whether every backend decodes it alike; else it is handed on as a PPM file, see `as_ppm`."""
+    That is a whole JPEG, PNG or WebP file of the usual kind, which stands upright. Of anything else, a parser of DALI's
+    may think otherwise than Pillow: where it refuses an image in a batch of 32 or more, or decodes it to another size
+    than the crop was drawn for, DALI 2.4 may end the process on a CPU. So Pillow decodes the rest, see `decode`.
 
-
-def probe(data: bytes) -> Header:
-    """Reads the header. Images without their format's end marker are decoded whole, to see whether that works.
+    Returns:
+        None for the rest, the damaged included.
 
     Raises:
-        UnreadableError: it is empty, not an image, or cut short.
+        UnreadableError: it is empty or not an image.
     """
     image = _open(data)
-    if not _is_complete(data, image.format):
-        _load(image)
-    width, height = image.size
-    if 5 <= _orientation(image) <= 8:
-        width, height = height, width
-    common = image.format in COMMON_FORMATS and not image.mode.startswith(("I", "F"))
-    return Header(height, width, common and (image.format not in ("JPEG", "MPO") or _has_plain_segments(data)))
+    is_plain = PLAIN.get(image.format or "")
+    if is_plain is None or not is_plain(data) or _orientation(image) in UPRIGHT:
+        return None
+    return image.height, image.width
 
 
 def decode(data: bytes | memoryview) -> Image.Image:
     """The upright image in RGB; alpha is left out, 16 bits are cut to 8.
 
     Raises:
-        UnreadableError: it cannot be decoded.
+        UnreadableError: it cannot be decoded, or its pixels are numbers of which nobody knows what is white.
     """
     image = _open(data)
-    orientation = _orientation(image)
     _load(image)
+    orientation = _orientation(image)  # which a PNG file may tell after its pixels
+    if image.mode == "F" or (image.mode == "I" and image.format not in SIXTEEN_BITS):
+        raise UnreadableError("its pixels have no known range (32 bits or signed): save it with 8 or 16 bits")
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     image = image.convert("RGB")
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
-def as_ppm(data: bytes) -> bytes:
-    """The decoded image as a PPM file, which every backend reads.
-
-    Raises:
-        UnreadableError: it cannot be decoded.
-    """
+def as_ppm(image: Image.Image) -> bytes:
+    """An RGB image as a PPM file, which every backend reads."""
     buffer = io.BytesIO()
-    decode(data).save(buffer, "PPM")
+    image.save(buffer, "PPM")
     return buffer.getvalue()
 
 
@@ -104,6 +96,8 @@ def _open(data: bytes | memoryview) -> Image.Image:
         raise UnreadableError("the file is empty")
     try:
         return Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise UnreadableError(f"it is too large: {error}") from error
     except Exception as error:  # broken headers make Pillow's parsers raise almost anything
         raise UnreadableError("it is not an image, or its header is damaged") from error
 
@@ -115,12 +109,13 @@ def _load(image: Image.Image) -> None:
         raise UnreadableError(f"it cannot be decoded: {error}") from error
 
 
-def _has_plain_segments(data: bytes) -> bool:
-    """Whether a JPEG file's segments follow each other up to its first scan, without a byte between them.
+def _is_plain_jpeg(data: bytes) -> bool:
+    """Whether a JPEG file is whole, and its segments follow each other up to its scan, without a byte between them.
 
-    Pillow overlooks such bytes. DALI's parser does not, and what it refuses in a batch may end the process: of DALI 2.4
-    on a CPU, in batches of 64 and more.
+    Pillow overlooks such bytes, DALI's parser does not.
     """
+    if not data.endswith(b"\xff\xd9"):
+        return False
     place, frames = 2, 0
     while data[place : place + 1] == b"\xff":
         marker = data[place + 1 : place + 2]
@@ -128,11 +123,11 @@ def _has_plain_segments(data: bytes) -> bool:
             place += 1
             continue
         length = int.from_bytes(data[place + 2 : place + 4], "big")
-        if length < 2 or place + 2 + length > len(data):
+        if length < 2 or place + 2 + length > len(data) or marker in OTHER_FRAMES:
             return False
         if marker == b"\xda":
             return frames == 1
-        frames += marker in START_OF_FRAME
+        frames += marker in FRAMES
         if marker == b"\xc4" and not _is_huffman(data[place + 4 : place + 2 + length]):
             return False
         place += 2 + length
@@ -147,15 +142,31 @@ def _is_huffman(tables: bytes) -> bool:
     return place == len(tables)
 
 
-def _is_complete(data: bytes, kind: str | None) -> bool:
-    """Whether the data end as a whole file of this kind does; False where that cannot be told."""
-    if kind in ("JPEG", "MPO"):
-        return data.endswith(b"\xff\xd9")
-    if kind == "PNG":
-        return data.endswith(b"IEND\xaeB`\x82")
-    if kind == "WEBP":
-        return len(data) >= 8 + int.from_bytes(data[4:8], "little")
+def _is_plain_png(data: bytes) -> bool:
+    """Whether a PNG file is whole, of eight bits a channel at most, and without EXIF."""
+    if data[8:16] != b"\0\0\0\rIHDR" or data[24] > 8:
+        return False
+    place = 33
+    while (kind := data[place + 4 : place + 8]) not in (b"", b"IHDR", b"eXIf"):
+        place += 12 + int.from_bytes(data[place : place + 4], "big")
+        if kind == b"IEND":
+            return place <= len(data)
     return False
+
+
+def _is_plain_webp(data: bytes) -> bool:
+    """Whether a WebP file is whole and has one chunk alone, its pixels: no EXIF, no second frame."""
+    whole, chunk = (int.from_bytes(data[place : place + 4], "little") for place in (4, 16))
+    return data[12:16] in (b"VP8 ", b"VP8L") and 8 + whole <= len(data) and 12 + chunk + chunk % 2 == whole
+
+
+PLAIN: dict[str, Callable[[bytes], bool]] = {
+    "JPEG": _is_plain_jpeg,
+    "MPO": _is_plain_jpeg,
+    "PNG": _is_plain_png,
+    "WEBP": _is_plain_webp,
+}
+"""Whether a file is of the usual kind, by Pillow's name of its format (MPO is a phone's JPEG)."""
 
 
 def _orientation(image: Image.Image) -> int:

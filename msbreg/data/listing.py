@@ -18,7 +18,7 @@ from msbreg.files import whole_file
 
 __all__ = ["Listing", "listing_file", "load_listing", "save_listing"]
 
-VERSION = 1
+VERSION = 2
 """Of what a listing is made of, and by which rules: another one is not read."""
 
 
@@ -33,10 +33,14 @@ class Listing(NamedTuple):
     """(N,) class numbers, -1 where unknown."""
     classes: list[str]
     """Names of the classes by number."""
+    remarks: list[str]
+    """Sentences about images that were passed over."""
 
 
 def listing_file(folder: Path, shards: Sequence[str]) -> Path | None:
     """Where the listing of these shards is kept: named by paths, sizes and times, so that shards that change lose it.
+
+    A copy may have the time of modification of what it takes the place of, but not the time of change and the inode.
 
     To be asked before they are scanned, so that what changes meanwhile is not taken for what was scanned. None where a
     shard is not there.
@@ -45,7 +49,10 @@ def listing_file(folder: Path, shards: Sequence[str]) -> Path | None:
         status = [os.stat(shard) for shard in shards]
     except OSError:
         return None
-    named = [(os.path.abspath(shard), one.st_size, one.st_mtime_ns) for shard, one in zip(shards, status, strict=True)]
+    named = [
+        (os.path.abspath(shard), one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns)
+        for shard, one in zip(shards, status, strict=True)
+    ]
     return folder / f"shards-{hashlib.sha256(json.dumps([VERSION, named]).encode()).hexdigest()[:32]}.npz"
 
 
@@ -53,8 +60,8 @@ def load_listing(file: Path) -> Listing | None:
     """What `save_listing` wrote, or None where there is nothing, or nothing whole."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            names, classes = (json.loads(arrays[name].tobytes()) for name in ("names", "classes"))
-            listing = Listing(names, arrays["place"], arrays["labels"], classes)
+            names, classes, remarks = (json.loads(arrays[name].tobytes()) for name in ("names", "classes", "remarks"))
+            listing = Listing(names, arrays["place"], arrays["labels"], classes, remarks)
     except Exception:  # damaged zip files make zipfile and NumPy raise nearly anything
         return None
     return listing if len(names) == len(listing.place) == len(listing.labels) else None
@@ -62,8 +69,11 @@ def load_listing(file: Path) -> Listing | None:
 
 def save_listing(file: Path, listing: Listing) -> None:
     """Writes a listing, whole or not at all; where that is impossible, it is made anew the next time."""
-    names, classes = (np.frombuffer(json.dumps(texts).encode(), np.uint8) for texts in (listing.names, listing.classes))
+    names, classes, remarks = (
+        np.frombuffer(json.dumps(texts).encode(), np.uint8)
+        for texts in (listing.names, listing.classes, listing.remarks)
+    )
     with contextlib.suppress(OSError, MSBRegError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(file) as temporary, temporary.open("wb") as opened:
-            np.savez(opened, names=names, place=listing.place, labels=listing.labels, classes=classes)
+            np.savez(opened, names=names, place=listing.place, labels=listing.labels, classes=classes, remarks=remarks)

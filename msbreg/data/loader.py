@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import threading
 import warnings
 import weakref
@@ -167,8 +168,11 @@ class ViewLoader:
             stop: step to end before; None: never with `shuffle`, else at the end of the source.
 
         Raises:
+            ValueError: `start` is below 0.
             DataError: while iterating, where too many images cannot be read, or reading takes longer than `timeout`.
         """
+        if start < 0:
+            raise ValueError(f"expected a first step of 0 or more, got {start}")
         if self._stream is not None:
             self._stream.close()
         if not self.shuffle:
@@ -177,9 +181,10 @@ class ViewLoader:
         return self._stream
 
     def close(self) -> None:
-        """Ends the stream and frees threads and memory."""
+        """Ends the stream and frees threads and memory; so even while another thread waits for the next batch."""
         if self._stream is not None:
-            self._stream.close()
+            with contextlib.suppress(ValueError):  # it is at work for that thread: then it ends where it fails
+                self._stream.close()
         self._reading.close()
         self._drawing.close()
         self._backend.close()
@@ -207,6 +212,9 @@ class ViewLoader:
                 work_ahead()  # once more, so that the backend has a full queue while the caller is busy
                 self._warn()
                 yield Batch(views, torch.from_numpy(self.source.labels[index]), torch.from_numpy(index))
+        except Exception:
+            if not self._reading.closed:
+                raise
         finally:
             for future in reading:
                 future.cancel()
@@ -310,19 +318,32 @@ class _Threads:
         self._tasks: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = SimpleQueue()
         for number in range(count):
             threading.Thread(target=_work_off, args=(self._tasks,), name=f"{name}_{number}", daemon=True).start()
+        self._process, self._lock = os.getpid(), threading.Lock()
         self._dismiss = weakref.finalize(self, _dismiss, self._tasks, count)
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return not self._dismiss.alive
 
     def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
         """Lets a thread call a function."""
-        if not self._dismiss.alive:
-            raise RuntimeError("the loader is closed")
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"the loader was made by process {self._process}, of whose threads a fork has none; make it in the "
+                "process that uses it"
+            )
         future: Future[T] = Future()
-        self._tasks.put((future, function, arguments))
+        with self._lock:
+            if self.closed:
+                raise RuntimeError("the loader is closed")
+            self._tasks.put((future, function, arguments))
         return future
 
     def close(self) -> None:
         """Cancels what has not begun, and lets the threads end."""
-        self._dismiss()
+        with self._lock:  # so that nothing is submitted that no thread is left for
+            self._dismiss()
 
 
 def _work_off(tasks: SimpleQueue) -> None:
@@ -339,7 +360,9 @@ def _work_off(tasks: SimpleQueue) -> None:
 def _dismiss(tasks: SimpleQueue, count: int) -> None:
     with contextlib.suppress(Empty):
         while True:
-            tasks.get_nowait()[0].cancel()
+            future = tasks.get_nowait()[0]
+            future.cancel()
+            future.set_running_or_notify_cancel()  # without which whoever waits for it would wait on
     for _ in range(count):
         tasks.put(None)
 

@@ -47,8 +47,7 @@ class Reader:
         self.news: list[str] = []
         """Sentences about images found unreadable since somebody last emptied this list."""
         self._under_way: dict[int, int] = {}  # thread to image; the read that began first comes first
-        self._sizes = np.zeros((len(source), 2), dtype=np.int32)  # height, width; zero: not yet known
-        self._uncommon: set[int] = set()
+        self._distrusted: set[int] = set()
         self._lock = threading.Lock()
 
     @property
@@ -80,16 +79,12 @@ class Reader:
 
     def _read(self, index: int) -> Sample:
         data = self._bytes(index)
-        if not self._sizes[index].any():
-            header = probe(data)
-            if not header.common:
-                self._uncommon.add(index)
-            self._sizes[index] = header.height, header.width
-        plain = index in self._uncommon
-        if plain:
-            data = as_ppm(data)
-        height, width = self._sizes[index].tolist()
-        return Sample(index, np.frombuffer(data, np.uint8), height, width, plain)
+        size = None if index in self._distrusted else probe(data)  # each time: the file may be another one by now
+        plain = size is None
+        if size is None:
+            image = decode(data)
+            data, size = as_ppm(image), (image.height, image.width)
+        return Sample(index, np.frombuffer(data, np.uint8), *size, plain)
 
     def _bytes(self, index: int) -> bytes:
         self._under_way[threading.get_ident()] = index
@@ -108,7 +103,7 @@ class Reader:
         """
         try:
             decode(self._bytes(index))
-            self._uncommon.add(index)
+            self._distrusted.add(index)
         except UnreadableError as error:
             self._reject(index, str(error))
 

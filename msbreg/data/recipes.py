@@ -7,6 +7,7 @@ turn, multi-crop, or the plain centre crop that evaluation uses. Both backends r
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,22 +67,20 @@ class View:
     """Probability of a flip from left to right."""
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.size, int) and self.size >= 1):
+        if not (isinstance(self.size, int) and _is_number(self.size) and self.size >= 1):
             raise ValueError(f"size is a number of pixels, 1 or more, not {self.size!r}")
-        for name, (low, high), most in (
-            ("area", self.area, 1.0),
-            ("ratio", self.ratio, LARGEST),
-            ("sigma", self.sigma, LARGEST),
-        ):
-            if not 0 < low <= high <= most:
-                raise ValueError(f"{name} is a range [low, high] with 0 < low <= high <= {most:g}, not {[low, high]}")
+        for name, most in (("area", 1.0), ("ratio", LARGEST), ("sigma", LARGEST)):
+            if not _is_range(getattr(self, name), most):
+                raise ValueError(
+                    f"{name} is a range [low, high] with 0 < low <= high <= {most:g}, not {getattr(self, name)!r}"
+                )
         for name in ("jitter", "grayscale", "blur", "solarize", "flip"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= 1):
                 raise ValueError(f"{name} is a probability, 0 to 1, not {getattr(self, name)!r}")
         for name, most in (("brightness", LARGEST), ("contrast", LARGEST), ("saturation", LARGEST), ("hue", 0.5)):
-            if not 0 <= getattr(self, name) <= most:
+            if not (_is_number(getattr(self, name)) and 0 <= getattr(self, name) <= most):
                 raise ValueError(f"{name} is a strength, 0 to {most:g}, not {getattr(self, name)!r}")
-        if self.centre is not None and not 0 < self.centre <= 1:
+        if self.centre is not None and not (_is_number(self.centre) and 0 < self.centre <= 1):
             raise ValueError(f"centre is a share of the shorter side, above 0 and at most 1, not {self.centre!r}")
         if self.interpolation not in ("cubic", "linear"):
             raise ValueError(f"interpolation is cubic or linear, not {self.interpolation!r}")
@@ -90,6 +89,16 @@ class View:
     def changes_colour(self) -> bool:
         """Whether any draw of this block can change colours."""
         return self.jitter > 0 or self.grayscale > 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_range(value: object, most: float) -> bool:
+    if not (isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_number, value))):
+        return False
+    return 0 < value[0] <= value[1] <= most
 
 
 Recipe = tuple[View, ...]
@@ -174,7 +183,10 @@ def load_recipe(name: str, views: int, size: int) -> Recipe:
         return cifar(views, size)
     if name == "multi_crop":
         if views < 3:
-            raise MSBRegError(f"multi_crop has two large views and at least one small one, not {views} in all")
+            raise MSBRegError(
+                f"--data.recipe multi_crop has two large views and at least one small one, not {views} in all: set "
+                "--data.views to 3 or more."
+            )
         return multi_crop(2, views - 2, size=size, local_size=max(1, round(size * 3 / 7)))
     path = Path(name)
     if path.suffix.lower() not in (".yaml", ".yml"):

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import os
 import re
+import stat
 import tarfile
 import warnings
 from abc import ABC, abstractmethod
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import features
 
 from msbreg.data.listing import Listing, listing_file, load_listing, save_listing
 from msbreg.errors import DataError
@@ -29,7 +31,8 @@ __all__ = [
     "with_classes_of",
 ]  # fmt: skip
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "gif")
+EXTENSIONS: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "gif", "jfif")
+EXTENSIONS += ("avif",) if features.check("avif") else ()
 """Endings, in any case, by which files and tar members are taken for images."""
 _ENDINGS = ", ".join(f".{ending}" for ending in EXTENSIONS)
 
@@ -109,7 +112,10 @@ class _Files(Source):
 
     def read(self, index: int) -> bytes:
         """See `Source.read`."""
-        return (self.folder / self.paths[index]).read_bytes()
+        with open(self.folder / self.paths[index], "rb", opener=_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise OSError("it is no regular file")
+            return file.read()
 
     def name(self, index: int) -> str:
         """See `Source.name`."""
@@ -154,6 +160,7 @@ class IndexFile(_Files):
 
     In a .csv file a comma lies between them, and a first line without an image's ending is a heading; elsewhere a tab,
     or the last blank of a line that does not end like an image. Empty lines and those that begin with # do not count.
+    A label that is empty or -1 is unknown.
 
     Args:
         path: the text file.
@@ -172,7 +179,8 @@ class IndexFile(_Files):
             raise DataError(f"{self.path} should be a text file with one image path a line: {error}") from error
         if "\0" in text:  # which no path has
             raise DataError(f"{self.path} should be a text file with one image path a line, but has a NUL character")
-        lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+        # Not by `splitlines`: names may have characters that Unicode counts among line breaks.
+        lines = [line for line in text.split("\n") if line.strip() and not line.lstrip().startswith("#")]
         if self.path.suffix.lower() == ".csv":
             try:
                 rows = [[field.strip() for field in row] for row in csv.reader(lines, strict=True)]
@@ -184,7 +192,7 @@ class IndexFile(_Files):
         if not rows:
             raise DataError(f"{self.path} lists no images: expected one path a line")
         self.folder, self.paths = self.path.parent, [row[0] for row in rows]
-        self.labels, self.classes = _number_classes([row[1] if len(row) > 1 and row[1] else None for row in rows])
+        self.labels, self.classes = _number_classes([_label(row[1]) if len(row) > 1 else None for row in rows])
 
     def __str__(self) -> str:
         return str(self.path)
@@ -194,14 +202,16 @@ class TarShards(Source):
     """WebDataset shards: uncompressed tar files in which members of one name and different endings form a sample.
 
     The headers are scanned once, at the start; images are then read at their offsets, in any order. Of a sample, its
-    first image counts, and its `cls` member is the label. Samples without an image are passed over.
+    first image counts, and its `cls` member is the label, unknown where that is empty or -1. Samples without an image
+    are passed over. Of members of one name the last counts, as for tar, and a hard link is what it links to.
 
     Args:
         path: one shard, a folder of shards, or a pattern with {000..127}, {a,b}, * or ?.
         cache: folder that keeps what the scan found, for the next time; None: it is not kept.
 
     Raises:
-        DataError: nothing matches, a shard is not an uncompressed tar file or is cut short, or there is no image.
+        DataError: nothing matches, a shard is not an uncompressed tar file, is cut short or has sparse members, or
+            there is no image.
     """
 
     def __init__(self, path: str | Path, *, cache: Path | None = None) -> None:
@@ -215,26 +225,30 @@ class TarShards(Source):
             listing = self._scanned()
             if file is not None:
                 save_listing(file, listing)
-        self.names, self.place, self.labels, self.classes = listing
+        self.names, self.place, self.labels, self.classes, remarks = listing
+        for remark in remarks:
+            warnings.warn(f"{self.pattern} has more images: {remark}", stacklevel=2)
 
     def _scanned(self) -> Listing:
         with ThreadPoolExecutor(max_workers=min(8, len(self.shards))) as pool:
             found = list(pool.map(_scan_shard, self.shards))
-        members = [(shard, *member) for shard, (inside, _) in enumerate(found) for member in inside]
-        passed_over = [name for _, names in found for name in names]
-        dots = (
-            f"{len(passed_over):,} such as {''.join(passed_over[:1])} were passed over: in WebDataset all that follows "
-            "the first dot of a name is its ending"
-        )
-        if not members:
-            raise DataError(
-                f"{self.pattern} holds no images: no member of its {len(self.shards)} shards ends in {_ENDINGS}"
-                + f"; {dots}" * bool(passed_over)
+        members = [(shard, *member) for shard, (inside, _, _) in enumerate(found) for member in inside]
+        dotted = [name for _, names, _ in found for name in names]
+        links = [name for _, _, names in found for name in names]
+        remarks = [
+            f"{len(names):,} such as {names[0]} were passed over: {why}"
+            for names, why in (
+                (dotted, "in WebDataset all that follows the first dot of a name is its ending"),
+                (links, "they are links, but not hard ones to members before them"),
             )
-        if passed_over:
-            warnings.warn(f"{self.pattern} has images of other names: {dots}", stacklevel=3)
+            if names
+        ]
+        if not members:
+            none = f"{self.pattern} holds no images: no member of its {len(self.shards)} shards ends in {_ENDINGS}"
+            raise DataError("; ".join([none, *remarks]))
         shard, names, offset, size, labels = zip(*members, strict=True)
-        return Listing(list(names), np.array([shard, offset, size], dtype=np.int64).T, *_number_classes(labels))
+        place = np.array([shard, offset, size], dtype=np.int64).T
+        return Listing(list(names), place, *_number_classes(labels), remarks)
 
     def read(self, index: int) -> bytes:
         """See `Source.read`."""
@@ -316,6 +330,11 @@ def with_classes_of(train: Source, held_out: Source) -> Source:
     return held_out
 
 
+def _at_once(path: str, flags: int) -> int:
+    """Opens a file without waiting for another program to write to it, as one would for a FIFO's."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def _base(path: str) -> str:
     return path.rpartition("/")[2]
 
@@ -351,11 +370,17 @@ def _split_line(line: str) -> list[str]:
     return [line] if _ending(line) in EXTENSIONS else line.rsplit(None, 1)
 
 
+def _label(text: str) -> str | None:
+    """What stands for a label in a file, None where it is unknown."""
+    return None if text in ("", "-1") else text
+
+
 def _number_classes(labels: Iterable[str | None]) -> tuple[Labels, list[str]]:
     """Class numbers (-1 for None) and the classes' names, sorted: as numbers where all of them are, else as words."""
     labels = list(labels)
-    names = {label for label in labels if label is not None}
-    classes = sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    classes = sorted({label for label in labels if label is not None})
+    if all(name.isascii() and name.isdecimal() for name in classes):
+        classes.sort(key=lambda name: (len(name.lstrip("0")), name.lstrip("0")))  # of any number of digits
     number: dict[str | None, int] = {name: index for index, name in enumerate(classes)}
     return np.array([number.get(label, -1) for label in labels], dtype=np.int64), classes
 
@@ -390,30 +415,44 @@ def _expand_braces(text: str) -> list[str]:
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 
-def _scan_shard(path: str) -> tuple[list[tuple[str, int, int, str | None]], list[str]]:
+def _scan_shard(path: str) -> tuple[list[tuple[str, int, int, str | None]], list[str], list[str]]:
     """Name, offset, size and label of every sample's first image, in the shard's order.
 
-    And the names of images in samples that have none, since what follows the first dot is not an image's ending alone.
+    And the names of images in samples that have none, since what follows the first dot is not an image's ending alone;
+    and those of links that are not followed.
     """
+    places: dict[str, tuple[int, int]] = {}
     images: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, str] = {}
+    labels: dict[str, str | None] = {}
     dotted: list[tuple[str, str]] = []
+    links: list[str] = []
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 tar.members.clear()  # type: ignore[attr-defined]  # which it would keep for a second pass
+                if member.issparse():
+                    raise DataError(f"shard {path} has {member.name} as a sparse file: pack it without tar's --sparse")
+                if member.isreg():
+                    places[member.name] = (member.offset_data, member.size)
+                elif member.islnk() and member.linkname in places:
+                    places[member.name] = places[member.linkname]
+                elif not member.issym() and not member.islnk():  # a folder
+                    continue
                 folder, _, base = member.name.rpartition("/")
                 stem, _, ending = base.partition(".")
                 key, ending = f"{folder}/{stem}", ending.lower()
-                if not stem or not member.isreg():  # hidden, or a folder
+                if not stem:  # hidden
                     continue
-                if ending in EXTENSIONS and key not in images:
-                    images[key] = (member.name, member.offset_data, member.size)
+                if member.issym() or member.name not in places:
+                    links += [member.name] * (ending in EXTENSIONS)
+                elif ending in EXTENSIONS and (key not in images or images[key][0] == member.name):
+                    images[key] = (member.name, *places[member.name])
                 elif _ending(ending) in EXTENSIONS:
                     dotted.append((key, member.name))
                 elif ending == "cls":
-                    text = tar.extractfile(member).read()  # type: ignore[union-attr]  # a regular file has contents
-                    labels[key] = text.decode("utf-8", "replace").strip()
+                    offset, size = places[member.name]
+                    tar.fileobj.seek(offset)
+                    labels[key] = _label(tar.fileobj.read(size).decode("utf-8", "replace").strip())
             # tarfile takes anything but a header for the end of the file, where there should be zeros alone.
             tar.fileobj.seek(tar.offset)
             while block := tar.fileobj.read(_BLOCKS):
@@ -424,4 +463,4 @@ def _scan_shard(path: str) -> tuple[list[tuple[str, int, int, str | None]], list
     except OSError as error:
         raise DataError(f"shard {path} cannot be read: {error.strerror}") from error
     passed_over = [name for key, name in dotted if key not in images]
-    return [(*image, labels.get(key)) for key, image in images.items()], passed_over
+    return [(*image, labels.get(key)) for key, image in images.items()], passed_over, links
