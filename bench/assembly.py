@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 __all__ = [
     "Access", "accesses", "amd_resources", "coarse_dots", "dots", "float_atomics", "matrix_units", "overflows",
-    "ptxas_resources",
+    "ptxas_resources", "serialised",
 ]  # fmt: skip
 
 MAX_BLOCK = 1024
@@ -170,6 +170,11 @@ def ptxas_resources(log: str) -> tuple[int, int]:
         int(re.search(r"Used (\d+) registers", log)[1]),
         sum(int(number) for number in re.findall(r"(\d+) bytes spill", log)),
     )
+
+
+def serialised(log: str) -> bool:
+    """Whether ptxas says that it has asynchronous matrix products wait for each other."""
+    return "wgmma.mma_async instructions are serialized" in log
 
 
 def amd_resources(amdgcn: str) -> tuple[int, int, int]:

@@ -6,7 +6,8 @@ Needs no GPU: Triton's wheel has the compilers for all of them. A row is a kerne
 several calls share is compiled once, and Triton's cache keeps it for the next time. An architecture takes about two
 minutes on one core. The exit status is 1 where a row has a fault: a kernel that does not compile, spills registers,
 needs more shared memory than there is, loads narrowly what could be loaded 16 bytes at a time, multiplies matrices
-without tensor cores or float32 ones by a single TF32 product, adds by atomics, or computes addresses in 32 bits.
+without tensor cores or float32 ones by a single TF32 product, has these wait for each other where they could overlap,
+adds by atomics, or computes addresses in 32 bits.
 
 A second table has what each call moves and multiplies, and how long an H200 would take for it at least.
 """
@@ -36,6 +37,7 @@ from assembly import (
     matrix_units,
     overflows,
     ptxas_resources,
+    serialised,
 )
 from records import provenance
 from torch import Tensor
@@ -286,6 +288,8 @@ def compiled(launch: Launch, target: GPUTarget) -> Row:
                 bits[name] = (min(seen), max(seen))
         row.widest_load_bits = max((widest for _, widest in row.load_bits.values()), default=None)
     row.faults = faults(row, kernel.asm["ttir"], launch.arguments)
+    if serialised(log.getvalue()):
+        row.faults.append("has matrix products wait for each other")
     return row
 
 

@@ -214,7 +214,7 @@ class Worker:
     def close(self) -> None:
         """Ends the process."""
         self.pipe.close()
-        self.process.join(60)
+        self.process.join(3)
         if self.process.is_alive():
             self.process.terminate()
 
@@ -327,6 +327,8 @@ def measure(names: list[str], setting: Setting, *, rounds: int, seconds: float, 
                     leave_out(name, error)
                 yield measured()
     finally:
+        for worker in workers.values():
+            worker.pipe.close()  # so that all of them end at the same time: whoever interrupts this waits for the table
         for worker in workers.values():
             worker.close()
 

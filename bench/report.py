@@ -30,13 +30,19 @@ class Figure(NamedTuple):
     seconds: float
     """Median, of a call."""
     info: dict[str, Any]
-    fused: float | None
-    """Seconds of the fused loss at the same shape, dtype and mode, in the same run."""
+    fused: "Figure | None"
+    """The fused loss's at the same shape, dtype and mode, in the same run."""
 
     @property
     def ratio(self) -> float | None:
         """Time over the fused loss's."""
-        return self.seconds / self.fused if self.fused else None
+        return self.seconds / self.fused.seconds if self.fused else None
+
+    @property
+    def eager_ratio(self) -> float | None:
+        """Wall time of a call without a graph over the fused loss's."""
+        eager, fused = self.info.get("eager_seconds"), self.fused and self.fused.info.get("eager_seconds")
+        return eager / fused if eager and fused else None
 
 
 def figures(run: dict[str, Any]) -> list[Figure]:
@@ -46,7 +52,7 @@ def figures(run: dict[str, Any]) -> list[Figure]:
         info = benchmark["extra_info"]
         key = (tuple(info["shape"]), info["dtype"], info["mode"])
         found.append(Figure(*key, info["provider"], benchmark["stats"]["median"], info, None))
-    fused = {figure[:3]: figure.seconds for figure in found if figure.provider == FUSED}
+    fused = {figure[:3]: figure for figure in found if figure.provider == FUSED}
     return [figure._replace(fused=fused.get(figure[:3])) for figure in found]
 
 
@@ -74,7 +80,9 @@ COLUMNS: dict[str, Callable[[Figure], str | None]] = {
     "time": lambda f: time_of(f.seconds),
     "time / fused": lambda f: f.ratio and digits(f.ratio),
     "clock": lambda f: f.info["clock"],
+    "kernels": lambda f: optional(f, "busy_seconds", time_of),
     "eager": lambda f: optional(f, "eager_seconds", time_of),
+    "eager / fused": lambda f: f.eager_ratio and digits(f.eager_ratio),
     "GB/s": lambda f: optional(f, "copy_rate", lambda _: digits(f.info["bytes"] / f.seconds / 1e9)),
     "of a copy": lambda f: optional(f, "copy_rate", lambda rate: share(f.info["bytes"] / f.seconds, rate)),
     "TFLOP/s": lambda f: rate_of_products(f, lambda rate, _: digits(rate / 1e12)),
@@ -98,7 +106,7 @@ def rate_of_products(figure: Figure, text: Callable[[float, float], str]) -> str
     return text(figure.info["flops"] / figure.seconds, figure.info["product_rate"])
 
 
-SHORT = ("provider", "dtype", "time", "time / fused", "GB/s", "launches")
+SHORT = ("provider", "dtype", "time", "time / fused", "eager / fused", "GB/s", "launches")
 
 
 def table(rows: list[Figure], columns: Iterable[str]) -> str:

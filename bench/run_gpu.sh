@@ -6,8 +6,9 @@
 #   bench/run_gpu.sh loader        the loader against torchvision's, and what loader, loss and optimizer are of a step
 #   bench/run_gpu.sh peers         training beside lightly and solo-learn's manner: ResNet-18 at 32, ResNet-50 at 224
 #   bench/run_gpu.sh alternatives  other ways to do what msbreg does: the inverse root in one launch, pixels by a kernel
-# Results are in bench/results/GPU/DATE/, and a short table comes last. The first part needs torch with CUDA, Triton and
-# the extras [test] and [bench]; the others [train] too, and `peers` lightly where it is to be among them.
+# Results are in bench/results/GPU/DATE/, or in GPU/DATE/ of the folder RESULTS, and a short table comes last. The first
+# part needs torch with CUDA, Triton and the extras [test] and [bench]; the others [train] too, and `peers` lightly where
+# it is to be among them. K = 32 and the peers at 224 are for GPUs with 140 GB. LIMIT=300 ends a part after 300 seconds.
 # Limits are seconds. Comments are the seconds that a machine with one H200 and 16 cores is expected to take, by count: the
 # first part has run there, in 240 seconds with --bench-minutes 1.9, and the first dry run. What runs over is interrupted
 # as by Ctrl-C, since pytest writes what it has by then, and nothing when it is terminated; what would begin when the
@@ -32,14 +33,15 @@ if [ -z "$gpu" ]; then
     echo "bench/run_gpu.sh measures an NVIDIA GPU, and torch finds none here; msbreg doctor says what it finds." >&2
     exit 2
 fi
-out=bench/results/$gpu/$(date +%F)
+out=${RESULTS:-bench/results}/$gpu/$(date +%F)
+limit=${LIMIT:-510}
 mkdir -p "$out"
 status=0
 
 # Runs a command for so many seconds at the most, and writes what it prints to a file too. What has 15 seconds to end
 # ends before the nine minutes do.
 within() {
-    local seconds=$1 text=$2 left=$((510 - SECONDS))
+    local seconds=$1 text=$2 left=$((limit - SECONDS))
     shift 2
     if [ "$left" -le 0 ]; then
         echo "left out, since the time is over: $*" | tee -a "$text"
@@ -59,8 +61,9 @@ losses() {
     # Triton's first compilations are part of both; neither may eat the time of the other.
     rm -f "$out/tests.txt"
     # The tests that compare clocks have the GPU to themselves; the others are compiled, and run, many at a time.
-    within 180 "$out/tests.txt" -m pytest tests -m gpu -n auto --maxprocesses 14 --ignore tests/test_bench.py
-    within 50 "$out/tests.txt" -m pytest tests/test_bench.py -m gpu
+    local clocks=(tests/test_bench.py tests/test_bench_peers.py tests/test_dry_run.py)
+    within 180 "$out/tests.txt" -m pytest tests -m gpu -n auto --maxprocesses 14 "${clocks[@]/#/--ignore=}"
+    within 80 "$out/tests.txt" -m pytest "${clocks[@]}" -m gpu
     keep 290 -m pytest bench --bench-device cuda --bench-shapes targets --bench-minutes 4 \
         --benchmark-json "$out/losses.json" "$@"
     "$python" bench/report.py "$out/losses.json" --out "$out" >/dev/null || status=$?
@@ -78,7 +81,7 @@ dry_run() {
 
 # Images of 0.2 megapixels, ImageNet's mean, for views of 224: prints where they are, kept for the next time.
 photos() {
-    PYTHONPATH=bench${PYTHONPATH:+:$PYTHONPATH} timeout 60 "$python" -c 'import peers; print(peers.rendered(peers.CASES["imagenet"]))'
+    PYTHONPATH=bench${PYTHONPATH:+:$PYTHONPATH} timeout 100 "$python" -c 'import peers; print(peers.rendered(peers.CASES["imagenet"]))'
 }
 
 training() {
@@ -90,35 +93,36 @@ training() {
     dry_run 60 cifar10-resnet18                                                  # 25
 }
 
+# What needs no photographs comes first, since rendering them may fail.
 loader() {
     local images
-    images=$(photos) || status=$?                                                # 40
     keep 80 bench/loader.py --rounds 2 --json "$out/loader-32.json"              # 55
+    keep 35 -m msbreg bench --config cifar10-resnet18                            # 25
+    keep 35 -m msbreg bench --config cifar10-resnet18 --model.cuda_graph true    # 25
+    images=$(photos) || return                                                   # 40
     keep 240 bench/loader.py --data "$images" --size 224 --batch 64 --rounds 2 --json "$out/loader-224.json"  # 170
     keep 80 -m msbreg bench --config imagenet-resnet50-100ep --data.path "$images" --data.batch_size 256 \
         --steps 10                                                               # 55: LARS, K = 4
-    keep 35 -m msbreg bench --config cifar10-resnet18                            # 25
-    keep 35 -m msbreg bench --config cifar10-resnet18 --model.cuda_graph true    # 25
 }
 
 peers() {
-    photos >/dev/null || status=$?                                               # 40
     keep 170 bench/peers.py --seconds 3 --rounds 2 --json "$out/peers-small.json"                        # 150
+    photos >/dev/null || return                                                  # 40
     keep 320 bench/peers.py --case imagenet --seconds 4 --rounds 2 --json "$out/peers-imagenet.json"     # 260
 }
 
 alternatives() {
     local images
-    images=$(photos) || status=$?                                                # 40
-    keep 120 bench/operators.py --data "$images" --json "$out/operators-224.json"                        # 90
     keep 120 bench/operators.py --size 32 --json "$out/operators-32.json"                                # 80
     keep 60 bench/pixels.py --json "$out/pixels.json"                                                    # 30
+    images=$(photos) &&                                                          # 40
+        keep 120 bench/operators.py --data "$images" --json "$out/operators-224.json"                    # 90
     # Last, since programs that waited for each other in vain would hang until the limit.
     keep 100 bench/one_launch.py --json "$out/one_launch.json"                                           # 60
 }
 
 rm -f "$out/$part.txt"
-"$part" "$@"
+"$part" "$@" || status=$?
 if [ "$part" != losses ]; then
     echo
     grep '^|' "$out/$part.txt"

@@ -65,10 +65,12 @@ def on_gpu(loss: Loss, batches: list[tuple[Tensor, Tensor]], mode: str, counts: 
     found = {"sm_clock": records.gpu_state(device).get("clocks.sm")}  # straight after the timed rounds
     eager = wall_round(calls(loss, batches, mode), device)
     times = sorted(eager() for _ in range(plan(eager, len(batches), seconds / 4)))
+    launches, busy = usage.device_work(calls(loss, batches[:1], mode)[0])
     return found | {
         "eager_seconds": times[len(times) // 2],
         "memory": usage.peak_memory(lambda: calls(loss, batches[:1], mode)[0]),
-        "launches": usage.launches(calls(loss, batches[:1], mode)[0]) or None,  # 0: profiling is barred
+        "launches": launches or None,  # 0: profiling is barred
+        "busy_seconds": busy or None,
         "copy_rate": ceilings.copy_rate(ceilings.size_class(counts["bytes"]), device),
         "product_rate": ceilings.product_rate("tf32", device),
         "resnet_seconds": resnet_seconds(counts["shape"], device),

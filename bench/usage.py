@@ -10,7 +10,7 @@ import torch
 from timing import Call
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["launches", "launches_in", "peak_memory"]
+__all__ = ["device_work", "peak_memory", "work_in"]
 
 
 def peak_memory(make: Callable[[], Call]) -> int:
@@ -24,8 +24,8 @@ def peak_memory(make: Callable[[], Call]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def launches(call: Call) -> int:
-    """Kernels, copies and fills that a call has the GPU do."""
+def device_work(call: Call) -> tuple[int, float]:
+    """How many kernels, copies and fills a call has the GPU do, and the sum of their seconds: no host time is in it."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         call()
@@ -33,9 +33,10 @@ def launches(call: Call) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
-        return launches_in(json.loads(path.read_text()))
+        return work_in(json.loads(path.read_text()))
 
 
-def launches_in(trace: dict) -> int:
+def work_in(trace: dict) -> tuple[int, float]:
     """Those in a profiler's trace; annotations of its are on the GPU's track too, and are not counted."""
-    return sum(event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset") for event in trace["traceEvents"])
+    work = [event for event in trace["traceEvents"] if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    return len(work), 1e-6 * sum(event["dur"] for event in work)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, in_parts, parts_of, split_product, sum_dtype
+from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, parts_of, split_product, sum_dtype
 from msbreg.kernels.tiles import accumulator, load_tile, offsets, precision
 
 __all__ = ["product", "product_kernel", "unit_product", "unit_product_kernel"]
@@ -71,13 +71,14 @@ def unit_product_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    IN_PARTS: tl.constexpr,
 ):
     """As `product_kernel`, of unit rows.
 
     z_hat_pointer: [views, parts, batch, width], split, ẑ of dim dimensions; see `halves`.
     weight_pointer: [views, parts, weight_width, weight_width], split, W.
     output_pointer: [views, batch, dim], float32 or float64, contiguous.
+
+    Short sums are made in parts too: otherwise Triton 3.6 has each product of halves here wait for the one before.
     """
     k = tl.program_id(2).to(tl.int64)
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -89,14 +90,14 @@ def unit_product_kernel(
             left=w, left_low=w_low, left_stride_p=weight_width, left_stride_q=1,
             right=m, right_low=low, right_stride_q=width, right_stride_r=1,
             p=i, p_count=batch, left_count=weight_width, right_count=batch, r=d, r_count=width,
-            BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS,
+            BLOCK_Q=BLOCK_Q, IN_PARTS=True,
         )  # fmt: skip
     else:
         sums = split_product(
             left=m, left_low=low, left_stride_p=width, left_stride_q=1,
             right=w, right_low=w_low, right_stride_q=weight_width, right_stride_r=1,
             p=i, p_count=batch, left_count=width, right_count=width, r=d, r_count=width,
-            BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS,
+            BLOCK_Q=BLOCK_Q, IN_PARTS=True,
         )  # fmt: skip
     mask = (i < batch)[:, None] & (d < dim)[None, :]
     tl.store(output_pointer + offsets(k * batch + i, dim, d, 1), sums, mask=mask)
@@ -153,7 +154,6 @@ def unit_product(z_hat: Tensor, weight: Tensor, dim: int, *, left: bool) -> Tens
             width,
             weight.shape[-1],
             WEIGHT_LEFT=left,
-            IN_PARTS=in_parts(batch if left else dim),
             **config,
         )
     return output

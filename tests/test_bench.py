@@ -188,8 +188,8 @@ def test_ceilings_are_positive_and_differ_with_the_work():
 
 def test_launches_are_kernels_copies_and_fills():
     categories = ["kernel", "kernel", "gpu_memcpy", "gpu_memset", "gpu_user_annotation", "cpu_op", None]
-    events = [{"cat": category} if category else {"ph": "M"} for category in categories]
-    assert usage.launches_in({"traceEvents": events}) == 4
+    events = [{"cat": category, "dur": 2.5} if category else {"ph": "M"} for category in categories]
+    assert usage.work_in({"traceEvents": events}) == (4, pytest.approx(10e-6))
 
 
 PLUGIN = """
@@ -282,7 +282,7 @@ def test_what_the_report_computes():
     measured |= {"eager_seconds": 2.5e-4, "resnet_seconds": 0.5}
     run = {
         "benchmarks": [
-            benchmark_of("svd", 0.0125, **measured),
+            benchmark_of("svd", 0.0125, **measured | {"eager_seconds": 0.02}, busy_seconds=0.01),
             benchmark_of("fused_spectral", 4e-5, flops=2e9, **measured),
             benchmark_of("fused", 5e-5, **measured),
             benchmark_of("fused", 1e-3, **measured | {"mode": "forward", "copy_rate": None}),
@@ -292,6 +292,7 @@ def test_what_the_report_computes():
     rows = {(row[0], row[2]): dict(zip(lines[2], row, strict=True)) for row in lines[4:]}
     assert [row[0] for row in lines[4:]] == ["fused_spectral", "fused", "svd", "fused"]
     assert rows["svd", "both"]["time"] == "12.5 ms" and rows["svd", "both"]["time / fused"] == "250"
+    assert rows["svd", "both"]["eager / fused"] == "80.0" and rows["svd", "both"]["kernels"] == "10.0 ms"
     fused = rows["fused", "both"]
     assert fused["time"] == "50.0 µs" and fused["time / fused"] == "1.00" and fused["eager"] == "250 µs"
     assert fused["GB/s"] == "120" and fused["of a copy"] == "3.00 %"
@@ -324,7 +325,8 @@ def test_clocks_of_a_gpu_agree(name, mode):
 def test_usage_and_ceilings_of_a_gpu():
     device = torch.device("cuda")
     x = torch.randn(2**20, device=device)
-    assert usage.launches(lambda: x + x) == 1
+    launches, seconds = usage.device_work(lambda: x + x)
+    assert launches == 1 and 1e-7 < seconds < 1e-3
     assert usage.peak_memory(lambda: lambda: x + x) == x.nbytes
     assert records.gpu_state(device).get("name", torch.cuda.get_device_name()) == torch.cuda.get_device_name()
     assert timing.copies(x.nbytes, device) * x.nbytes >= 3 * torch.cuda.get_device_properties(device).L2_cache_size
