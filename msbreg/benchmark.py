@@ -68,12 +68,18 @@ def benchmark(config: Config, *, steps: int) -> str | None:
             return None
     images, views = config.data.batch_size, config.data.views
     rows = [
-        (name, f"{1e3 * time_:.1f} ms  {images / time_:,.0f} images/s  {views * images / time_:,.0f} views/s")
+        (name, f"{milliseconds(time_)}  {images / time_:,.0f} images/s  {views * images / time_:,.0f} views/s")
         for name, time_ in whole.items()
     ]
     rows += [
-        (f"{name} alone", f"{1e3 * time_:.1f} ms  {time_ / whole['step alone']:.1%} of the step")
+        (f"{name} alone", f"{milliseconds(time_)}  {time_ / whole['step alone']:.1%} of the step")
         for name, time_ in parts.items()
     ]
     device = torch.cuda.get_device_name() if processes.device.type == "cuda" else "cpu"
     return markdown_table(rows, (f"{config.model.backbone}, {views} views of {images} images, {device}", "a step"))
+
+
+def milliseconds(seconds: float) -> str:
+    """In milliseconds, with two digits at the least: of a small network's moving average they are all there is."""
+    number = 1e3 * seconds
+    return f"{number:.1f} ms" if number >= 1 else f"{number:.2g} ms"

@@ -18,7 +18,7 @@ import torch
 from msbreg.errors import MSBRegError, is_of_memory
 from msbreg.files import reason, sync_folder, whole_file
 
-__all__ = ["FORMAT", "holds_one", "keep_checkpoint", "load_checkpoint", "load_run", "save_checkpoint"]
+__all__ = ["FORMAT", "holds_one", "keep_checkpoint", "kept_in", "load_checkpoint", "load_run", "save_checkpoint"]
 
 FORMAT = 3
 NAME, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
@@ -111,6 +111,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def holds_one(folder: Path) -> bool:
     """Whether a run folder has a checkpoint, whole or not."""
     return (folder / NAME).exists() or (folder / PREVIOUS).exists()
+
+
+def kept_in(folder: Path) -> list[Path]:
+    """The checkpoints that `keep_checkpoint` has kept in a run folder."""
+    return sorted(folder.glob("checkpoint-[0-9]*.pt"))
 
 
 def load_run(folder: Path, *, to_go_on: bool = False) -> dict[str, Any] | None:

@@ -1,43 +1,52 @@
 """The command line: pretrain, eval, export, bench, doctor."""
 
+import argparse
 import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 import msbreg
-from msbreg.config import Config, config_of, option_types, packaged_configs
+from msbreg.config import Config, config_of, option_types, packaged_configs, require_text
+from msbreg.console import say
 from msbreg.errors import MSBRegError
+from msbreg.signals import StopSignals
 
 __all__ = ["main"]
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, signals: StopSignals | None = None) -> int:
     """Runs one command.
 
     Args:
         arguments: the command line without the program's name; None takes this process's.
+        signals: what has noted signals for `pretrain` since this process began; None: a run notes its own.
 
     Returns:
-        The exit status: 0 (also after a signal that let the run save itself), 2 for what the user can mend, 130 after a
-        second Ctrl-C.
+        The exit status: 0 (also after a signal that let the run save itself), 1 where nobody reads what the command
+        prints, 2 for what the user can mend, 130 after a second Ctrl-C.
     """
     show_each_warning_once()
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
+        if options.command == "pretrain":
+            return run_pretrain(options.pretrain, signals)
         return COMMANDS[options.command](options[options.command])
     except MSBRegError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
+    except BrokenPipeError:  # as under `| head`
+        return 1
     except OSError as error:
         if error.filename is None and error.strerror is None:
             raise
         place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}{error.strerror}", file=sys.stderr)
+        say(f"error: {place}{error.strerror}", sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", sys.stderr)
         return 130
     return 2
 
@@ -57,7 +66,7 @@ def show_each_warning_once() -> None:
     def show(message: Warning | str, *_: object) -> None:
         if str(message) not in shown:
             shown.add(str(message))
-            print(f"warning: {message}", file=sys.stderr)
+            say(f"warning: {message}", sys.stderr)
 
     warnings.showwarning = show  # type: ignore[assignment]  # takes more than it is given
 
@@ -81,15 +90,21 @@ def build_parser() -> ArgumentParser:
     add_config(pretrain)
     commands.add_subcommand("pretrain", pretrain, help="train a backbone without labels")
 
-    evaluate = ArgumentParser(description="kNN and linear probe accuracy of the frozen backbone of a run.")
-    evaluate.add_argument("path", type=str, metavar="run", help="run folder, or a checkpoint file")
+    evaluate = ArgumentParser(
+        usage="msbreg eval RUN [--GROUP.OPTION VALUE ...]",
+        description="kNN and linear probe accuracy of the frozen backbone of a run.",
+    )
+    evaluate.add_argument("path", nargs="?", metavar="RUN", help="run folder, or a checkpoint file")
     kinds = option_types()
     for name, meaning in EVALUATED_WITH.items():
-        evaluate.add_argument(f"--{name}", type=kinds[name] | None, default=None, help=meaning)
+        evaluate.add_argument(f"--{name}", type=kinds[name], default=None, help=meaning)
     commands.add_subcommand("eval", evaluate, help="kNN and linear probe of a trained backbone")
 
-    export = ArgumentParser(description="Write the backbone of a run as backbone.safetensors and backbone.pt.")
-    export.add_argument("run", type=str, help="run folder, or a checkpoint file")
+    export = ArgumentParser(
+        usage="msbreg export RUN [--out FOLDER]",
+        description="Write the backbone of a run as backbone.safetensors and backbone.pt.",
+    )
+    export.add_argument("run", nargs="?", metavar="RUN", help="run folder, or a checkpoint file")
     export.add_argument("--out", type=str | None, default=None, help="folder to write to; unset: the run folder")
     commands.add_subcommand("export", export, help="write a trained backbone for other software")
 
@@ -115,15 +130,20 @@ def add_config(parser: ArgumentParser) -> None:
         "be given again: the later file wins, and options given by themselves win over files.",
     )
     parser.add_class_arguments(Config, None)
+    for action in parser._actions:
+        if action.dest in vars(Config()):  # as --run: jsonargparse reads a file there, `configs_first` refuses it
+            action.help = argparse.SUPPRESS
 
 
 def configs_first(arguments: list[str]) -> list[str]:
     """Puts --config before the other options, so that these win, and the file of a packaged config for its name."""
     command, options = arguments[:1], iter(arguments[1:])
-    packaged = packaged_configs()
+    packaged, groups = packaged_configs(), {f"--{name}" for name in vars(Config())}
     configs, rest = [], []
     for option in options:
         flag, separator, name = option.partition("=")
+        if flag in groups:
+            raise MSBRegError(f"{flag} is a group of options; give {flag}.OPTION VALUE, or --config FILE for a file.")
         if flag != "--config":
             rest.append(option)
             continue
@@ -135,35 +155,51 @@ def configs_first(arguments: list[str]) -> list[str]:
                 f"there is no file {value!r} for --config, and no config of that name: those that come with msbreg are "
                 f"{', '.join(packaged)}."
             )
+        if value is not None and os.path.isfile(value):  # a pipe can be read once
+            require_groups(value)
         configs.append(flag if value is None else f"{flag}={value}")
     return command + configs + rest
 
 
+def require_groups(file: str) -> None:
+    """Raises MSBRegError where a YAML file is not one of options in groups; those are the parser's to judge."""
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        return  # the parser says where
+    if not isinstance(content, dict):
+        what = "no options" if content is None else "something else"
+        raise MSBRegError(f"{file} must hold options in groups, as in `optim: {{lr: 0.1}}`, but holds {what}.")
+    for name in vars(Config()):
+        if not isinstance(content.get(name, {}), dict):
+            raise MSBRegError(
+                f"{name} is {content[name]!r} in {file}, but must be a group of options; give it some, or leave it out."
+            )
+
+
 def config_from(options: Namespace) -> Config:
     """The typed config that parsed options describe."""
-    groups = vars(Config())
-    for name in groups:
-        if not isinstance(options[name], Namespace):
-            raise MSBRegError(f"{name} is {options[name]!r}, but must be a group of options, as in --{name}.OPTION.")
-    return Config(**{name: type(group)(**vars(options[name])) for name, group in groups.items()})
+    return Config(**{name: type(group)(**vars(options[name])) for name, group in vars(Config()).items()})
 
 
-def run_pretrain(options: Namespace) -> int:
+def run_pretrain(options: Namespace, signals: StopSignals | None = None) -> int:
     if options.dry_run:
+        if signals is not None:
+            signals.deliver()
         from msbreg.dry_run import dry_run
 
         show(dry_run(config_from(options)))
     else:
         from msbreg.trainer import pretrain
 
-        pretrain(config_from(options))
+        pretrain(config_from(options), signals)
     return 0
 
 
 def show(table: str | None) -> None:
-    """Prints what one of several processes alone has."""
+    """Prints what a command is for, and one of several processes alone may have."""
     if table is not None:
-        print(table)
+        print(table, flush=True)
 
 
 def run_eval(options: Namespace) -> int:
@@ -175,7 +211,7 @@ def run_eval(options: Namespace) -> int:
     from msbreg.processes import Processes
 
     refuse_peers("eval")
-    state = read_run(Path(options.path).expanduser())
+    state = read_run(run_of(options.path, "eval"))
     config = config_of(state)
     config.run.device, config.data.threads, config.eval.linear = "auto", 0, True  # of this machine, not of the run's
     if options.data.path is not None:
@@ -195,7 +231,7 @@ def run_eval(options: Namespace) -> int:
         if accuracy.linear is not None:
             rows.insert(1, ("linear probe top-1", f"{accuracy.linear:.1%}"))
         evaluator.close()
-    print(markdown_table(rows, (f"{config.model.backbone}, step {state['step']:,}", "value")))
+    show(markdown_table(rows, (f"{config.model.backbone}, step {state['step']:,}", "value")))
     return 0
 
 
@@ -203,11 +239,12 @@ def run_export(options: Namespace) -> int:
     from msbreg.export import backbone_of, export_backbone
 
     refuse_peers("export")
-    run = Path(options.run).expanduser()
+    require_text("--out", options.out)
+    run = run_of(options.run, "export")
     state = read_run(run)
     folder = Path(options.out).expanduser() if options.out else (run if run.is_dir() else run.parent)
     for file in export_backbone(backbone_of(state), folder):
-        print(file)
+        say(str(file), sys.stdout)
     return 0
 
 
@@ -221,14 +258,23 @@ def run_bench(options: Namespace) -> int:
 def run_doctor(options: Namespace) -> int:
     from msbreg.doctor import report
 
-    print(report())
+    show(report())
     return 0
 
 
 def refuse_peers(command: str) -> None:
     """Raises MSBRegError where torchrun has started several processes, which would all do the same."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    from msbreg.processes import number_from
+
+    if number_from("WORLD_SIZE", 1) > 1:
         raise MSBRegError(f"{command} is for one process, but torchrun has started several; run it without torchrun.")
+
+
+def run_of(text: str | None, command: str) -> Path:
+    """The run folder or checkpoint that a command was given."""
+    if not text:
+        raise MSBRegError(f"{command} needs a run folder or a checkpoint file: msbreg {command} runs/default.")
+    return Path(text).expanduser()
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -257,4 +303,5 @@ EVALUATED_WITH = {
     "run.device": "cpu, cuda, cuda:N or auto; unset: auto",
 }
 """Options of pretrain that eval has too."""
-COMMANDS = {"pretrain": run_pretrain, "eval": run_eval, "export": run_export, "bench": run_bench, "doctor": run_doctor}
+COMMANDS = {"eval": run_eval, "export": run_export, "bench": run_bench, "doctor": run_doctor}
+"""What runs each command but pretrain."""

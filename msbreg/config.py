@@ -13,7 +13,7 @@ from msbreg.errors import MSBRegError
 
 __all__ = [
     "LIMITS", "Config", "DataConfig", "EvalConfig", "MethodConfig", "ModelConfig", "OptimConfig", "RunConfig",
-    "config_of", "flatten", "option_types", "packaged_configs", "require_number",
+    "config_of", "flatten", "option_types", "packaged_configs", "require_number", "require_text",
 ]  # fmt: skip
 
 MANY = 10**9
@@ -54,7 +54,8 @@ class RunConfig:
     """CPU threads of the networks in each process; 0 leaves torch's own choice. Where other programs keep cores busy,
     fewer are faster, or OMP_WAIT_POLICY=PASSIVE in the environment."""
     checkpoint_every: int = 200
-    """Steps between checkpoints; one is always written at the end and on SIGTERM or SIGUSR1."""
+    """Steps between checkpoints; one is always written at the end and on SIGTERM or SIGUSR1, which torchrun
+    passes on where its --signals-to-handle names it."""
     keep_every: int = 0
     """Steps between checkpoints that are kept as checkpoint-STEP.pt, beside the last two; 0: none."""
     log_every: int = 10
@@ -249,6 +250,13 @@ def require_type(name: str, value: Any, kind: Any) -> None:
         expected = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
         of = "" if type(value).__module__ == "builtins" else f" of {type(value).__module__}"
         raise MSBRegError(f"{name} is {value!r}{of}, but must be {expected}.")
+    require_text(name, value)
+
+
+def require_text(name: str, value: Any) -> None:
+    """Raises MSBRegError where a text is empty, as a shell's variable may be: as a path it would mean this folder."""
+    if value == "":
+        raise MSBRegError(f"{name} is empty; give it a value, or leave it out.")
 
 
 def require_number(name: str, value: float, least: float, most: float) -> None:

@@ -16,7 +16,7 @@ from msbreg.data.loader import whole_batches
 from msbreg.inputs import open_images, open_loader, share_of_batch
 from msbreg.machine import synchronize, usable_cores
 from msbreg.monitor import markdown_table, memory_megabytes
-from msbreg.preflight import planned_steps
+from msbreg.preflight import planned_steps, require_packages
 from msbreg.processes import Processes
 from msbreg.step import TrainingStep
 
@@ -62,6 +62,7 @@ def dry_run(config: Config) -> str | None:
         MSBRegError: whatever would keep the run from its first step, or a step that does not fit into memory.
     """
     config.validate()
+    require_packages(config)
     config = copy.deepcopy(config)
     whole, views = config.data.batch_size, config.data.views
     with Processes(config.run.device, timeout=config.run.timeout) as processes, tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm import tqdm
 
+from msbreg.console import say
 from msbreg.distributed import all_gather_rows, all_reduce_sum, world_size
 from msbreg.errors import MSBRegError
 from msbreg.files import whole_file
@@ -188,7 +189,7 @@ class Progress:
     SECONDS_BETWEEN_LINES = 10.0
 
     def __init__(self, total: int, done: int, *, shown: bool) -> None:
-        self._shown, self._terminal = shown, shown and sys.stderr.isatty()
+        self._shown, self._terminal = shown, shown and is_terminal(sys.stderr)
         self._total, self._done, self._first = total, done, done
         self._began = self._last = time.monotonic()
         self._bar = tqdm(
@@ -208,18 +209,24 @@ class Progress:
         elif self._shown and time.monotonic() - self._last >= self.SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
             left = (self._last - self._began) / max(1, self._done - self._first) * (self._total - self._done)
-            print(f"step {self._done}/{self._total}  {text}  {left:.0f} s left", file=sys.stderr, flush=True)
+            say(f"step {self._done}/{self._total}  {text}  {left:.0f} s left", sys.stderr)
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar."""
         if self._terminal:
-            self._bar.write(text, file=sys.stderr)
+            with self._bar.external_write_mode(file=sys.stderr):
+                say(text, sys.stderr)
         elif self._shown:
-            print(text, file=sys.stderr, flush=True)
+            say(text, sys.stderr)
 
     def close(self) -> None:
         """Leaves the terminal's cursor below the bar."""
         self._bar.close()
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody sees it; False where it is closed."""
+    return stream is not None and not stream.closed and stream.isatty()
 
 
 def markdown_table(rows: list[tuple[str, str]], header: tuple[str, str]) -> str:

@@ -44,7 +44,8 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, *, title: str, score: st
         # Null where it was not finite; negative where it is a coding rate.
         if all(row["singular_value"] is None or row["singular_value"] >= 0 for row in train):
             beside.set_ylim(bottom=0)
-    losses.legend(loc="upper right", fontsize=8)
+    if losses.lines:  # a finished run whose metrics were deleted has none
+        losses.legend(loc="upper right", fontsize=8)
 
     where = [row["step"] for row in evaluations]
     accuracy.plot(where, [row["knn_top1"] for row in evaluations], "o-", label=f"{score}, this run")

@@ -10,12 +10,21 @@ from msbreg.errors import MSBRegError
 from msbreg.evaluation import evaluation_mode
 from msbreg.inputs import recipe_of
 
-__all__ = ["planned_steps", "require_sizes"]
+__all__ = ["planned_steps", "require_packages", "require_sizes"]
 
 
 def planned_steps(config: Config, steps_per_epoch: int) -> int:
     """Steps of the whole run."""
     return config.optim.steps or max(1, math.ceil(config.optim.epochs * steps_per_epoch))
+
+
+def require_packages(config: Config) -> None:
+    """Raises MSBRegError where an option wants a package that is not there, before anything is made or written."""
+    if config.run.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError as error:
+            raise MSBRegError("--run.tensorboard needs the tensorboard package: pip install tensorboard.") from error
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from msbreg.errors import MSBRegError, is_of_memory
 from msbreg.machine import allowed_cores, usable_cores
 
-__all__ = ["Processes"]
+__all__ = ["Processes", "number_from"]
 
 T = TypeVar("T")
 
@@ -45,10 +45,10 @@ class Processes:
     """
 
     def __init__(self, device: str = "auto", *, timeout: float = 1800.0) -> None:
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.rank, self.world = number_from("RANK", 0), number_from("WORLD_SIZE", 1)
+        self.local_rank, self.local_world = number_from("LOCAL_RANK", 0), number_from("LOCAL_WORLD_SIZE", 1)
+        # Of torchrun alone: a shell may well end before what it started.
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.device = self._choose(device)
         self.timeout = timeout
         self.group: dist.ProcessGroup | None = None
@@ -127,6 +127,11 @@ class Processes:
         """Whether this process writes files and speaks to the terminal."""
         return self.rank == 0
 
+    @property
+    def orphaned(self) -> bool:
+        """Whether the torchrun that started this process is gone, so that nobody would end it."""
+        return self._launcher is not None and os.getppid() != self._launcher
+
     def gather(self, number: int) -> list[int]:
         """One number from each rank, on every rank."""
         if self.world == 1:
@@ -203,6 +208,21 @@ class Processes:
     def wait(self) -> None:
         """Returns once every rank has come here."""
         self.gather(0)
+
+
+def number_from(variable: str, default: int) -> int:
+    """A whole number from the environment.
+
+    Raises:
+        MSBRegError: it is none.
+    """
+    text = os.environ.get(variable, str(default))
+    try:
+        return int(text)
+    except ValueError as error:
+        raise MSBRegError(
+            f"{variable} is {text!r} in the environment, but must be a whole number, as torchrun sets it."
+        ) from error
 
 
 def is_of_a_collective(error: RuntimeError) -> bool:

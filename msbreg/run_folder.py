@@ -10,7 +10,7 @@ from msbreg.config import Config, config_of, flatten
 from msbreg.errors import MSBRegError
 from msbreg.processes import Processes
 
-__all__ = ["refuse_other_config", "run_folder"]
+__all__ = ["forget_results", "refuse_other_config", "run_folder"]
 
 FREE_TO_CHANGE = {
     "run.dir", "run.resume", "run.threads", "run.checkpoint_every", "run.keep_every", "run.log_every",
@@ -43,6 +43,12 @@ def run_folder(config: Config, processes: Processes) -> Iterator[Path]:
             pass
         processes.wait()
         yield folder
+
+
+def forget_results(folder: Path) -> None:
+    """Deletes what says of an earlier run that it finished, where one begins. Its backbone stays until this one's."""
+    for name in ("summary.json", "curves.png"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def refuse_other_config(state: dict[str, Any], config: Config, folder: Path) -> None:

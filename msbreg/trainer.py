@@ -6,12 +6,10 @@ learning rate, the EMA momentum. So a run that was killed and started again walk
 
 import contextlib
 import gc
-import signal
-import threading
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from msbreg import checkpoint
 from msbreg.config import Config
+from msbreg.console import say
 from msbreg.errors import MSBRegError
 from msbreg.evaluator import TASKS, Evaluator
 from msbreg.export import export_backbone
@@ -36,9 +35,10 @@ from msbreg.monitor import (
     read_metrics,
 )
 from msbreg.plots import draw_curves
-from msbreg.preflight import planned_steps
+from msbreg.preflight import planned_steps, require_packages
 from msbreg.processes import Processes
-from msbreg.run_folder import refuse_other_config, run_folder
+from msbreg.run_folder import forget_results, refuse_other_config, run_folder
+from msbreg.signals import StopSignals
 from msbreg.step import TrainingStep
 
 __all__ = ["Trainer", "pretrain"]
@@ -48,11 +48,12 @@ SECONDS_BETWEEN_QUESTIONS = 5.0
 """In which several ranks ask each other whether a signal came: launchers kill what has not ended in half a minute."""
 
 
-def pretrain(config: Config) -> dict[str, Any]:
+def pretrain(config: Config, signals: StopSignals | None = None) -> dict[str, Any]:
     """Trains a backbone as the config says, or goes on with the run that its folder holds.
 
     Args:
         config: the run's options.
+        signals: what notes signals already; None: that is done here, until this returns.
 
     Returns:
         What summary.json holds. Where a signal stopped the run, `finished` is False and the run folder has a
@@ -62,6 +63,7 @@ def pretrain(config: Config) -> dict[str, Any]:
         MSBRegError: what the user can mend; see its text.
     """
     config.validate()
+    require_packages(config)
     if config.data.path is None and config.data.images:
         raise MSBRegError(
             f"--data.images says that this config is for {config.data.images:,} images, but there is no --data.path to "
@@ -69,11 +71,11 @@ def pretrain(config: Config) -> dict[str, Any]:
         )
     # A signal while images are listed, networks built or other ranks awaited must end the run as cleanly as later ones.
     with (
-        stop_signals() as stop,
+        StopSignals() if signals is None else contextlib.nullcontext(signals) as noted,
         Processes(config.run.device, timeout=config.run.timeout) as processes,
         run_folder(config, processes) as folder,
     ):
-        return Trainer(config, processes, folder).run(stop)
+        return Trainer(config, processes, folder).run(noted.received)
 
 
 class Trainer:
@@ -92,6 +94,11 @@ class Trainer:
         processes.agree(-1 if state is None else state["step"], f"the run folder {folder}")
         if state is None and checkpoint.holds_one(folder):
             raise MSBRegError(f"{folder} holds a run already and --run.resume is false; choose another --run.dir.")
+        if state is None and (kept := checkpoint.kept_in(folder)):
+            raise MSBRegError(
+                f"{folder} holds no checkpoint.pt to go on from, but {kept[0].name}, which an earlier run has kept: "
+                "rename it to checkpoint.pt to go on from it, or move such files elsewhere to start anew."
+            )
         if state is not None:
             refuse_other_config(state, config, folder)
 
@@ -127,7 +134,7 @@ class Trainer:
         self.logged = self.done
 
     def run(self, stop: list[int]) -> dict[str, Any]:
-        """Trains from where the run stands to its end, or until `stop` has a signal in it (see `stop_signals`)."""
+        """Trains from where the run stands to its end, or until `stop` has a signal in it (see `StopSignals`)."""
         config, first = self.config, self.processes.first
         with contextlib.ExitStack() as opened, collected_by_hand():
             opened.callback(self.loader.close)
@@ -139,6 +146,8 @@ class Trainer:
                     config, self.source, self.held_out, device=self.device, threads=self.loader.threads
                 )
                 opened.callback(self.evaluator.close)
+                if self.done == 0:
+                    forget_results(self.folder)
                 last = {"train": self.done, "eval": self.results["evaluated"]} if self.done else None
                 self.metrics = MetricsFile(self.folder / "metrics.jsonl", last)
                 self.board = tensorboard(self.folder, self.done) if config.run.tensorboard else None
@@ -182,8 +191,9 @@ class Trainer:
         if self.done < self.steps:
             saved = self._save()
             where = "there" if saved else "the last good checkpoint, since the loss or a weight is not finite"
+            why = "as torchrun is gone" if self.processes.orphaned and not stop else "by a signal"
             self.progress.say(
-                f"stopped by a signal at step {self.done} of {self.steps}; the same command goes on from {where}"
+                f"stopped {why} at step {self.done} of {self.steps}; the same command goes on from {where}"
             )
 
     def _timed(self, batches: Iterator) -> Iterator[tuple[int, Any]]:
@@ -221,10 +231,10 @@ class Trainer:
         return all(self.processes.gather(int(finite & (self.bad_losses[0] == 0))))
 
     def _stopped(self, stop: list[int]) -> bool:
-        """Whether a signal came to any rank; several ranks ask each other now and then only."""
+        """Whether a signal or the end of torchrun came to any rank; several ask each other now and then only."""
         if self.processes.world > 1 and self.done % self.ask_every:
             return False
-        return any(self.processes.gather(len(stop)))
+        return any(self.processes.gather(len(stop) + self.processes.orphaned))
 
     def _share_unreadable(self) -> None:
         """Lets every rank leave out what any of them could not read, and the first one count it."""
@@ -428,34 +438,9 @@ class Trainer:
         ]
         if summary["unreadable_images"]:
             rows.append(("unreadable images left out", f"{summary['unreadable_images']:,}"))
-        print(markdown_table(rows, (f"{summary['method']}, {summary['backbone']}", "value")))
+        table = markdown_table(rows, (f"{summary['method']}, {summary['backbone']}", "value"))
         done = "This run had finished already" if again else "Curves, metrics, checkpoint and backbone are"
-        print(f"\n{done} in {self.folder}/")
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Within it, SIGTERM and SIGUSR1 (what schedulers send before they preempt) and Ctrl-C fill the list it gives.
-
-    A second Ctrl-C interrupts at once. In a thread other than the first, which Python lets no signals reach, it stays
-    empty.
-    """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        say(f"{table}\n\n{done} in {self.folder}/", sys.stdout)
 
 
 @contextlib.contextmanager
@@ -476,8 +461,6 @@ def collected_by_hand() -> Iterator[None]:
 
 def tensorboard(folder: Path, step: int) -> Any:
     """A TensorBoard writer in the run folder, which drops what an earlier process wrote after `step`."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MSBRegError("--run.tensorboard needs the tensorboard package: pip install tensorboard.") from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=step + 1)

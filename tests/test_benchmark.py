@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("jsonargparse", reason="this needs the extra [train]")
 
+from msbreg.benchmark import milliseconds
 from msbreg.cli import main
 from msbreg.data import ViewLoader
 from msbreg.step import TrainingStep
@@ -34,6 +35,12 @@ def test_figures_are_of_one_step(monkeypatch, small, capsys):
     assert found["step alone"] == "500.0 ms  64 images/s  128 views/s"
     assert found["both"] == "750.0 ms  43 images/s  85 views/s"
     assert found["loss, forward and backward alone"] == "125.0 ms  25.0% of the step"
+
+
+def test_small_times_have_two_digits():
+    assert [milliseconds(1e-3 * time) for time in (1234.56, 1.26, 0.34, 0.034)] == [
+        "1234.6 ms", "1.3 ms", "0.34 ms", "0.034 ms"
+    ]  # fmt: skip
 
 
 def test_no_steps_are_none_to_time(small, capsys):

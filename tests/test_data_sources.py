@@ -283,16 +283,6 @@ def test_names_may_have_what_unicode_counts_among_line_breaks(tmp_path):
     assert IndexFile(tmp_path / "list.txt").paths == names
 
 
-def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "1.jpg")
-    (tmp_path / "2.jpg").mkdir()
-    fill(tmp_path, {"list.txt": b"1.jpg\n2.jpg\n/dev/zero\n"})
-    source = IndexFile(tmp_path / "list.txt")
-    for index, says in enumerate(["no regular file", "[Dd]irectory", "no regular file"]):
-        with pytest.raises(OSError, match=says):
-            source.read(index)
-
-
 def test_files_of_newer_and_older_names_are_images(tmp_path):
     data = encoded()
     names = ["1.jfif", "2.avif"] if features.check("avif") else ["1.jfif"]

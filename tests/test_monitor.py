@@ -152,3 +152,12 @@ def test_curves_show_what_they_are_called(tmp_path, monkeypatch):
     assert shown["kNN, this run"] == [0.2, 0.3, 0.4] and list(accuracy.lines[0].get_xdata()) == [0, 2, 4]
     assert shown["kNN, untrained network"] == [0.2, 0.2] and shown["kNN, raw pixels"] == [0.1, 0.1]
     assert shown["start"] == [1.0, 1e-4] and shown["end"] == [1.2, None]
+
+
+@pytest.mark.filterwarnings("error")
+def test_curves_of_a_run_whose_metrics_were_deleted(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = {"event": "eval", "step": 4, "knn_top1": 0.4, "knn_top1_pixels": 0.1, "spectrum": [1.2, 1.0]}
+    for rows in ([row], []):
+        draw_curves(rows, tmp_path / "curves.png", title="a run", score="kNN")
+        assert (tmp_path / "curves.png").exists()

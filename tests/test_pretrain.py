@@ -222,6 +222,38 @@ def test_a_signal_while_the_run_is_set_up_saves_and_exits_cleanly(tmp_path, smal
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 1
 
 
+BACKBONE = ("backbone.safetensors", "backbone.pt")
+
+
+def test_a_run_that_begins_in_the_folder_of_another_is_not_taken_for_finished(
+    tmp_path, small, undisturbed, monkeypatch
+):
+    """Whoever looks for summary.json, as docs/slurm.sbatch does, must not take the new run for finished."""
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    for file in tmp_path.glob("checkpoint*.pt"):
+        file.unlink()
+
+    def dies(trainer: Trainer, stop: list[int]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_train", dies)
+    assert pretrain("--run.dir", tmp_path, *small, "--optim.steps", "40") == 130
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "metrics.jsonl", *BACKBONE}  # which is worth keeping
+
+
+def test_checkpoints_that_an_earlier_run_kept_are_neither_deleted_nor_mixed_with_others(
+    tmp_path, small, undisturbed, capsys
+):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint.pt").rename(tmp_path / "checkpoint-12.pt")
+    (tmp_path / "checkpoint.previous.pt").unlink()
+    before = {path.name for path in tmp_path.iterdir()}
+    for resume in ("true", "false"):
+        text = refusal(capsys, "--run.dir", tmp_path, *small, "--run.resume", resume)
+        assert "holds no checkpoint.pt to go on from, but checkpoint-12.pt, which an earlier run has kept" in text
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
 def test_another_seed_is_another_run(tmp_path, small, undisturbed):
     assert pretrain("--run.dir", tmp_path, *small, "--run.seed", "1") == 0
     assert outcome(tmp_path)[0] != outcome(undisturbed)[0]
@@ -490,11 +522,65 @@ def test_commands_that_are_for_one_process(undisturbed, monkeypatch, capsys, com
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(b"data: null", "data is None"), (b"data: 3", "data is 3"), (b"\xff\xfe", "is not text")]
-)
+    ("content", "words"),
+    [
+        (b"data: null", "data is None"), (b"data: 3", "data is 3"), (b"\xff\xfe", "is not text"),
+        (b"run:\n#  dir: x", "run is None"), (b"", "holds no options"), (b"# run:", "holds no options"),
+        (b"- 3", "holds something else"),
+    ],
+)  # fmt: skip
 def test_a_config_file_that_is_none(tmp_path, capsys, content, words):
     (tmp_path / "config.yaml").write_bytes(content)
     assert words in refusal(capsys, "--config", tmp_path / "config.yaml")
+    assert words in refusal(capsys, "--config", tmp_path / "config.yaml", "--data.views", "4")
+
+
+def test_a_group_is_no_option(tmp_path, capsys):
+    (tmp_path / "optim.yaml").write_text("lr: 0.1")
+    for options in (["--optim", tmp_path / "optim.yaml"], [f"--optim={tmp_path / 'optim.yaml'}"], ["--optim"]):
+        assert "--optim is a group of options; give --optim.OPTION VALUE" in refusal(capsys, *options)
+    with pytest.raises(SystemExit):
+        pretrain("--help")
+    printed = capsys.readouterr().out
+    assert "--optim.lr" in printed and not re.search("--(run|data|model|method|optim|eval) ", printed)
+
+
+@pytest.mark.parametrize("option", ["run.dir", "data.path", "data.cache", "model.backbone", "run.device"])
+def test_empty_text_is_no_value(monkeypatch, tmp_path, capsys, option):
+    monkeypatch.chdir(tmp_path)
+    assert f"--{option} is empty; give it a value, or leave it out." in refusal(capsys, f"--{option}", "")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_package_that_is_missing_is_said_before_anything_is_made(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    options = ["--run.dir", tmp_path / "run", "--run.tensorboard", "true"]
+    for more in ([], ["--dry-run"]):
+        assert "--run.tensorboard needs the tensorboard package" in refusal(capsys, *options, *more)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_number_of_processes_that_is_none(undisturbed, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    words = "error: WORLD_SIZE is 'x' in the environment, but must be a whole number"
+    for command in (["pretrain"], ["eval", str(undisturbed)]):
+        assert main(command) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["eval", "export"])
+def test_a_command_without_its_run(capsys, command):
+    assert main([command]) == 2
+    assert f"error: {command} needs a run folder or a checkpoint file" in capsys.readouterr().err
+
+
+def test_values_that_eval_and_export_do_not_take(undisturbed, capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", str(undisturbed), "--eval.bank", "abc"])
+    printed = capsys.readouterr().err
+    assert "eval.bank" in printed and "Union" not in printed
+    assert main(["export", str(undisturbed), "--out", ""]) == 2
+    assert "--out is empty" in capsys.readouterr().err
 
 
 def test_a_run_folder_that_cannot_be_written(tmp_path, small, capsys):

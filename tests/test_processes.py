@@ -120,6 +120,16 @@ def test_the_first_rank_works_for_all(free_port):
     ]
 
 
+def test_the_end_of_torchrun_is_noticed_and_that_of_a_shell_is_not(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    by_a_shell = Processes("cpu")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    by_torchrun = Processes("cpu")
+    assert not by_torchrun.orphaned
+    monkeypatch.setattr("os.getppid", lambda: 1)
+    assert by_torchrun.orphaned and not by_a_shell.orphaned
+
+
 @pytest.mark.parametrize("device", ["gpu", "meta", "cpu:x"])
 def test_devices_that_cannot_be(device):
     with pytest.raises(MSBRegError, match=f"the device is '{device}'; expected auto, cpu, cuda or cuda:N"):

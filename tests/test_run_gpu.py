@@ -55,7 +55,7 @@ def test_the_gpu_script_gives_msbreg_what_it_means(planned, part, count):
 
 
 @pytest.mark.parametrize(("part", "scripts"), [
-    ("losses", ["-m pytest tests ", "-m pytest tests/test_bench.py tests/", "-m pytest bench", "bench/report.py", "bench/report.py"]),
+    ("losses", ["-m pytest tests ", "-m pytest tests/test_bench", "-m pytest bench", *["bench/report.py"] * 2]),
     ("peers", ["bench/peers.py", "bench/peers.py"]),
     ("alternatives", ["bench/operators.py", "bench/pixels.py", "bench/operators.py", "bench/one_launch.py"]),
 ])  # fmt: skip

@@ -169,10 +169,13 @@ class ViewLoader:
 
         Raises:
             ValueError: `start` is below 0.
+            RuntimeError: the loader is closed.
             DataError: while iterating, where too many images cannot be read, or reading takes longer than `timeout`.
         """
         if start < 0:
             raise ValueError(f"expected a first step of 0 or more, got {start}")
+        if self._reading.closed:
+            raise RuntimeError("the loader is closed")
         if self._stream is not None:
             self._stream.close()
         if not self.shuffle:
@@ -213,7 +216,7 @@ class ViewLoader:
                 self._warn()
                 yield Batch(views, torch.from_numpy(self.source.labels[index]), torch.from_numpy(index))
         except Exception:
-            if not self._reading.closed:
+            if not self._reading.closed:  # else by another thread, meanwhile: then this just ends
                 raise
         finally:
             for future in reading:

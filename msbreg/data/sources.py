@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import os
 import re
-import stat
 import tarfile
 import warnings
 from abc import ABC, abstractmethod
@@ -112,10 +111,7 @@ class _Files(Source):
 
     def read(self, index: int) -> bytes:
         """See `Source.read`."""
-        with open(self.folder / self.paths[index], "rb", opener=_at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise OSError("it is no regular file")
-            return file.read()
+        return (self.folder / self.paths[index]).read_bytes()
 
     def name(self, index: int) -> str:
         """See `Source.name`."""
@@ -328,11 +324,6 @@ def with_classes_of(train: Source, held_out: Source) -> Source:
         held_out.labels = np.where(held_out.labels >= 0, numbers[held_out.labels], -1)
         held_out.classes = train.classes
     return held_out
-
-
-def _at_once(path: str, flags: int) -> int:
-    """Opens a file without waiting for another program to write to it, as one would for a FIFO's."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _base(path: str) -> str:

@@ -1,0 +1,61 @@
+"""The signals that ask a run to end. Little is imported here: the command line hears them before it loads torch."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+__all__ = ["StopSignals"]
+
+SENT_BY_LAUNCHERS = (signal.SIGTERM, signal.SIGUSR1)
+"""What schedulers send before they preempt, and may send again at any moment until the process has ended."""
+
+
+class StopSignals:
+    """Notes SIGTERM, SIGUSR1 and Ctrl-C from its making on; a context manager that gives them back.
+
+    A second Ctrl-C interrupts at once. In a thread other than the first, which Python lets no signals reach, it notes
+    none.
+
+    Attributes:
+        received: the numbers of the signals that came.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        first = threading.current_thread() is threading.main_thread()
+        numbers = (*SENT_BY_LAUNCHERS, signal.SIGINT) if first else ()
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
+        self.received.append(number)
+
+    def __enter__(self) -> "StopSignals":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.give_back()
+
+    def give_back(self) -> None:
+        """From here on signals do what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def deliver(self) -> None:
+        """Gives signals back, and lets those that came do what they do: for work that has nothing to save."""
+        self.give_back()
+        for number in self.received:
+            signal.raise_signal(number)
+
+    def ignore(self) -> None:
+        """From here on launchers are not heard, up to the end of the process, whose status is settled.
+
+        A handler would not do: Python takes it off some time before the process ends.
+        """
+        for number in SENT_BY_LAUNCHERS:
+            if number in self._before:
+                signal.signal(number, signal.SIG_IGN)
