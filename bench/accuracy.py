@@ -8,11 +8,14 @@ names those that failed, which the next call tries again; `--report` does nothin
 `msbreg pretrain` for every run; give those a `--folder` of their own. `--small` tries it all on a CPU: rendered images,
 a small network, one epoch of the cheaper methods.
 
-Every run ends a schedule of its own; none is a checkpoint of a longer one. All methods share batch, heads, optimizer,
-learning rate and recipe of views, none of them tuned for these schedules. Accuracy is that of the backbone's 512
-features of whole, unaugmented images, from the 50,000 training images to the 10,000 test images: logistic regression at
-its optimum, and a weighted vote of 200 neighbours (`msbreg.evaluation`). The published figures beside it, from the
-README of https://github.com/tsb0601/EMP-SSL (commit 8fc3758), are of another protocol. As its code shows,
+Every run ends a schedule of its own; none is a checkpoint of a longer one. All methods share batch, projector,
+optimizer, learning rate and recipe of views. MSBReg has a predictor in two runs alone: what it disperses does not
+collapse without one. Optimizer, learning rate and that were chosen by runs of one epoch of a small network on a CPU
+(docs/decisions.md, "The settings of short schedules"); nothing is tuned for longer ones. Accuracy is that of the
+backbone's 512 features of whole, unaugmented images, from the 50,000 training images to the 10,000 test images:
+logistic regression at its optimum, and a weighted vote of 200 neighbours (`msbreg.evaluation`). The published figures
+beside it, from the README of https://github.com/tsb0601/EMP-SSL (commit 8fc3758), are of another protocol. As its code
+shows,
 
 * EMP-SSL is probed at the 4096 features of its projector's first layer, after batch normalisation and ReLU (model.py),
   averaged over 128 augmented crops of a quarter of the image, in training and test images alike (evaluate.py, aug.py);
@@ -44,13 +47,13 @@ SEEDS = 3
 
 COMMON = [  # with the defaults that matter, so that runs mean the same when one changes
     "--data.recipe", "cifar", "--data.size", "32",
-    "--data.batch_size", "128",  # lightly's CIFAR-10 benchmark; EMP-SSL: 100
+    "--data.batch_size", "100",  # EMP-SSL
     "--model.backbone", "resnet18", "--model.stem", "cifar",  # SimCLR appendix B.9; EMP-SSL
     "--model.hidden", "2048",  # msbreg/configs/cifar10-resnet18.yaml
-    "--model.dim", "128",  # as the batch, which is how docs/choices.md found lambda_s
+    "--model.dim", "128",  # about the batch, which is how docs/choices.md found lambda_s
     "--method.lambda_m", "1", "--method.lambda_s", "0.004", "--method.lambda_b", "0.5",  # MSBReg
     "--method.leave_one_out", "false", "--method.disperse", "projector", "--method.spectrum", "nuclear",
-    "--optim.name", "sgd", "--optim.lr", "0.12", "--optim.weight_decay", "5e-4",  # lightly's: .06 for 128 images
+    "--optim.name", "lars", "--optim.lr", "32", "--optim.weight_decay", "1e-6",  # docs/decisions.md
     "--eval.every", "0", "--eval.k", "200", "--eval.bank", "50000", "--eval.queries", "10000",  # lightly's k
     "--run.log_every", "100", "--run.checkpoint_every", "1000",
 ]  # fmt: skip
@@ -71,14 +74,20 @@ class Arm(NamedTuple):
     options: tuple[str, ...] = ()
 
 
+ALONE = ("--model.predictor", "false")
+"""Where there is a singular value loss: without either, all embeddings become one."""
 ARMS = (
-    *(Arm(f"msbreg-k{views}", f"MSBReg, K = {views}", views) for views in (2, 4, 8, 16, 20)),
-    Arm("msbreg-k4-no-centroid", "MSBReg, K = 4, no centroid loss", 4, ("--method.lambda_m", "0")),
-    Arm("msbreg-k4-no-singular-value", "MSBReg, K = 4, no singular value loss", 4, ("--method.lambda_s", "0")),
-    Arm("msbreg-k4-no-brownian", "MSBReg, K = 4, no Brownian loss", 4, ("--method.lambda_b", "0")),
+    *(Arm(f"msbreg-k{views}", f"MSBReg, K = {views}", views, ALONE) for views in (2, 4, 8, 16, 20)),
+    Arm("msbreg-k4-predictor", "MSBReg, K = 4, with a predictor", 4),
+    Arm("msbreg-k4-no-centroid", "MSBReg, K = 4, no centroid loss", 4, (*ALONE, "--method.lambda_m", "0")),
+    Arm(
+        "msbreg-k4-no-singular-value", "MSBReg, K = 4, with a predictor, no singular value loss", 4,
+        ("--method.lambda_s", "0"),
+    ),
+    Arm("msbreg-k4-no-brownian", "MSBReg, K = 4, no Brownian loss", 4, (*ALONE, "--method.lambda_b", "0")),
     Arm("byol", "BYOL", 2, ("--method.name", "byol")),
     Arm("simsiam", "SimSiam", 2, ("--method.name", "simsiam")),
-)
+)  # fmt: skip
 KEYS = [arm.key for arm in ARMS]
 
 
@@ -107,14 +116,17 @@ class Run(NamedTuple):
     def options(self) -> list[str]:
         """Its own, beside the common ones.
 
-        The learning rate rises during a tenth of the epochs, as in BYOL's schedule of 100. tau is .9 for one epoch, as
-        in the default run, which has about as few steps, and .99 from 10 epochs on, as solo-learn's BYOL on CIFAR-10.
+        The learning rate rises during a tenth of the epochs, as in BYOL's schedule of 100. With a predictor tau is .9
+        for one epoch, as in the default run, which has about as few steps, and .99 from 10 epochs on, as solo-learn's
+        BYOL on CIFAR-10. Without one it is .5 for one epoch, as was best for a small network (docs/decisions.md), and
+        remembers the same share of longer schedules.
         """
+        longer = max(1.0, self.epochs)
         numbers = {
             "data.views": self.arm.views,
             "optim.epochs": self.epochs,
             "optim.warmup_epochs": self.epochs / 10,
-            "method.tau": 1 - 0.1 / min(10.0, max(1.0, self.epochs)),
+            "method.tau": 1 - (0.5 / longer if self.arm.options[:2] == ALONE else 0.1 / min(10.0, longer)),
             "run.seed": self.seed,
         }
         return [*self.arm.options, *(word for name, value in numbers.items() for word in (f"--{name}", f"{value:g}"))]

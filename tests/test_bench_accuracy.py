@@ -203,16 +203,17 @@ def test_the_list_has_the_published_lengths_and_equal_views_and_begins_with_the_
     for seen in (20, 60):
         assert {run.arm for run in listed if run.arm.views * run.epochs == seen} == set(accuracy.ARMS)
     assert [run.arm.key for run in listed[:3]] == ["msbreg-k2", "byol", "simsiam"]
-    assert listed[-1].folder == "msbreg-k20-epochs30-seed2" and len(listed) == 129
+    assert listed[-1].folder == "msbreg-k20-epochs30-seed2" and len(listed) == 144
 
 
 def test_short_schedules_have_short_warm_ups_and_short_memories():
-    def option(epochs: float, name: str) -> float:
-        options = accuracy.Run(accuracy.ARMS[0], epochs, 0).options()
+    def option(epochs: float, name: str, arm: str = "byol") -> float:
+        options = accuracy.Run(accuracy.ARMS[accuracy.KEYS.index(arm)], epochs, 0).options()
         return float(options[options.index(name) + 1])
 
     assert [option(epochs, "--optim.warmup_epochs") for epochs in (1.25, 10, 30)] == [0.125, 1, 3]
     assert [option(epochs, "--method.tau") for epochs in (0.5, 1, 5, 10, 30)] == [0.9, 0.9, 0.98, 0.99, 0.99]
+    assert [option(epochs, "--method.tau", "msbreg-k4") for epochs in (0.5, 1, 5, 10)] == [0.5, 0.5, 0.9, 0.95]
 
 
 def record(name, views, epochs, linear, minutes, seed=0):
