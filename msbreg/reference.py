@@ -149,16 +149,17 @@ def singular_value_loss(
         return -value, -weight
     r, p = min(rows, dim), gram.shape[-1]
     c = r / rows
-    identity = torch.eye(p, dtype=gram.dtype, device=gram.device)
     if spectrum == "whitening":
-        excess = c * gram - identity
+        excess = c * gram - torch.eye(p, dtype=gram.dtype, device=gram.device)
         return excess.square().sum((-2, -1)) - (p - r), 4 * c * excess
     # Σ (sqrt(cλ + δ²) - 1)² over all p is c trace(G) + p δ² - 2 trace((cG + δ²I)^(1/2)) + p.
     shift = smoothing**2 / c
     inverse = inverse_root(gram, shift)
     roots = c**0.5 * trace_of_root(gram, shift, inverse)
     value = c * _trace(gram) + p * (smoothing**2 + 1) - 2 * roots - (p - r) * (1 - smoothing) ** 2
-    return value.to(gram.dtype), 2 * c * identity - 2 * c**0.5 * inverse
+    weight = -2 * c**0.5 * inverse
+    weight.diagonal(dim1=-2, dim2=-1).add_(2 * c)
+    return value.to(gram.dtype), weight
 
 
 def nuclear_norm(
