@@ -211,9 +211,13 @@ class Worker:
                 raise LeftOutError(answer[kind], failed=kind == "failed")
         return answer
 
+    def dismiss(self) -> None:
+        """Lets the process end, and does not wait for it."""
+        self.pipe.close()
+
     def close(self) -> None:
         """Ends the process."""
-        self.pipe.close()
+        self.dismiss()
         self.process.join(3)
         if self.process.is_alive():
             self.process.terminate()
@@ -328,7 +332,7 @@ def measure(names: list[str], setting: Setting, *, rounds: int, seconds: float, 
                 yield measured()
     finally:
         for worker in workers.values():
-            worker.pipe.close()  # so that all of them end at the same time: whoever interrupts this waits for the table
+            worker.dismiss()  # so that all of them end at the same time: whoever interrupts this waits for the table
         for worker in workers.values():
             worker.close()
 

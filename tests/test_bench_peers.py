@@ -358,8 +358,10 @@ class Measured:
         self.turns.append({"steps": 2, "seconds": 1.0, "data_wait_ms": 0.0, "memory_mb": 1.0, "power_w": None})
         return self.turns[-1]
 
-    def close(self):
+    def dismiss(self):
         """Nothing to end."""
+
+    close = dismiss
 
 
 def test_there_is_a_result_after_every_turn(monkeypatch, swatches):
