@@ -304,11 +304,18 @@ def test_a_rank_that_is_killed_under_torchrun_ends_the_run(tmp_path, small, free
 
 
 @pytest.mark.slow
-def test_the_end_of_torchrun_lets_all_ranks_save(tmp_path, small, free_port):
-    """As by SIGUSR1, which torchrun does not pass on unless it is told to."""
+@pytest.mark.parametrize(
+    ("options", "status", "why"),
+    [
+        ([], -signal.SIGUSR1, "as torchrun is gone"),  # which it does not pass on unless it is told to
+        (["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"], 1, "by a signal"),
+    ],
+)
+def test_a_signal_to_torchrun_lets_all_ranks_save(tmp_path, small, free_port, options, status, why):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port),
-        "-m", "msbreg", "pretrain", "--run.dir", str(tmp_path), *small, *LONG, "--run.checkpoint_every", "100000",
+        *options, "-m", "msbreg", "pretrain", "--run.dir", str(tmp_path), *small, *LONG,
+        "--run.checkpoint_every", "100000",
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -317,25 +324,7 @@ def test_the_end_of_torchrun_lets_all_ranks_save(tmp_path, small, free_port):
         _, errors = process.communicate(timeout=BOUND)  # which the ranks hold open
     finally:
         process.kill()
-    assert process.returncode == -signal.SIGUSR1 and "stopped as torchrun is gone at step" in errors
-    assert 4 <= load_step(tmp_path) < 4000
-
-
-@pytest.mark.slow
-def test_signals_that_torchrun_is_told_to_pass_on(tmp_path, small, free_port):
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port),
-        "--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1",
-        "-m", "msbreg", "pretrain", "--run.dir", str(tmp_path), *small, *LONG, "--run.checkpoint_every", "100000",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        wait_for_step(tmp_path, 4, lambda: process.poll() is None, lambda: process.communicate()[1])
-        process.send_signal(signal.SIGUSR1)
-        _, errors = process.communicate(timeout=BOUND)
-    finally:
-        process.kill()
-    assert process.returncode == 1 and "stopped by a signal at step" in errors
+    assert process.returncode == status and f"stopped {why} at step" in errors
     assert 4 <= load_step(tmp_path) < 4000
 
 
