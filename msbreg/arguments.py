@@ -98,6 +98,8 @@ def check_smoothing(smoothing: float) -> None:
 
 def check_number(name: str, value: Any) -> None:
     """Raises TypeError for what is no real number, or is a tensor, which the host would have to read."""
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return  # before hasattr, which torch.compile of torch 2.11 cannot ask of a number that changes
     if isinstance(value, (Tensor, str)) or not hasattr(value, "__float__"):
         raise TypeError(f"expected {name} to be a number, got {type(value).__name__}")
 

@@ -104,7 +104,7 @@ def check_noise(seed: int | Tensor, step: int | Tensor, first_image: int) -> Non
                     f"expected {name} to be a zero-dimensional int64 tensor, got {value.dtype} of shape "
                     f"{tuple(value.shape)}"
                 )
-        elif not hasattr(value, "__index__"):  # NumPy's integers have it too
+        elif not isinstance(value, (int, torch.SymInt)) and not hasattr(value, "__index__"):  # as NumPy's integers have
             raise TypeError(f"expected {name} to be an int or an int64 tensor, got {type(value)}")
         elif type(value) is int and not -(2**63) <= value < 2**63:
             raise ValueError(f"expected {name} to be an int of 64 bits, got {value}")
