@@ -1,6 +1,6 @@
 """What a compiled kernel's texts say: how wide it loads, whether it uses tensor cores, where addresses may overflow.
 
-TTIR is Triton's first intermediate representation, PTX NVIDIA's assembly, AMDGCN AMD's.
+TTIR is Triton's first intermediate representation, PTX NVIDIA's assembly, SASS its machine code, AMDGCN AMD's assembly.
 """
 
 import re
@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 __all__ = [
-    "Access", "accesses", "amd_resources", "coarse_dots", "dots", "float_atomics", "matrix_units", "overflows",
-    "ptxas_resources", "serialised",
+    "Access", "accesses", "amd_resources", "coarse_dots", "dots", "float_atomics", "instructions", "matrix_units",
+    "overflows", "ptxas_resources", "serialised",
 ]  # fmt: skip
 
 MAX_BLOCK = 1024
@@ -175,6 +175,13 @@ def ptxas_resources(log: str) -> tuple[int, int]:
 def serialised(log: str) -> bool:
     """Whether ptxas says that it has asynchronous matrix products wait for each other."""
     return "wgmma.mma_async instructions are serialized" in log
+
+
+def instructions(sass: str) -> int:
+    """How many instructions SASS has; NOPs are none, and neither is what follows the end, a branch to itself."""
+    code = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(.*?) *;", sass, re.MULTILINE)
+    padding = len(re.findall(r"^(\.L_x_\d+):\s+/\*[0-9a-f]+\*/\s+BRA `\(\1\)", sass, re.MULTILINE))
+    return sum(not line.startswith("NOP") for line in code) - padding
 
 
 def amd_resources(amdgcn: str) -> tuple[int, int, int]:

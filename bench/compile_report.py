@@ -18,7 +18,9 @@ import dataclasses
 import io
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +36,7 @@ from assembly import (
     coarse_dots,
     dots,
     float_atomics,
+    instructions,
     matrix_units,
     overflows,
     ptxas_resources,
@@ -170,6 +173,8 @@ class Row:
     """Stored and loaded by a thread."""
     shared_bytes: int | None = None
     """Of a program."""
+    instructions: int | None = None
+    """Of the machine code, those included that are for numbers out of the ordinary alone; NVIDIA's."""
     load_bits: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     """The narrowest and the widest load from each argument."""
     store_bits: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
@@ -277,6 +282,7 @@ def compiled(launch: Launch, target: GPUTarget) -> Row:
             with assembler_log() as log:
                 backend.make_cubin(text, {}, backend.parse_options(dict(launch.options)), target.arch)
         row.registers, row.spilled_bytes = ptxas_resources(log.getvalue())
+        row.instructions = instructions(machine_code(kernel.asm["cubin"]))
     row.shared_bytes = kernel.metadata.shared
     row.dots, row.matrix_units = dots(kernel.asm["ttir"]), matrix_units(text)
     if target.backend == "cuda":
@@ -298,6 +304,15 @@ def assembler_log() -> Iterator[io.StringIO]:
     """What Triton prints of its assembler, ptxas."""
     with mock.patch.dict(os.environ, TRITON_DUMP_PTXAS_LOG="1"), contextlib.redirect_stdout(io.StringIO()) as log:
         yield log
+
+
+def machine_code(cubin: bytes) -> str:
+    """SASS, as the disassembler in Triton's wheel writes it."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.nvdisasm.path, "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def faults(row: Row, ttir: str, arguments: Mapping[str, Any]) -> list[str]:
@@ -402,9 +417,9 @@ def table(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
 
 def kernel_table(rows: Iterable[Row]) -> str:
     """One line for each kernel that was compiled."""
-    head = ["kernel", "first of its cases", "arch", "blocks", "warps", "registers", "spilled", "shared", "widest load"]
+    head = ["kernel", "first of its cases", "arch", "blocks", "warps", "registers", "spilled", "shared", "instructions"]
     return table(
-        [*head, "tensor cores", "faults"],
+        [*head, "widest load", "tensor cores", "faults"],
         (
             [
                 row.kernel.removesuffix("_kernel"),
@@ -413,7 +428,8 @@ def kernel_table(rows: Iterable[Row]) -> str:
                 "x".join(str(size) for name, size in row.blocks.items() if name.startswith("BLOCK")),
                 row.blocks["num_warps"],
                 *(number if number is not None else "-" for number in (row.registers, row.spilled_bytes)),
-                *(number if number is not None else "-" for number in (row.shared_bytes, row.widest_load_bits)),
+                *(number if number is not None else "-" for number in (row.shared_bytes, row.instructions)),
+                row.widest_load_bits or "-",
                 row.matrix_units or ("none" if row.dots else "-"),
                 "; ".join(row.faults) or "-",
             ]

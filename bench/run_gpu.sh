@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Everything that a GPU machine has to say, in five parts of under nine minutes each:
+# Everything that a GPU machine has to say, in six parts of under nine minutes each:
 #   bench/run_gpu.sh               the tests that need a GPU, the loss benchmarks at the shapes that have targets; options
 #                                  after `losses` are the benchmarks', such as --bench-minutes 2
 #   bench/run_gpu.sh training      memory and step time of every config; of ResNet-50 also compiled, and with 32 views
 #   bench/run_gpu.sh loader        the loader against torchvision's, and what loader, loss and optimizer are of a step
 #   bench/run_gpu.sh peers         training beside lightly and solo-learn's manner: ResNet-18 at 32, ResNet-50 at 224
+#   bench/run_gpu.sh tiles         the kernels of the losses with the tiles that are chosen and with others
 #   bench/run_gpu.sh alternatives  other ways to do what msbreg does: the inverse root in one launch, pixels by a kernel
 # Results are in bench/results/GPU/DATE/, or in GPU/DATE/ of the folder RESULTS, and a short table comes last. The first
-# part needs torch with CUDA, Triton and the extras [test] and [bench]; the others [train] too, and `peers` lightly where
+# part and the tiles need torch with CUDA, Triton and the extras [test] and [bench]; the others [train] too, and `peers` lightly where
 # it is to be among them. K = 32 and the peers at 224 are for GPUs with 140 GB. LIMIT=300 ends a part after 300 seconds.
 # Limits are seconds. Comments are the seconds that a machine with one H200 and 16 cores is expected to take, by count: the
 # first part has run there, in 240 seconds with --bench-minutes 1.9, and the first dry run. What runs over is interrupted
@@ -19,8 +20,8 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 part=${1:-losses}
 shift $(($# > 0))
-case $part in losses | training | loader | peers | alternatives) ;; *)
-    echo "usage: bench/run_gpu.sh [losses [OPTION...] | training | loader | peers | alternatives]" >&2
+case $part in losses | training | loader | peers | tiles | alternatives) ;; *)
+    echo "usage: bench/run_gpu.sh [losses [OPTION...] | training | loader | peers | tiles | alternatives]" >&2
     exit 2
     ;;
 esac
@@ -109,6 +110,10 @@ peers() {
     keep 170 bench/peers.py --seconds 3 --rounds 2 --json "$out/peers-small.json"                        # 150
     photos >/dev/null || return                                                  # 40
     keep 320 bench/peers.py --case imagenet --seconds 4 --rounds 2 --json "$out/peers-imagenet.json"     # 260
+}
+
+tiles() {
+    keep 510 bench/tiles.py --json "$out/tiles.json"                             # 400, most of it compiling
 }
 
 alternatives() {

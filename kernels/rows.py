@@ -22,14 +22,13 @@ __all__ = ["RowLosses", "centroid_of_others", "row_losses", "rows_forward_kernel
 
 
 @triton.jit
-def centroid_of_others(total, t, k, views):
+def centroid_of_others(total, t):
     """ĉ of the target views other than each, [K, D].
 
-    total: [D], the sum of all views' t̂. t: [K, D], rows of the target. k: [K], their views.
+    total: [D], the sum of all views' t̂. t: [K, D], rows of the target.
     """
     t_hat, _ = unit(t)
-    mean = tl.where((k < views)[:, None], (total[None, :] - t_hat) / (views - 1), 0.0)
-    c_hat, _ = unit(mean)
+    c_hat, _ = unit(total[None, :] - t_hat)  # the sum's direction is the mean's
     return c_hat
 
 
@@ -90,25 +89,19 @@ def rows_forward_kernel(
             t_hat, _ = unit(load_tile(t_image, k, target_views, t_stride_k, d, dim, t_stride_d, ACC))
             total += tl.sum(t_hat, axis=0)
         if not LEAVE_ONE_OUT:
-            total, _ = unit((total / target_views)[None, :])
+            total, _ = unit(total[None, :])  # the sum's direction is the mean's
             total = tl.reshape(total, [BLOCK_D])
         tl.store(centroid_pointer + (i * dim + d), total, mask=d < dim)
-    if seed_pointer is not None:
+    if seed_pointer is not None and PER_VIEW:
         seed, step = tl.load(seed_pointer), tl.load(step_pointer)
-        if i == 0:
-            tl.store(key_pointer, seed)
-            tl.store(key_pointer + 1, step)
-        if not PER_VIEW:
-            image = first_image + i + tl.zeros([1], tl.int64)
-            n_hat = brownian_rows(seed, step, image, tl.zeros([1], tl.int32), dim, BLOCK_D).to(ACC)
 
     attraction = tl.zeros([BLOCK_D], ACC)  # by dimension, so that only the lengths are sums over rows
-    push = tl.zeros([BLOCK_D], ACC)
+    push = tl.zeros([BLOCK_D], ACC)  # without PER_VIEW the sum of ẑ, which meets n̂ at the end
     for first in tl.range(0, views, BLOCK_K, num_stages=STAGES):
         k = first + tl.arange(0, BLOCK_K)
         if LEAVE_ONE_OUT:
             t = load_tile(t_image, k, views, t_stride_k, d, dim, t_stride_d, ACC)
-            c_hat = centroid_of_others(total, t, k, views)
+            c_hat = centroid_of_others(total, t)
         elif t_pointer is not None:
             c_hat = total[None, :]
         z_hat, norm = unit(load_tile(z_image, k, views, z_stride_k, d, dim, z_stride_d, ACC))
@@ -128,8 +121,17 @@ def rows_forward_kernel(
         if seed_pointer is not None:
             if PER_VIEW:
                 image = first_image + i + tl.zeros([BLOCK_K], tl.int64)
-                n_hat = brownian_rows(seed, step, image, 1 + k, dim, BLOCK_D).to(ACC)
-            push += tl.sum(z_hat * n_hat, axis=0)
+                push += tl.sum(z_hat * brownian_rows(seed, step, image, 1 + k, dim, BLOCK_D).to(ACC), axis=0)
+            else:
+                push += tl.sum(z_hat, axis=0)
+    if seed_pointer is not None and not PER_VIEW:
+        seed, step = tl.load(seed_pointer), tl.load(step_pointer)
+        image = first_image + i + tl.zeros([1], tl.int64)
+        n_hat = brownian_rows(seed, step, image, tl.zeros([1], tl.int32), dim, BLOCK_D).to(ACC)
+        push *= tl.reshape(n_hat, [BLOCK_D])
+    if seed_pointer is not None and i == 0:
+        tl.store(key_pointer, seed)
+        tl.store(key_pointer + 1, step)
     if image_pointer is not None:
         tl.store(image_pointer + i, tl.sum(attraction, axis=0))
         tl.store(image_pointer + (batch + i), tl.sum(push, axis=0))

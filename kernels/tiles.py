@@ -18,8 +18,13 @@ def offsets(rows, row_stride, columns, column_stride):
 
 @triton.jit
 def load_tile(pointer, rows, row_count, row_stride, columns, column_count, column_stride, ACC: tl.constexpr):
-    """A tile [R, C] in the accumulator's dtype, zero beyond the matrix: nothing is computed in half precision."""
-    mask = (rows < row_count)[:, None] & (columns < column_count)[None, :]
+    """A tile [R, C] in the accumulator's dtype, zero beyond the matrix: nothing is computed in half precision.
+
+    Where R is 1, the row is one of the matrix's.
+    """
+    mask = (columns < column_count)[None, :]
+    if rows.shape[0] > 1:
+        mask &= (rows < row_count)[:, None]
     return tl.load(pointer + offsets(rows, row_stride, columns, column_stride), mask=mask, other=0.0).to(ACC)
 
 
@@ -37,21 +42,18 @@ def unit(x):
     Where the squares of a row overflow, all rows are divided by their largest entries before they are squared.
     """
     squares = tl.sum(x * x, axis=1)
-    norm = at_least_eps(tl.sqrt(squares))
-    x_hat = x * (1.0 / norm)[:, None]
+    eps = tl.full([], EPS, x.dtype)  # a bare number is float32 in a comparison and float64 in tl.where
+    short = squares < eps * eps  # false for NaN, which stays
+    inverse = tl.where(short, 1.0 / eps, tl.rsqrt(squares))
+    norm = tl.where(short, eps, squares * inverse)
     if tl.max((squares == float("inf")).to(tl.int32), axis=0) == 1:
-        largest = at_least_eps(tl.max(tl.abs(x), axis=1))
+        largest = tl.max(tl.abs(x), axis=1)
+        largest = tl.where(largest < eps, eps, largest)
         y = x * (1.0 / largest)[:, None]
-        norm = at_least_eps(largest * tl.sqrt(tl.sum(y * y, axis=1)))
-        x_hat = y * (largest / norm)[:, None]
-    return x_hat, norm
-
-
-@triton.jit
-def at_least_eps(norm):
-    """NaN, for which the comparison is false, stays."""
-    eps = tl.full([], EPS, norm.dtype)  # a bare number is float32 in a comparison and float64 in tl.where
-    return tl.where(norm < eps, eps, norm)
+        norm = largest * tl.sqrt(tl.sum(y * y, axis=1))
+        norm = tl.where(norm < eps, eps, norm)
+        inverse = 1.0 / norm
+    return x * inverse[:, None], norm  # not in both branches: where it is added to something, that is one instruction
 
 
 @triton.jit

@@ -340,6 +340,24 @@ def test_serialised_products_are_noticed():
     )
 
 
+def test_instructions_are_counted():
+    import assembly
+
+    sass = """
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+        /*0010*/              @!P0 BRA `(.L_x_1) ;
+        /*0020*/                   FADD R1, R1, R0 ;
+.L_x_1:
+        /*0030*/               @P1 BRA `(.L_x_0) ;
+        /*0040*/                   EXIT ;
+.L_x_2:
+        /*0050*/                   BRA `(.L_x_2);
+        /*0060*/                   NOP;
+"""
+    assert assembly.instructions(sass) == 5
+
+
 def test_large_products_of_float64_fit_into_the_least_shared_memory(compiled):
     row = compiled["large"]
     assert (row["kernel"], row["arch"], row["spilled_bytes"]) == ("product_kernel", "sm_86", 0)

@@ -572,7 +572,7 @@ def careless_gradient(g, z_hat, norm, c_hat, n_hat, attraction, push):
 
 
 @triton.jit
-def careless_centroid(total, t, k, views):
+def careless_centroid(total, t):
     """Twin of `centroid_of_others` that leaves the view itself in."""
     c_hat, _ = tiles.unit(tl.zeros_like(t) + total[None, :])
     return c_hat

@@ -1,5 +1,6 @@
 """The noise kernel against its torch twin, on a GPU or in Triton's interpreter."""
 
+import math
 import os
 
 import pytest
@@ -109,20 +110,49 @@ def test_all_of_the_output_is_written_and_nothing_else(batch, dim):
 
 
 @triton.jit
-def store_lengths(rows, output, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Writes the lengths of rows [ROWS, COLUMNS] to output [ROWS]."""
-    i = tl.arange(0, ROWS)
-    place = i[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    tl.store(output + i, kernels.row_lengths(tl.load(rows + place)))
+def store_normals(words, output, BLOCK: tl.constexpr):
+    """Writes the radius, cosine and sine of BLOCK words a program to output [3, programs * BLOCK]."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    u = kernels.uniform(tl.load(words + place).to(tl.uint32))
+    cosine, sine = kernels.cosine_and_sine(u)
+    row = tl.num_programs(0) * BLOCK
+    tl.store(output + place, kernels.radius(u))
+    tl.store(output + row + place, cosine)
+    tl.store(output + 2 * row + place, sine)
 
 
 @runs_kernels
-def test_lengths_of_rows_are_rounded_once():
+def test_radius_cosine_and_sine_are_as_exact_as_their_docstrings_say():
+    """At all of the smallest and largest words, all near quarter turns, and words between."""
+    ends = torch.arange(2**14)
+    near = torch.cat([quarter * 2**30 + (ends - 2**13) * 512 for quarter in (1, 2, 3)])
+    spread = torch.randint(2**32, (2**17 - 5 * 2**14,), generator=torch.Generator().manual_seed(0))
+    words = torch.cat([ends * 512, 2**32 - 1 - ends * 512, near, spread])
+    assert words.numel() == 2**17
+    output = torch.zeros(3, 2**17, device=DEVICE)
+    store_normals[(2**5,)](words.to(DEVICE), output, BLOCK=2**12, enable_fp_fusion=True)
+    u = ((words >> 9).double() + 0.5) / 2**23
+    radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * u
+    got = output.cpu().double()
+    assert ((got[0] - radius) / radius).abs().max() < 1.5e-7
+    assert torch.maximum((got[1] - angle.cos()).abs(), (got[2] - angle.sin()).abs()).max() < 1.2e-7
+
+
+@triton.jit
+def store_squares(rows, output, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Writes the squared lengths of rows [ROWS, COLUMNS] to output [ROWS]."""
+    i = tl.arange(0, ROWS)
+    place = i[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(output + i, kernels.row_squares(tl.load(rows + place)))
+
+
+@runs_kernels
+def test_squared_lengths_are_rounded_once():
     """To the one float32 that is nearest, whichever way a GPU shares a row's numbers among its threads."""
     rows = torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
     output = torch.zeros(32, device=DEVICE)
-    store_lengths[(1,)](rows.to(DEVICE), output, ROWS=32, COLUMNS=256, enable_fp_fusion=True)
-    assert torch.equal(output.cpu(), rows.double().norm(dim=1).float())
+    store_squares[(1,)](rows.to(DEVICE), output, ROWS=32, COLUMNS=256, enable_fp_fusion=True)
+    assert torch.equal(output.cpu(), rows.double().square().sum(1).float())
 
 
 @runs_kernels

@@ -57,6 +57,7 @@ def test_the_gpu_script_gives_msbreg_what_it_means(planned, part, count):
 @pytest.mark.parametrize(("part", "scripts"), [
     ("losses", ["-m pytest tests ", "-m pytest tests/test_bench", "-m pytest bench", *["bench/report.py"] * 2]),
     ("peers", ["bench/peers.py", "bench/peers.py"]),
+    ("tiles", ["bench/tiles.py"]),
     ("alternatives", ["bench/operators.py", "bench/pixels.py", "bench/operators.py", "bench/one_launch.py"]),
 ])  # fmt: skip
 def test_the_gpu_script_runs_what_is_there(planned, part, scripts):

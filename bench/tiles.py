@@ -1,0 +1,194 @@
+"""Each kernel of the losses with the tile that its launcher chooses, and with others: which one a GPU is fastest with.
+
+    python bench/tiles.py --json bench/results/GPU/DATE/tiles.json
+
+A tile here is the block sizes, warps and stages that the launchers' `tile` functions return; the others differ from it
+in one or two of these. Times are of replayed CUDA graphs, all tiles in turn; large inputs come from memory, small ones
+from the cache, as in training. A tile whose results differ from the chosen one's by more than rounding is refused; one
+that does not fit into the GPU is left out, with the reason. Needs a GPU.
+"""
+
+import argparse
+import functools
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from records import cell, keep, markdown, provenance, spread
+from timing import Round, device_round, plan
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from msbreg.functional import SMOOTHING
+from msbreg.kernels import gradient, gram, inverse_root, product, rows
+from msbreg.kernels.halves import split
+from msbreg.linalg import newton_schulz_plan
+
+__all__ = ["Case", "cases", "chosen", "measure", "table"]
+
+SHAPES = ("8x512x256 bfloat16", "8x4096x2048 bfloat16", "8x4096x2048 float32")
+"""K, B, D and dtype."""
+ROWS = (
+    {"num_warps": 1},
+    {"num_warps": 2},
+    {"num_warps": 4},
+    {"num_warps": 8},
+    {"STAGES": 1},
+    {"STAGES": 3},
+    {"STAGES": 5},
+)
+DEPTHS = ({"BLOCK_Q": 32}, {"BLOCK_Q": 64}, {"num_stages": 2}, {"num_stages": 4})
+SQUARES = (*DEPTHS, {"BLOCK_P": 64, "num_warps": 4}, {"BLOCK_P": 128, "num_warps": 8}, {"BLOCK_P": 128, "num_warps": 4})
+PRODUCTS = (
+    *DEPTHS, {"BLOCK_I": 64, "BLOCK_D": 64, "num_warps": 4}, {"BLOCK_I": 128, "BLOCK_D": 64, "num_warps": 4},
+    {"BLOCK_I": 128, "BLOCK_D": 128, "num_warps": 8},
+)  # fmt: skip
+TOLERANCE = 1e-5
+"""Of the largest number of a result: other tiles add in another order."""
+CALLS = 4
+"""Of a graph."""
+
+
+class Case(NamedTuple):
+    """A call that launches a kernel, and other tiles for it."""
+
+    kernel: str
+    module: ModuleType
+    chooser: str
+    """The function in it whose result is the tile."""
+    call: Callable[[], Sequence[Tensor]]
+    others: Sequence[Mapping[str, int]]
+
+
+def cases(views: int, batch: int, dim: int, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
+    """Every kernel of a forward and backward pass that has a choice of tiles; rows alone, too, of large shapes."""
+    generator = torch.Generator(device).manual_seed(0)
+    z, t = torch.randn(2, views, batch, dim, device=device, generator=generator).to(dtype)
+    noise = torch.zeros(2, dtype=torch.int64, device=device).unbind()
+    one = torch.ones((), device=device)
+    made = rows.row_losses(z, t, noise, z_hat=True)
+    z_hat = made.z_hat
+    g, squares = gram.unit_gram(z_hat, dim, smaller=True)
+    weight, left = split(g / batch, 1.0), batch < dim
+    shift = SMOOTHING**2 * batch / min(batch, dim)
+    floor, steps = newton_schulz_plan(shift / batch, torch.float32)
+
+    def backward() -> list[Tensor]:
+        return [
+            gradient.row_losses_backward(
+                one, None, z, None, made.key, made.norms, made.centroid, None, None, attraction_weight=1e-3,
+                product_weight=0.0, weight_left=False, push_weight=1e-4, first_image=0, leave_one_out=False,
+                per_view=False,
+            )
+        ]  # fmt: skip
+
+    def root() -> list[Tensor]:
+        return [inverse_root.inverse_root(g, squares, shift, floor, steps, at_once=False)[0]]
+
+    yield Case("rows_forward", rows, "tile", lambda: present(rows.row_losses(z, t, noise)), ROWS)
+    yield Case("rows_forward, ẑ too", rows, "tile", lambda: present(rows.row_losses(z, t, noise, z_hat=True)), ROWS)
+    yield Case("image_gradient", gradient, "tile", backward, ROWS)
+    yield Case("unit_gram", gram, "unit_tile", lambda: gram.unit_gram(z_hat, dim, smaller=True)[:1], SQUARES)
+    yield Case(
+        "unit_product", product, "unit_tile", lambda: [product.unit_product(z_hat, weight, dim, left=left)], PRODUCTS
+    )
+    yield Case("inverse root", inverse_root, "tile", root, SQUARES)
+
+
+def present(losses: rows.RowLosses) -> list[Tensor]:
+    """What there is of them, the noise's key excepted."""
+    return [tensor for tensor in losses[:-1] if tensor is not None]
+
+
+def measure(case: Case, device: torch.device, *, seconds: float, rounds: int) -> list[dict[str, Any]]:
+    """The chosen tile first, then the others, quickest first, then those that do not fit."""
+    usual, expected = chosen(case), case.call()
+    measured, misfits = [], []
+    clocks: list[Round] = []
+    for tile in (usual, *(usual | other for other in case.others if usual | other != usual)):
+        call = functools.partial(with_tile, case, tile)
+        row = {"kernel": case.kernel, "tile": tile, "chosen": tile == usual}
+        try:
+            error = max(difference(*pair) for pair in zip(call(), expected, strict=True))
+        except OutOfResources as reason:
+            misfits.append(row | {"misfit": str(reason)})
+            continue
+        if not error <= TOLERANCE:
+            misfits.append(row | {"misfit": f"its results differ by {error:.0e}"})
+            continue
+        measured.append(row | {"microseconds": []})
+        clocks.append(device_round(lambda call=call: [call] * CALLS, device, waits=False)[0])
+    counts = [plan(clock, CALLS, seconds / rounds) for clock in clocks]
+    for _ in range(rounds):
+        for row, clock, count in zip(measured, clocks, counts, strict=True):
+            row["microseconds"].append(1e6 * statistics.median(clock() for _ in range(count)))
+    first, *rest = measured
+    return [first, *sorted(rest, key=lambda row: min(row["microseconds"])), *misfits]
+
+
+def chosen(case: Case) -> dict[str, int]:
+    """The launcher's tile."""
+    tiles: list[dict[str, int]] = []
+    choose = getattr(case.module, case.chooser)
+    with mock.patch.object(case.module, case.chooser, lambda *sizes: tiles.append(choose(*sizes)) or tiles[-1]):
+        case.call()
+    return tiles[-1]
+
+
+def with_tile(case: Case, tile: Mapping[str, int]) -> Sequence[Tensor]:
+    """The call with another tile."""
+    with mock.patch.object(case.module, case.chooser, side_effect=lambda *_: dict(tile)):
+        return case.call()
+
+
+def difference(got: Tensor, expected: Tensor) -> float:
+    """The largest, over the largest number expected."""
+    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+def table(shape: str, rows_: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: of each kernel the chosen tile, and those that are not slower by a tenth."""
+    lines = []
+    for row in rows_:
+        if row["chosen"]:
+            usual = min(row["microseconds"])
+        if "misfit" in row or min(row["microseconds"]) > 1.1 * usual:
+            continue
+        tile = " ".join(f"{name}={value}" for name, value in row["tile"].items() if name != "enable_fp_fusion")
+        name = f"**{row['kernel']}**" if row["chosen"] else row["kernel"]
+        times = spread(row["microseconds"])
+        lines.append([shape, name, tile, cell(times, 1), f"{min(row['microseconds']) / usual:.2f}"])
+    return markdown(["shape", "kernel", "tile", "µs", "of the chosen"], lines, text=3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each tile; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=0.05, help="timed for each tile; default: %(default)s")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="'KxBxD DTYPE'", help="default: %(default)s")
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="those whose names begin like this; default: all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("bench/tiles.py measures a GPU, and torch finds none here; msbreg doctor says what it finds.")
+    device = torch.device("cuda")
+    result = provenance("bench/tiles.py", None, device, ("triton",)) | {"shapes": []}
+    for shape in options.shapes:
+        sizes, dtype = shape.split()
+        result["shapes"].append({"shape": shape, "rows": []})
+        for case in cases(*map(int, sizes.split("x")), getattr(torch, dtype), device):
+            if not case.kernel.startswith(tuple(options.kernels or [""])):
+                continue
+            found = measure(case, device, seconds=options.seconds, rounds=options.rounds)
+            result["shapes"][-1]["rows"] += found
+            keep(result, options.json)
+            print(table(shape, found), end="\n\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""`bench/tiles.py`: every kernel with other tiles than the chosen ones, compared and timed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from msbreg import kernels
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+import tiles  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="TRITON_INTERPRET=1 runs Triton kernels without a GPU")
+@pytest.mark.interpreter
+def test_the_harness_measures_what_it_has_compared(monkeypatch):
+    monkeypatch.setattr(tiles, "CALLS", 1)
+    monkeypatch.setattr(tiles, "plan", lambda *_: 1)
+    monkeypatch.setattr(tiles, "SMOOTHING", 3.0)  # takes few steps, each of which takes long here
+    names = []
+    for case in tiles.cases(2, 24, 16, torch.float32, CPU):
+        names.append(case.kernel)
+        assert all(set(other) <= set(tiles.chosen(case)) for other in case.others), case.kernel
+        case = case._replace(others=case.others[1:2])
+        found = tiles.measure(case, CPU, seconds=0, rounds=2)
+        assert found[0]["chosen"] and not any(row["chosen"] for row in found[1:])
+        assert all(len(row["microseconds"]) == 2 and min(row["microseconds"]) > 0 for row in found)
+        head, rule, *lines = tiles.table("2x24x16", found).splitlines()
+        assert lines and {line.count("|") for line in (head, rule, *lines)} == {6}
+    assert len(names) == len(set(names)) == 6
+
+
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="TRITON_INTERPRET=1 runs Triton kernels without a GPU")
+@pytest.mark.interpreter
+def test_a_tile_with_other_results_is_refused(monkeypatch):
+    monkeypatch.setattr(tiles, "CALLS", 1)
+    case = next(tiles.cases(2, 24, 16, torch.float32, CPU))
+    warps = case.others[1]["num_warps"]
+    assert tiles.chosen(case)["num_warps"] != warps
+    real = case.call
+    case = case._replace(others=case.others[1:2])
+    case = case._replace(call=lambda: [real()[0] * (1.1 if case.module.tile(2, 16, 4)["num_warps"] == warps else 1)])
+    found = tiles.measure(case, CPU, seconds=0, rounds=1)
+    assert "misfit" not in found[0] and "its results differ by" in found[1]["misfit"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or kernels.INTERPRETED, reason="for machines without a GPU")
+def test_without_a_gpu_it_says_so():
+    done = subprocess.run([sys.executable, BENCH / "tiles.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "measures a GPU, and torch finds none here" in done.stderr
