@@ -26,7 +26,7 @@ eigenvalues of a Gram matrix are wrong by one or two of these, some to below zer
 
 NEWTON_SCHULZ_SCALE = 1.65
 """Largest c of `newton_schulz_steps`. Measured at (512, 256) in float32 (`tests/test_spectral.py`): rows that point one
-way but for 1e-4 have a gradient wrong by 5e-2 with c up to √3 and by 8e-3 with this, for one step more."""
+way but for 1e-4 have a gradient wrong by 5e-2 with c up to √3 and by 8e-3 with this, for as many steps."""
 
 
 @torch.no_grad()
@@ -248,10 +248,11 @@ def newton_schulz_steps(smallest: float, dtype: torch.dtype) -> list[tuple[float
     c = 1. It is capped, since near √3 it sends the largest eigenvalue to almost zero, where rounding spoils it.
     """
     steps: list[tuple[float, float]] = []
-    x, eps = math.sqrt(smallest), torch.finfo(dtype).eps
-    while not steps or 1 - x > math.sqrt(eps):  # the last step squares the distance; the kernels want two or more
+    x, left, eps = math.sqrt(smallest), 1.0, torch.finfo(dtype).eps
+    while len(steps) < 2 or left > eps:  # the kernels want two or more
+        left = 0.375 * (1 - x) ** 2  # of the distance to 1, once it is small; that itself is lost to rounding
         c = min(NEWTON_SCHULZ_SCALE, math.sqrt(3 / (1 + x + x * x)))
         a, b = 1.5 * c, -0.5 * c**3
         x = min(a * x + b * x**3, a + b)
         steps.append((a, b))
-    return [*steps, (1.5, -0.5)]
+    return steps
