@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-oldest lint clean
 
 # Trains on images that msbreg renders; the result is in runs/default.
 demo: $(VENV)/.installed-train
@@ -19,6 +19,12 @@ test: $(VENV)/.installed-train,test
 
 test-slow: $(VENV)/.installed-train,test
 	$(BIN)/python -m pytest -m slow -n auto --maxprocesses 4 --dist loadfile
+
+# The tests with the lowest versions that setup.py permits, of torch, DALI and all others. Needs uv and Python 3.10.
+test-oldest:
+	uv venv --quiet --clear --seed --python 3.10 $(VENV)-oldest
+	uv pip install --quiet --python $(VENV)-oldest --resolution lowest-direct --editable '.[train,test]'
+	$(VENV)-oldest/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

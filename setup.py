@@ -24,8 +24,8 @@ TRAIN = [
     "jsonargparse[signatures]>=4.40",
     "matplotlib>=3.7",
     "numpy>=1.24",
-    "nvidia-dali-cuda130>=2.0; platform_system == 'Linux'",
-    "Pillow>=10",
+    "nvidia-dali-cuda130>=2.2; platform_system == 'Linux'",
+    "Pillow>=11.3",
     "PyYAML>=6",
     "safetensors>=0.4",
     "torchvision>=0.24",
@@ -53,7 +53,7 @@ setup(
     install_requires=["torch>=2.9"],
     extras_require={
         "train": TRAIN,
-        "timm": ["timm>=1.0"],
+        "timm": ["timm>=1.0.7"],
         "tensorboard": ["tensorboard>=2.12"],
         # setuptools builds the package in a test without network; Triton is named for torch wheels that lack it.
         "test": [
@@ -64,7 +64,7 @@ setup(
             "pytest-xdist>=3.5",
             "scikit-learn>=1.3",
             "setuptools>=77",
-            "timm>=1.0",
+            "timm>=1.0.7",
             "triton>=3.5; platform_system == 'Linux'",
         ],
         # lightly is timed too where it is installed; it brings a dozen packages, so that it is left to its users.

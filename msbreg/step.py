@@ -161,7 +161,7 @@ class TrainingStep:
         """
         # Mixed, since torch's generator on CPUs takes 32 bits alone, and NumPy's sequence makes any of them good.
         entropy = np.random.SeedSequence((self.config.run.seed, number, self.processes.rank))
-        seed = int(entropy.generate_state(1, np.uint64)[0] >> 1)
+        seed = int(entropy.generate_state(1, np.uint64)[0]) >> 1
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)

@@ -1,6 +1,7 @@
 """Faults in the middle of a run, in real processes: it ends with a sentence or goes on, on every rank alike."""
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -82,15 +83,26 @@ class Ranks:
 
 
 def run_rank(rank: int, port: int, arguments: list[str], log: Path, file_size_limit: int | None) -> None:
-    """One process of two, with its output in a file; the limit is for rank 0."""
+    """One process of two, with its output in a file; the limit is for rank 0's files, but not for this one."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    limited = file_size_limit is not None and rank == 0
     with open(log, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    if file_size_limit is not None and rank == 0:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
-    sys.exit(main(arguments))
+        writer = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file) if limited else None
+        output = file if writer is None else writer.stdin
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    if writer is None:
+        sys.exit(main(arguments))
+    writer.stdin.close()
+    importlib.import_module("torch._dynamo")  # torch 2.9 writes files as it loads this
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
+    status = main(arguments)
+    sys.stdout.flush()
+    os.close(1)
+    os.close(2)
+    writer.wait()
+    sys.exit(status)
 
 
 def wait_for_step(folder: Path, step: int, alive: Callable[[], bool], text: Callable[[], str]) -> None:

@@ -122,7 +122,7 @@ TWINS = {  # kernel, what is passed beside x, y and the stride, what is to be fo
     ),
     "multiply_deep": (
         multiply,
-        {"PRECISION": "tf32x3", "BLOCK": 64, "DEPTH": 128, "num_warps": 8, "num_stages": 8},
+        {"PRECISION": "tf32x3", "BLOCK": 64, "DEPTH": 64, "num_warps": 8, "num_stages": 16},
         "of shared memory",
     ),
     "summed_by_atomics": (summed_by_atomics, {"BLOCK": 512}, "adds by atomics"),
