@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from msbreg.kernels.halves import STAGES, depth, in_parts, parts_of, split_product, sum_dtype
-from msbreg.kernels.tiles import accumulator, load_tile, offsets, precision
+from msbreg.kernels.tiles import accumulator, cdiv, load_tile, next_power_of_2, offsets, precision
 
 __all__ = ["gram", "gram_kernel", "unit_gram", "unit_gram_kernel"]
 
@@ -122,7 +122,7 @@ def gram(z: Tensor, *, smaller: bool) -> Tensor:
     side = batch if rows else dim
     output = torch.empty(views, side, side, device=z.device, dtype=accumulator(z.dtype))
     config = tile(side, output.element_size())
-    tiles = triton.cdiv(side, config["BLOCK_P"])
+    tiles = cdiv(side, config["BLOCK_P"])
     with torch.cuda.device_of(z):
         gram_kernel[(tiles, tiles, views)](
             z,
@@ -149,7 +149,7 @@ def unit_gram(z_hat: Tensor, dim: int, *, smaller: bool) -> tuple[Tensor, Tensor
     side = batch if rows else dim
     output = torch.empty(views, side, side, device=z_hat.device, dtype=sum_dtype(z_hat))
     config = unit_tile(side, output)
-    tiles = triton.cdiv(side, config["BLOCK_P"])
+    tiles = cdiv(side, config["BLOCK_P"])
     squares = torch.empty(views, tiles * (tiles + 1) // 2, device=z_hat.device, dtype=torch.float64)
     with torch.cuda.device_of(z_hat):
         unit_gram_kernel[(tiles, tiles, views)](
@@ -162,7 +162,7 @@ def tile(side: int, itemsize: int) -> dict[str, int | bool]:
     """The block sizes and warps: small tiles for float64, and while there are few, so that each processor has one."""
     block = 32 if side <= 256 or itemsize == 8 else 64 if side < 1024 else 128
     return {
-        "BLOCK_P": min(block, max(16, triton.next_power_of_2(side))),
+        "BLOCK_P": min(block, max(16, next_power_of_2(side))),
         "BLOCK_Q": 16 if block >= 64 else 32,  # more numbers a factor spill, 128 x 32 on sm_80, 64 x 32 on sm_100
         "num_warps": 8 if block == 128 else 4,
         "enable_fp_fusion": True,
@@ -173,7 +173,7 @@ def unit_tile(side: int, like: Tensor) -> dict[str, int | bool]:
     """As `tile`, of split matrices like that tensor."""
     block = 32 if like.dtype == torch.float64 else 64 if side < 1024 or side % 16 else 128  # numbers stored one by one
     return {
-        "BLOCK_P": min(block, max(16, triton.next_power_of_2(side))),
+        "BLOCK_P": min(block, max(16, next_power_of_2(side))),
         "BLOCK_Q": min(depth(block, block, like), 32 if block == 128 else 64),  # 128 x 64 numbers spill on sm_100
         "num_warps": 8 if block == 128 else 4,
         "num_stages": STAGES,

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.tiles import load_tile, offsets
+from msbreg.kernels.tiles import cdiv, load_tile, offsets
 
 __all__ = [
     "LARGEST",
@@ -153,7 +153,7 @@ def split(matrix: Tensor, scale: float) -> Tensor:
     views, side, _ = matrix.shape
     output = empty_split(matrix, (views,), side, side, square=True)
     width = output.shape[-1]
-    grid = (triton.cdiv(width, 16), triton.cdiv(width, 128), views)
+    grid = (cdiv(width, 16), cdiv(width, 128), views)
     with torch.cuda.device_of(matrix):
         split_kernel[grid](
             matrix, output, side, width, scale, BLOCK_P=16, BLOCK_Q=128, num_warps=4, enable_fp_fusion=True
@@ -167,7 +167,7 @@ def empty_split(like: Tensor, batch: tuple[int, ...], rows: int, columns: int, *
     Where they are square, rows are rounded up too.
     """
     halved = like.dtype == torch.float32 and not torch.version.hip
-    width = 16 * triton.cdiv(columns, 16)
+    width = 16 * cdiv(columns, 16)
     shape = (*batch, 1 + halved, width if square else rows, width)
     return like.new_empty(shape, dtype=torch.float16 if halved else like.dtype)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, empty_split, in_parts, parts_of
 from msbreg.kernels.newton_schulz import affine_product, first_factors, normalisation, spectral_sum, store_matrix
+from msbreg.kernels.tiles import cdiv, next_power_of_2
 
 __all__ = ["first_factors_kernel", "inverse_root", "root_kernel", "step_kernel"]
 
@@ -274,7 +275,7 @@ def sequence(
     iterates = [empty_split(gram, (2, views), side, side, square=True) for _ in range(2)]
     width, count = t.shape[-1], squares.shape[1]
     config = tile(gram)
-    tiles = triton.cdiv(width, config["BLOCK_P"])
+    tiles = cdiv(width, config["BLOCK_P"])
     sums = None if weights is None else torch.empty(views, tiles**2, device=gram.device, dtype=torch.float64)
 
     def multiply(
@@ -288,7 +289,7 @@ def sequence(
 
     # A is where T will be, and the first T is Z.
     y, z = iterates[0].unbind()
-    first_factors_kernel[triton.cdiv(width, 32), triton.cdiv(width, 32), views](
+    first_factors_kernel[cdiv(width, 32), cdiv(width, 32), views](
         gram, squares, t, z, side, width, count, *steps[0], shift, floor, BLOCK=32, num_warps=4, enable_fp_fusion=True
     )
     multiply(y, (z, t))
@@ -317,7 +318,7 @@ def one_launch(
     width = work.shape[-1]
     config = tile(gram)
     programs = processors(gram.device)
-    members = min(2 * triton.cdiv(width, config["BLOCK_P"]) ** 2, max(1, programs // views))  # T Y and Z T at a time
+    members = min(2 * cdiv(width, config["BLOCK_P"]) ** 2, max(1, programs // views))  # T Y and Z T at a time
     sums = None if weights is None else torch.empty(views, members, device=gram.device, dtype=torch.float64)
     if gram.is_cuda:
         config["launch_cooperative_grid"] = True  # all programs at the same time, or an error
@@ -352,7 +353,7 @@ def tile(gram: Tensor) -> dict[str, int | bool]:
         block_size, block_depth = 64, 32
     else:
         block_size, block_depth = 128, depth(128, 128, gram)
-    block_size = min(block_size, max(16, triton.next_power_of_2(gram.shape[1])))
+    block_size = min(block_size, max(16, next_power_of_2(gram.shape[1])))
     return {
         "BLOCK_P": block_size,
         "BLOCK_Q": block_depth,

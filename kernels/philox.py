@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from msbreg.kernels.tiles import cdiv, next_power_of_2
+
 __all__ = [
     "brownian_directions",
     "brownian_directions_kernel",
@@ -210,7 +212,7 @@ def brownian_directions(
     if batch:
         config = tile(dim)
         with torch.cuda.device_of(output):
-            brownian_directions_kernel[(triton.cdiv((views or 1) * batch, config["BLOCK_ROWS"]),)](
+            brownian_directions_kernel[(cdiv((views or 1) * batch, config["BLOCK_ROWS"]),)](
                 output, seed, step, views or 1, batch, dim, first_image, int(views is not None), **config
             )
     return output if views else output[0]
@@ -218,7 +220,7 @@ def brownian_directions(
 
 def tile(dim: int) -> dict[str, int | bool]:
     """Whole rows, as many as make 1024 numbers; 4 or 8 numbers for each of a program's threads, up to 8192."""
-    block = max(4, triton.next_power_of_2(dim))
+    block = max(4, next_power_of_2(dim))
     rows = max(1, 1024 // block)
     return {
         "BLOCK_ROWS": rows,

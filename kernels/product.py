@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, parts_of, split_product, sum_dtype
-from msbreg.kernels.tiles import accumulator, load_tile, offsets, precision
+from msbreg.kernels.tiles import accumulator, cdiv, load_tile, next_power_of_2, offsets, precision
 
 __all__ = ["product", "product_kernel", "unit_product", "unit_product_kernel"]
 
@@ -114,7 +114,7 @@ def product(z: Tensor, weight: Tensor) -> Tensor:
     side = weight.shape[-1]
     output = torch.empty(z.shape, device=z.device, dtype=accumulator(z.dtype))
     config = tile(batch, dim, output.element_size())
-    grid = (triton.cdiv(batch, config["BLOCK_I"]), triton.cdiv(dim, config["BLOCK_D"]), views)
+    grid = (cdiv(batch, config["BLOCK_I"]), cdiv(dim, config["BLOCK_D"]), views)
     with torch.cuda.device_of(z):
         product_kernel[grid](
             z,
@@ -143,7 +143,7 @@ def unit_product(z_hat: Tensor, weight: Tensor, dim: int, *, left: bool) -> Tens
     views, _, batch, width = z_hat.shape
     output = torch.empty(views, batch, dim, device=z_hat.device, dtype=sum_dtype(z_hat))
     config = unit_tile(batch, dim, output)
-    grid = (triton.cdiv(batch, config["BLOCK_I"]), triton.cdiv(dim, config["BLOCK_D"]), views)
+    grid = (cdiv(batch, config["BLOCK_I"]), cdiv(dim, config["BLOCK_D"]), views)
     with torch.cuda.device_of(z_hat):
         unit_product_kernel[grid](
             z_hat,
@@ -168,8 +168,8 @@ def tile(rows: int, columns: int, itemsize: int) -> dict[str, int | bool]:
     block = 32 if itemsize == 8 else 128 if large else 64
     narrow = itemsize == 8 or rows % 16 or columns % 16  # numbers with an address each take more registers
     return {
-        "BLOCK_I": min(block, max(16, triton.next_power_of_2(rows))),
-        "BLOCK_D": min(block, max(16, triton.next_power_of_2(columns))),
+        "BLOCK_I": min(block, max(16, next_power_of_2(rows))),
+        "BLOCK_D": min(block, max(16, next_power_of_2(columns))),
         "BLOCK_Q": 16 if narrow else 32,
         "num_warps": 8 if large else 4,
         "enable_fp_fusion": True,
@@ -181,8 +181,8 @@ def unit_tile(rows: int, columns: int, like: Tensor) -> dict[str, int | bool]:
     large = rows >= 1024 and columns >= 1024 and like.dtype == torch.float32
     block = 32 if like.dtype == torch.float64 else 128 if large else 64
     return {
-        "BLOCK_I": min(block, max(16, triton.next_power_of_2(rows))),
-        "BLOCK_D": min(block, max(16, triton.next_power_of_2(columns))),
+        "BLOCK_I": min(block, max(16, next_power_of_2(rows))),
+        "BLOCK_D": min(block, max(16, next_power_of_2(columns))),
         "BLOCK_Q": depth(block, block, like)
         if ample_shared_memory(like.device)
         else 16,  # 64 x 32 numbers spill on sm_80

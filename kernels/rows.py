@@ -16,7 +16,7 @@ from torch import Tensor
 
 from msbreg.kernels.halves import empty_split, parts_of, store_split
 from msbreg.kernels.philox import brownian_rows
-from msbreg.kernels.tiles import accumulator, load_tile, offsets, unit
+from msbreg.kernels.tiles import accumulator, load_tile, next_power_of_2, offsets, unit
 
 __all__ = ["RowLosses", "centroid_of_others", "row_losses", "rows_forward_kernel", "tile"]
 
@@ -223,8 +223,8 @@ def tile(views: int, dim: int, itemsize: int) -> dict[str, int | bool]:
         dim: D.
         itemsize: bytes of a number in the accumulator's dtype.
     """
-    block_d = max(16, triton.next_power_of_2(dim))
-    block_k = min(triton.next_power_of_2(views), max(1, 512 // block_d))
+    block_d = max(16, next_power_of_2(dim))
+    block_k = min(next_power_of_2(views), max(1, 512 // block_d))
     return {
         "BLOCK_K": block_k,
         "BLOCK_D": block_d,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.tiles import affine, load_tile
+from msbreg.kernels.tiles import affine, cdiv, load_tile
 
 __all__ = ["spectral_sums", "spectral_sums_kernel", "totals", "totals_kernel"]
 
@@ -48,7 +48,7 @@ def spectral_sums(gram: Tensor, *, identity: float, scale: float) -> Tensor:
         scale: s.
     """
     views, side, _ = gram.shape
-    blocks = triton.cdiv(side, 16)
+    blocks = cdiv(side, 16)
     sums = torch.empty(views, blocks, device=gram.device, dtype=torch.float64)
     with torch.cuda.device_of(gram):
         spectral_sums_kernel[(blocks, views)](

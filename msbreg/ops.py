@@ -30,6 +30,8 @@ from msbreg.kernels.totals import spectral_sums, totals
 
 __all__ = ["gram", "losses", "multiply", "newton_schulz"]
 
+_plan = functools.lru_cache(maxsize=64)(linalg.newton_schulz_plan)
+
 MAX_MATRICES = 2**15 - 1
 """As many as the third axis of a grid can number, twice over: a step of the inverse root makes two of each."""
 
@@ -106,7 +108,7 @@ class Dispersion(NamedTuple):
             return -rates.double(), split(weight.contiguous(), self.scale)
         # Σ (sqrt(cλ + δ²) - 1)² = c trace(G) + pδ² - 2 sqrt(c) trace((G + shift I)^(1/2)) + p
         shift = self.smoothing**2 / self.c
-        floor, steps = linalg.newton_schulz_plan(shift / self.rows, g.dtype)
+        floor, steps = _plan(shift / self.rows, g.dtype)
         root, sums = inverse_root(g, squares, shift, floor, steps, weights=(self.c, -2 * self.c**0.5))
         return cast("Tensor", sums), root
 
