@@ -4,8 +4,8 @@
 
 A tile here is the block sizes, warps and stages that the launchers' `tile` functions return; the others differ from it
 in one or two of these. Times are of replayed CUDA graphs, all tiles in turn; large inputs come from memory, small ones
-from the cache, as in training. A tile whose results differ from the chosen one's by more than rounding is refused; one
-that does not fit into the GPU is left out, with the reason. Needs a GPU.
+from the cache, as in training. A tile whose results differ from the chosen one's by more than rounding, or
+that does not fit into the GPU, is refused with the reason. Needs a GPU.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from triton.runtime.errors import OutOfResources
 
 from msbreg.functional import SMOOTHING
 from msbreg.kernels import gradient, gram, inverse_root, product, rows
-from msbreg.kernels.halves import split
+from msbreg.kernels.halves import SCALE, split
 from msbreg.linalg import newton_schulz_plan
 
 __all__ = ["Case", "cases", "chosen", "measure", "table"]
@@ -48,8 +48,8 @@ PRODUCTS = (
     *DEPTHS, {"BLOCK_I": 64, "BLOCK_D": 64, "num_warps": 4}, {"BLOCK_I": 128, "BLOCK_D": 64, "num_warps": 4},
     {"BLOCK_I": 128, "BLOCK_D": 128, "num_warps": 8},
 )  # fmt: skip
-TOLERANCE = 1e-5
-"""Of the largest number of a result: other tiles add in another order."""
+TOLERANCE = 1e-4
+"""Of the largest number of a result in float32: other tiles add, and have tensor cores cut off, in another order."""
 CALLS = 4
 """Of a graph."""
 
@@ -114,12 +114,11 @@ def measure(case: Case, device: torch.device, *, seconds: float, rounds: int) ->
         call = functools.partial(with_tile, case, tile)
         row = {"kernel": case.kernel, "tile": tile, "chosen": tile == usual}
         try:
-            error = max(difference(*pair) for pair in zip(call(), expected, strict=True))
+            wrong = [said for pair in zip(call(), expected, strict=True) if (said := difference(*pair))]
         except OutOfResources as reason:
-            misfits.append(row | {"misfit": str(reason)})
-            continue
-        if not error <= TOLERANCE:
-            misfits.append(row | {"misfit": f"its results differ by {error:.0e}"})
+            wrong = [str(reason)]
+        if wrong:
+            misfits.append(row | {"misfit": wrong[0]})
             continue
         measured.append(row | {"microseconds": []})
         clocks.append(device_round(lambda call=call: [call] * CALLS, device, waits=False)[0])
@@ -146,23 +145,35 @@ def with_tile(case: Case, tile: Mapping[str, int]) -> Sequence[Tensor]:
         return case.call()
 
 
-def difference(got: Tensor, expected: Tensor) -> float:
-    """The largest, over the largest number expected."""
-    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
+def difference(got: Tensor, expected: Tensor) -> str | None:
+    """What is wrong with a result that should be another one but for rounding."""
+    tolerance = TOLERANCE
+    if (
+        got.dtype == torch.float16 and got.dim() == 4
+    ):  # split: where a high half is rounded otherwise, the low one is too
+        got, expected = (
+            high + low / SCALE.value for high, low in (pair.double().unbind(1) for pair in (got, expected))
+        )
+    elif got.dtype in (torch.float16, torch.bfloat16):
+        tolerance = 2 * torch.finfo(got.dtype).eps
+    error = float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
+    return None if error <= tolerance else f"its results differ by {error:.0e}"  # NaN too
 
 
 def table(shape: str, rows_: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: of each kernel the chosen tile, and those that are not slower by a tenth."""
+    """Markdown: of each kernel the chosen tile, those that are not slower by a tenth, and those that were refused."""
     lines = []
     for row in rows_:
-        if row["chosen"]:
-            usual = min(row["microseconds"])
-        if "misfit" in row or min(row["microseconds"]) > 1.1 * usual:
-            continue
         tile = " ".join(f"{name}={value}" for name, value in row["tile"].items() if name != "enable_fp_fusion")
         name = f"**{row['kernel']}**" if row["chosen"] else row["kernel"]
-        times = spread(row["microseconds"])
-        lines.append([shape, name, tile, cell(times, 1), f"{min(row['microseconds']) / usual:.2f}"])
+        if "misfit" in row:
+            lines.append([shape, name, tile, "", row["misfit"]])
+            continue
+        if row["chosen"]:
+            usual = min(row["microseconds"])
+        share = min(row["microseconds"]) / usual
+        if share <= 1.1:
+            lines.append([shape, name, tile, cell(spread(row["microseconds"]), 1), f"{share:.2f}"])
     return markdown(["shape", "kernel", "tile", "µs", "of the chosen"], lines, text=3)
 
 

@@ -51,6 +51,32 @@ def test_a_tile_with_other_results_is_refused(monkeypatch):
     assert "misfit" not in found[0] and "its results differ by" in found[1]["misfit"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rounding_is_no_difference_and_nan_is_one(dtype):
+    exact = torch.randn(2, 24, 16, dtype=torch.float64)
+    moved = exact * (1 + 1e-7 * torch.randn(2, 24, 16, dtype=torch.float64))
+    for got, expected, other in (
+        (moved.to(dtype), exact.to(dtype), (1.05 * exact).to(dtype)),
+        (split(moved), split(exact), split(1.001 * exact)),
+    ):
+        assert tiles.difference(got, expected) is None
+        assert tiles.difference(other, expected) and tiles.difference(got * torch.nan, expected)
+
+
+def split(matrix):
+    """As `kernels.halves` does."""
+    high = matrix.float().half()
+    return torch.stack([high, ((matrix.float() - high.float()) * 2048).half()], dim=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
+def test_no_number_of_warps_is_refused():
+    for case in tiles.cases(4, 64, 256, torch.bfloat16, torch.device("cuda")):
+        found = tiles.measure(case, torch.device("cuda"), seconds=0, rounds=1)
+        assert not [row["misfit"] for row in found if "differ" in row.get("misfit", "")], case.kernel
+
+
 @pytest.mark.skipif(torch.cuda.is_available() or kernels.INTERPRETED, reason="for machines without a GPU")
 def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, BENCH / "tiles.py"], capture_output=True, text=True, timeout=120)

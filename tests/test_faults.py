@@ -97,12 +97,13 @@ def run_rank(rank: int, port: int, arguments: list[str], log: Path, file_size_li
     writer.stdin.close()
     importlib.import_module("torch._dynamo")  # torch 2.9 writes files as it loads this
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_size_limit, file_size_limit))
-    status = main(arguments)
-    sys.stdout.flush()
-    os.close(1)
-    os.close(2)
-    writer.wait()
-    sys.exit(status)
+    try:
+        sys.exit(main(arguments))
+    finally:
+        sys.stdout.flush()
+        os.close(1)
+        os.close(2)
+        writer.wait(BOUND)
 
 
 def wait_for_step(folder: Path, step: int, alive: Callable[[], bool], text: Callable[[], str]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,6 +110,18 @@ def test_all_of_the_output_is_written_and_nothing_else(batch, dim):
     assert not written[batch:].any()
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1 runs Triton kernels without a GPU")
+@pytest.mark.interpreter
+@pytest.mark.parametrize("seed", [0, -1, 0x1234_5678_9ABC_DEF0])
+def test_tritons_debug_mode_finds_no_overflow(seed, monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder
+
+    options = {"seed": on_device(seed), "step": on_device(2**32 + 1), "first_image": 2**33}
+    expected = kernels.brownian_directions(3, 130, **options)
+    monkeypatch.setattr(interpreter_builder, "options", replace(interpreter_builder.options, debug=True))
+    assert torch.equal(kernels.brownian_directions(3, 130, **options), expected)
+
+
 @triton.jit
 def store_normals(words, output, BLOCK: tl.constexpr):
     """Writes the radius, cosine and sine of BLOCK words a program to output [3, programs * BLOCK]."""
@@ -134,7 +147,7 @@ def test_radius_cosine_and_sine_are_as_exact_as_their_docstrings_say():
     u = ((words >> 9).double() + 0.5) / 2**23
     radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * u
     got = output.cpu().double()
-    assert ((got[0] - radius) / radius).abs().max() < 1.5e-7
+    assert ((got[0] - radius) / radius).abs().max() < 2e-7
     assert torch.maximum((got[1] - angle.cos()).abs(), (got[2] - angle.sin()).abs()).max() < 1.2e-7
 
 

@@ -171,11 +171,10 @@ def newton_schulz_variant(gram, shift, *, cap, y_on_the_left=True, mirrored=Fals
     dim = gram.shape[-1]
     smallest = float(shift / gram.trace())
     x, scales = math.sqrt(smallest / (1 + smallest)), []
-    while 1 - x > 2**-11.5:
+    while 1 - x > 2**-23:
         scales.append(min(cap, math.sqrt(3 / (1 + x + x**2))))
         c = scales[-1]
         x = min(1.5 * c * x - 0.5 * c**3 * x**3, 1.5 * c - 0.5 * c**3)
-    scales.append(1.0)
     size, eye = gram.norm() + shift, torch.eye(dim)
     y, z = (gram + shift * eye) / size, eye
     keep = (lambda m: m.tril() + m.tril(-1).T) if mirrored else (lambda m: m)
@@ -201,7 +200,8 @@ def test_what_newton_schulz_owes_to_its_order_its_cap_and_its_scales():
     not_scaled, more_steps = newton_schulz_variant(gram, shift, cap=1.0)
     assert error(linalg.newton_schulz(gram, shift, trace=n)) == pytest.approx(error(ours), rel=0.1)
     assert error(ours) < 1.2e-2 and error(not_scaled) < 1.2e-2  # what a float32 Gram matrix holds
-    assert (steps, more_steps) == (11, 20)
+    assert (steps, more_steps) == (10, 20)
+    assert [len(linalg.newton_schulz_plan(0.03**2 / d, F32)[1]) for d in (256, 512, 2048)] == [steps, 11, 11]
     assert error(newton_schulz_variant(gram, shift, cap=math.sqrt(3))[0]) > 3 * error(ours)
     assert error(newton_schulz_variant(gram, shift, cap=cap, y_on_the_left=False)[0]) > 3 * error(ours)
     assert not error(newton_schulz_variant(gram, shift, cap=cap, mirrored=True)[0]) < 1  # or NaN
