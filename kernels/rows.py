@@ -99,6 +99,9 @@ def rows_forward_kernel(
     push = tl.zeros([BLOCK_D], ACC)  # without PER_VIEW the sum of ẑ, which meets n̂ at the end
     for first in tl.range(0, views, BLOCK_K, num_stages=STAGES):
         k = first + tl.arange(0, BLOCK_K)
+        if seed_pointer is not None and PER_VIEW:  # first, while most registers are free
+            image = first_image + i + tl.zeros([BLOCK_K], tl.int64)
+            n_hat = brownian_rows(seed, step, image, 1 + k, dim, BLOCK_D).to(ACC)
         if LEAVE_ONE_OUT:
             t = load_tile(t_image, k, views, t_stride_k, d, dim, t_stride_d, ACC)
             c_hat = centroid_of_others(total, t)
@@ -119,11 +122,7 @@ def rows_forward_kernel(
             if attraction_pointer is not None:
                 tl.store(attraction_pointer + k.to(tl.int64) * batch + i, tl.sum(squares, axis=1), mask=k < views)
         if seed_pointer is not None:
-            if PER_VIEW:
-                image = first_image + i + tl.zeros([BLOCK_K], tl.int64)
-                push += tl.sum(z_hat * brownian_rows(seed, step, image, 1 + k, dim, BLOCK_D).to(ACC), axis=0)
-            else:
-                push += tl.sum(z_hat, axis=0)
+            push += tl.sum(z_hat * n_hat if PER_VIEW else z_hat, axis=0)
     if seed_pointer is not None and not PER_VIEW:
         seed, step = tl.load(seed_pointer), tl.load(step_pointer)
         image = first_image + i + tl.zeros([1], tl.int64)
