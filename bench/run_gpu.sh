@@ -8,8 +8,9 @@
 #   bench/run_gpu.sh tiles         the kernels of the losses with the tiles that are chosen and with others
 #   bench/run_gpu.sh alternatives  other ways to do what msbreg does: the inverse root in one launch, pixels by a kernel
 # Results are in bench/results/GPU/DATE/, or in GPU/DATE/ of the folder RESULTS, and a short table comes last. The first
-# part and the tiles need torch with CUDA, Triton and the extras [test] and [bench]; the others [train] too, and `peers` lightly where
-# it is to be among them. K = 32 and the peers at 224 are for GPUs with 140 GB. LIMIT=300 ends a part after 300 seconds.
+# part and the tiles need torch with CUDA, Triton and the extras [test] and [bench]; the others [train] too, and `peers`
+# lightly where it is to be among them. K = 32 and the peers at 224 are for GPUs with 140 GB. LIMIT=300 ends a part after
+# 300 seconds.
 # Limits are seconds. Comments are the seconds that a machine with one H200 and 16 cores is expected to take, by count: the
 # first part has run there, in 240 seconds with --bench-minutes 1.9, and the first dry run. What runs over is interrupted
 # as by Ctrl-C, since pytest writes what it has by then, and nothing when it is terminated; what would begin when the

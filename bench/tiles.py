@@ -4,8 +4,8 @@
 
 A tile here is the block sizes, warps and stages that the launchers' `tile` functions return; the others differ from it
 in one or two of these. Times are of replayed CUDA graphs, all tiles in turn; large inputs come from memory, small ones
-from the cache, as in training. A tile whose results differ from the chosen one's by more than rounding, or
-that does not fit into the GPU, is refused with the reason. Needs a GPU.
+from the cache, as in training. A tile whose results differ from the chosen one's by more than rounding, or that does
+not fit into the GPU, is refused with the reason. Needs a GPU.
 """
 
 import argparse
@@ -148,22 +148,19 @@ def with_tile(case: Case, tile: Mapping[str, int]) -> Sequence[Tensor]:
 def difference(got: Tensor, expected: Tensor) -> str | None:
     """What is wrong with a result that should be another one but for rounding."""
     tolerance = TOLERANCE
-    if (
-        got.dtype == torch.float16 and got.dim() == 4
-    ):  # split: where a high half is rounded otherwise, the low one is too
-        got, expected = (
-            high + low / SCALE.value for high, low in (pair.double().unbind(1) for pair in (got, expected))
-        )
+    if got.dtype == torch.float16 and got.dim() == 4:
+        # Split: where a high half is rounded otherwise, so is the low one.
+        got, expected = (pair[:, 0].double() + pair[:, 1].double() / SCALE.value for pair in (got, expected))
     elif got.dtype in (torch.float16, torch.bfloat16):
         tolerance = 2 * torch.finfo(got.dtype).eps
     error = float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
     return None if error <= tolerance else f"its results differ by {error:.0e}"  # NaN too
 
 
-def table(shape: str, rows_: Sequence[Mapping[str, Any]]) -> str:
+def table(shape: str, found: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: of each kernel the chosen tile, those that are not slower by a tenth, and those that were refused."""
     lines = []
-    for row in rows_:
+    for row in found:
         tile = " ".join(f"{name}={value}" for name, value in row["tile"].items() if name != "enable_fp_fusion")
         name = f"**{row['kernel']}**" if row["chosen"] else row["kernel"]
         if "misfit" in row:

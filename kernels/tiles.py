@@ -1,4 +1,4 @@
-"""What the kernels share: tiles of matrices in memory, and rows of unit length."""
+"""What the kernels share: tiles of matrices in memory, rows of unit length, and how many blocks there are."""
 
 import torch
 import triton

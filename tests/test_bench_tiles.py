@@ -54,10 +54,12 @@ def test_a_tile_with_other_results_is_refused(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rounding_is_no_difference_and_nan_is_one(dtype):
     exact = torch.randn(2, 24, 16, dtype=torch.float64)
-    moved = exact * (1 + 1e-7 * torch.randn(2, 24, 16, dtype=torch.float64))
+    moved = exact * (1 + torch.finfo(dtype).eps / 2 * torch.rand(2, 24, 16, dtype=torch.float64))
+    assert not torch.equal(moved.to(dtype), exact.to(dtype))
+    tie = torch.full((2, 24, 16), 1 + 2**-11, dtype=torch.float64)  # between two halves
     for got, expected, other in (
         (moved.to(dtype), exact.to(dtype), (1.05 * exact).to(dtype)),
-        (split(moved), split(exact), split(1.001 * exact)),
+        (split(tie + 2**-22), split(tie - 2**-22), split(1.001 * tie)),
     ):
         assert tiles.difference(got, expected) is None
         assert tiles.difference(other, expected) and tiles.difference(got * torch.nan, expected)
