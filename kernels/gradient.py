@@ -25,7 +25,7 @@ def row_gradient(g, z_hat, norm, c_hat, n_hat, attraction, push):
     if n_hat is not None:
         g += push * n_hat  # first, since this much is the same for all rows that share n̂
     if c_hat is not None:
-        g += attraction[:, None] * (z_hat - c_hat)
+        g -= attraction[:, None] * c_hat  # and + ẑ, which is radial
     radial = tl.sum(z_hat * g, axis=1)
     return (g - z_hat * radial[:, None]) * inverse_length(norm)[:, None]
 
@@ -94,7 +94,7 @@ def image_gradient_kernel(
             attraction += 2 * tl.load(d_attraction_pointer + row, mask=k < views, other=0.0)
         if LEAVE_ONE_OUT:
             t = load_tile(t_pointer + i * t_stride_i, k, views, t_stride_k, d, dim, t_stride_d, ACC)
-            c_hat = centroid_of_others(total, t)
+            c_hat, _ = centroid_of_others(total, t)
         elif centroid_pointer is not None:
             c_hat = total[None, :]
         else:

@@ -23,13 +23,13 @@ __all__ = ["RowLosses", "centroid_of_others", "row_losses", "rows_forward_kernel
 
 @triton.jit
 def centroid_of_others(total, t):
-    """ĉ of the target views other than each, [K, D].
+    """ĉ of the target views other than each, [K, D], and |ĉ|², [K].
 
     total: [D], the sum of all views' t̂. t: [K, D], rows of the target.
     """
-    t_hat, _ = unit(t)
-    c_hat, _ = unit(total[None, :] - t_hat)  # the sum's direction is the mean's
-    return c_hat
+    t_hat, _, _ = unit(t)
+    c_hat, _, c_length = unit(total[None, :] - t_hat)  # the sum's direction is the mean's
+    return c_hat, c_length
 
 
 @triton.jit(do_not_specialize=["views", "target_views", "batch", "first_image"])
@@ -86,17 +86,20 @@ def rows_forward_kernel(
         total = tl.zeros([BLOCK_D], ACC)
         for first in tl.range(0, target_views, BLOCK_K, num_stages=STAGES):
             k = first + tl.arange(0, BLOCK_K)
-            t_hat, _ = unit(load_tile(t_image, k, target_views, t_stride_k, d, dim, t_stride_d, ACC))
+            t_hat, _, _ = unit(load_tile(t_image, k, target_views, t_stride_k, d, dim, t_stride_d, ACC))
             total += tl.sum(t_hat, axis=0)
         if not LEAVE_ONE_OUT:
-            total, _ = unit(total[None, :])  # the sum's direction is the mean's
-            total = tl.reshape(total, [BLOCK_D])
+            total, _, c_length = unit(total[None, :])  # the sum's direction is the mean's
+            total, c_length = tl.reshape(total, [BLOCK_D]), tl.sum(c_length, axis=0)
         tl.store(centroid_pointer + (i * dim + d), total, mask=d < dim)
     if seed_pointer is not None and PER_VIEW:
         seed, step = tl.load(seed_pointer), tl.load(step_pointer)
 
-    attraction = tl.zeros([BLOCK_D], ACC)  # by dimension, so that only the lengths are sums over rows
-    push = tl.zeros([BLOCK_D], ACC)  # without PER_VIEW the sum of ẑ, which meets n̂ at the end
+    # Sums over the views. |ẑ - ĉ|² is |ẑ|² + |ĉ|² - 2 <ẑ, ĉ>, so that views that share ĉ and n̂ need but the sum of ẑ.
+    total_z = tl.zeros([BLOCK_D], ACC)  # ẑ
+    meeting = tl.zeros([BLOCK_D], ACC)  # ẑ ĉ, by dimension: where only lengths are sums over rows, there is less to do
+    push = tl.zeros([BLOCK_D], ACC)  # ẑ n̂, by dimension
+    lengths = tl.zeros([BLOCK_K], ACC)  # |ẑ|² + |ĉ|²
     for first in tl.range(0, views, BLOCK_K, num_stages=STAGES):
         k = first + tl.arange(0, BLOCK_K)
         if seed_pointer is not None and PER_VIEW:  # first, while most registers are free
@@ -104,35 +107,42 @@ def rows_forward_kernel(
             n_hat = brownian_rows(seed, step, image, 1 + k, dim, BLOCK_D).to(ACC)
         if LEAVE_ONE_OUT:
             t = load_tile(t_image, k, views, t_stride_k, d, dim, t_stride_d, ACC)
-            c_hat = centroid_of_others(total, t)
+            c_hat, c_length = centroid_of_others(total, t)
         elif t_pointer is not None:
             c_hat = total[None, :]
-        z_hat, norm = unit(load_tile(z_image, k, views, z_stride_k, d, dim, z_stride_d, ACC))
+        z_hat, norm, length = unit(load_tile(z_image, k, views, z_stride_k, d, dim, z_stride_d, ACC))
+        if seed_pointer is not None and PER_VIEW:
+            push += tl.sum(z_hat * n_hat, axis=0)
+        if LEAVE_ONE_OUT:
+            meeting += tl.sum(z_hat * c_hat, axis=0)
+            length += tl.where(k < views, c_length, 0.0)
+        total_z += tl.sum(z_hat, axis=0)
+        lengths += length
         tl.store(norm_pointer + k.to(tl.int64) * batch + i, norm, mask=k < views)
         if z_hat_pointer is not None:
             low = tl.full([], batch, tl.int64) * width
             place = z_hat_pointer + i * width + offsets(k, parts_of(z_hat_pointer) * low, d, 1)
             store_split(place, low, z_hat, (k < views)[:, None] & (d < width)[None, :])
-        if t_pointer is not None:
-            difference = z_hat - c_hat
-            if BLOCK_K > 1:
-                difference = tl.where((k < views)[:, None], difference, 0.0)
-            squares = difference * difference
-            attraction += tl.sum(squares, axis=0)
-            if attraction_pointer is not None:
-                tl.store(attraction_pointer + k.to(tl.int64) * batch + i, tl.sum(squares, axis=1), mask=k < views)
-        if seed_pointer is not None:
-            push += tl.sum(z_hat * n_hat if PER_VIEW else z_hat, axis=0)
+        if attraction_pointer is not None:
+            squares = (z_hat - c_hat) * (z_hat - c_hat)
+            tl.store(attraction_pointer + k.to(tl.int64) * batch + i, tl.sum(squares, axis=1), mask=k < views)
+    attraction = tl.zeros([], ACC)
+    if t_pointer is not None:
+        if not LEAVE_ONE_OUT:
+            meeting = total_z * total
+            attraction += views * c_length
+        attraction += tl.sum(lengths, axis=0) - 2.0 * tl.sum(meeting, axis=0)
+    if image_pointer is not None:  # now, while there is no noise in registers
+        tl.store(image_pointer + i, tl.maximum(attraction, 0.0, propagate_nan=tl.PropagateNan.ALL))
     if seed_pointer is not None and not PER_VIEW:
         seed, step = tl.load(seed_pointer), tl.load(step_pointer)
         image = first_image + i + tl.zeros([1], tl.int64)
         n_hat = brownian_rows(seed, step, image, tl.zeros([1], tl.int32), dim, BLOCK_D).to(ACC)
-        push *= tl.reshape(n_hat, [BLOCK_D])
+        push = total_z * tl.reshape(n_hat, [BLOCK_D])
     if seed_pointer is not None and i == 0:
         tl.store(key_pointer, seed)
         tl.store(key_pointer + 1, step)
     if image_pointer is not None:
-        tl.store(image_pointer + i, tl.sum(attraction, axis=0))
         tl.store(image_pointer + (batch + i), tl.sum(push, axis=0))
 
 

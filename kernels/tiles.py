@@ -40,8 +40,9 @@ def affine(x, rows, columns, side, identity, scale):
 
 @triton.jit
 def unit(x):
-    """Rows x / |x|, [R, D], and |x|, [R], which is at least EPS; NaN where a row is not finite.
+    """Rows x̂ = x / |x|, [R, D]; |x|, [R], which is at least EPS; |x̂|², [R]: 1, or less for shorter rows than EPS.
 
+    All are NaN where a row is not finite.
     Where the squares of a row overflow, all rows are divided by their largest entries before they are squared.
     """
     squares = tl.sum(x * x, axis=1)
@@ -49,14 +50,18 @@ def unit(x):
     short = squares < eps * eps  # false for NaN, which stays
     inverse = tl.where(short, 1.0 / eps, tl.rsqrt(squares))
     norm = tl.where(short, eps, squares * inverse)
+    length = squares * (inverse * inverse)
     if tl.max((squares == float("inf")).to(tl.int32), axis=0) == 1:
         largest = tl.max(tl.abs(x), axis=1)
         largest = tl.where(largest < eps, eps, largest)
         y = x * (1.0 / largest)[:, None]
-        norm = largest * tl.sqrt(tl.sum(y * y, axis=1))
+        squares = tl.sum(y * y, axis=1)
+        norm = largest * tl.sqrt(squares)
         norm = tl.where(norm < eps, eps, norm)
         inverse = 1.0 / norm
-    return x * inverse[:, None], norm  # not in both branches: where it is added to something, that is one instruction
+        length = squares * (largest * inverse) * (largest * inverse)
+    # One product for both branches: where it is added to something, the two are one instruction.
+    return x * inverse[:, None], norm, length
 
 
 @triton.jit

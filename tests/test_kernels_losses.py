@@ -65,7 +65,7 @@ OPTIONS = [
     {"spectrum": "coding_rate", "lambda_s": 0.1, "per": "view"},
     {**SMOOTH, "leave_one_out": True, "lambda_m": 0.3},
     {"lambda_s": 0.0},
-    {"lambda_b": 0.0, "spectrum": "whitening"},
+    {"lambda_b": 0.0, "per": "view", "spectrum": "whitening"},
     {"lambda_m": 0.0, "spectrum": "whitening"},
 ]
 
@@ -304,6 +304,23 @@ def test_zero_rows_have_no_gradient_and_huge_ones_no_overflow(dtype):
     times = 1e30 if dtype == F32 else 1e200
     huge, (_,) = losses_and_gradients([times * z], t * times, SMOOTH)
     assert torch.allclose(huge, values, rtol=1e-5)
+
+
+@pytest.mark.parametrize("apart", [1e-2, 1e-4, 0.0])
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_views_that_agree_lose_no_more_than_the_last_digits_of_one(apart, leave_one_out):
+    """The sum |ẑ|² + |ĉ|² - 2 <ẑ, ĉ> cancels where ẑ is close to ĉ, to what float32 has of 1; never below zero."""
+    image = gaussian(1, 9, 33)
+    z, t = ((image + apart * gaussian(4, 9, 33, seed=seed)).to(F32) for seed in (1, 2))
+    options = {"lambda_s": 0.0, "lambda_b": 0.0, "leave_one_out": leave_one_out}
+    values, (got,) = losses_and_gradients([z], t, options)
+    expected, (wanted,) = oracle_and_gradients([z], t, options)
+    assert values[1] >= 0 and abs(values[1].item() - expected[1].item()) < 4e-7
+    # A row's gradient is 2 / (K B |z|) times the tangential part of ẑ - ĉ, of unit rows that each are rounded.
+    assert (got.cpu() - wanted).norm(dim=-1).max() < 2 / 36 / z.norm(dim=-1).min().item() * 4e-7
+    each = centroid_loss(z, t, leave_one_out=leave_one_out, reduction="none")
+    exact = centroid_loss(z.cpu().to(F64), t.cpu().to(F64), leave_one_out=leave_one_out, reduction="none")
+    assert torch.allclose(each.cpu().to(F64), exact, rtol=1e-3, atol=1e-11)
 
 
 def test_noise_does_not_depend_on_how_images_are_split():
@@ -553,7 +570,7 @@ def test_too_wide_rows_go_the_plain_way(monkeypatch):
 def careless_unit(x):
     """Twin of `unit` without its guard against short rows."""
     norm = tl.sqrt(tl.sum(x * x, axis=1))
-    return x / norm[:, None], norm
+    return x / norm[:, None], norm, norm / norm
 
 
 @triton.jit
@@ -568,14 +585,14 @@ def careless_gradient(g, z_hat, norm, c_hat, n_hat, attraction, push):
     """Twin of `row_gradient` that leaves the radial part."""
     if n_hat is not None:
         g += push * n_hat
-    return (g + attraction[:, None] * (z_hat - c_hat)) / norm[:, None]
+    return (g - attraction[:, None] * c_hat) / norm[:, None]
 
 
 @triton.jit
 def careless_centroid(total, t):
     """Twin of `centroid_of_others` that leaves the view itself in."""
-    c_hat, _ = tiles.unit(tl.zeros_like(t) + total[None, :])
-    return c_hat
+    c_hat, _, length = tiles.unit(tl.zeros_like(t) + total[None, :])
+    return c_hat, length
 
 
 @triton.jit
