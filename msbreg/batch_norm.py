@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from msbreg.derivatives import once_differentiable
+from msbreg.derivatives import Saved, once_differentiable
 from msbreg.distributed import Shared, all_reduce_sum
 from msbreg.errors import MSBRegError
 
@@ -136,8 +136,8 @@ class _CrossRankNormalise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, inverse, count = ctx.saved_tensors
+    def backward(ctx: Any, saved: Saved, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, inverse, count = saved
         if ctx.native:
             dy = _dense(dy)
             # Sums of dy and of dy (x - mean).

@@ -26,7 +26,7 @@ from msbreg.arguments import (
     raised_dtype,
     stacked,
 )
-from msbreg.derivatives import once_differentiable
+from msbreg.derivatives import Saved, once_differentiable
 from msbreg.distributed import all_reduce_sum, world_size
 from msbreg.linalg import Solver
 from msbreg.noise import brownian_directions, check_noise, integer_on
@@ -397,21 +397,22 @@ class _RowLosses(torch.autograd.Function):
                 dispersion, weight = _spectral_loss(z_hat, spectral)
             if n_hat is not None:
                 push = reference.brownian_loss(z_hat, n_hat)
-            ctx.save_for_backward(z_hat, norms, c_hat, n_hat, weight)
-            ctx.dtype = z.dtype
+            ctx.save_for_backward(z, z_hat, norms, c_hat, n_hat, weight)
             return attraction, dispersion, push
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_attraction: Tensor, d_dispersion: Tensor, d_push: Tensor) -> tuple[Tensor | None, ...]:
-        z_hat, norms, c_hat, n_hat, weight = ctx.saved_tensors
+    def backward(
+        ctx: Any, saved: Saved, d_attraction: Tensor, d_dispersion: Tensor, d_push: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        z, z_hat, norms, c_hat, n_hat, weight = saved
         with full_precision(z_hat):
             g = torch.zeros_like(z_hat) if weight is None else linalg.multiply(z_hat, weight * d_dispersion)
             if c_hat is not None:
                 g.addcmul_(reference.centroid_gradient(z_hat, c_hat), d_attraction[..., None])
             if n_hat is not None:
                 g += reference.brownian_gradient(z_hat, n_hat).mul_(d_push)
-            return reference.tangent(g, z_hat, norms).to(ctx.dtype), None, None, None
+            return reference.tangent(g, z_hat, norms).to(z.dtype), None, None, None
 
 
 def _spectral_loss(z_hat: Tensor, options: _Spectral) -> tuple[Tensor, Tensor]:
@@ -442,8 +443,9 @@ class _NuclearNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_values: Tensor) -> tuple[Tensor | None, ...]:
-        return _weighted(ctx, d_values), None, None, None
+    def backward(ctx: Any, saved: Saved, d_values: Tensor) -> tuple[Tensor | None, ...]:
+        z, weight = saved
+        return _weighted(z, weight, d_values), None, None, None
 
 
 class _CodingRate(torch.autograd.Function):
@@ -463,13 +465,13 @@ class _CodingRate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_values: Tensor) -> tuple[Tensor | None, ...]:
-        return _weighted(ctx, d_values), None, None
+    def backward(ctx: Any, saved: Saved, d_values: Tensor) -> tuple[Tensor | None, ...]:
+        z, weight = saved
+        return _weighted(z, weight, d_values), None, None
 
 
-def _weighted(ctx: Any, d_values: Tensor) -> Tensor:
-    """dL/dz, (K, N, D), from z and the weights W, (K, p, p), that the forward pass saved."""
-    z, weight = ctx.saved_tensors
+def _weighted(z: Tensor, weight: Tensor, d_values: Tensor) -> Tensor:
+    """dL/dz, (K, N, D), from z and the weights W, (K, p, p), of the forward pass."""
     with full_precision(z):
         gradient = d_values[:, None, None] * products(z).multiply(raised(z), weight)
         return gradient.to(z.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from msbreg import linalg, reference
 from msbreg.arguments import full_precision
-from msbreg.derivatives import once_differentiable
+from msbreg.derivatives import Saved, once_differentiable
 from msbreg.distributed import world_size
 from msbreg.kernels.gradient import row_losses_backward
 from msbreg.kernels.gram import gram as gram_of_rows
@@ -143,10 +143,12 @@ def _forward(
     group: str | None,
 ) -> Outputs:
     noise = None if seed is None or step is None else (seed, step)
-    row_options = {"first_image": first_image, "leave_one_out": leave_one_out, "per_view": per_view, "each": each}
+    losses_of_rows = functools.partial(
+        row_losses, z, t, noise, first_image=first_image, leave_one_out=leave_one_out, per_view=per_view, each=each
+    )
     dispersion = None if spectrum is None else _dispersion(z, spectrum, smoothing, group)
     if dispersion is None or group is None:
-        rows = row_losses(z, t, noise, z_hat=dispersion is not None, **row_options)
+        rows = losses_of_rows(z_hat=dispersion is not None)
         z_hat = rows.z_hat
         g, squares = (None, None) if z_hat is None else unit_gram(z_hat, z.shape[2], smaller=True)
     else:
@@ -154,7 +156,7 @@ def _forward(
         z_hat = cast("Tensor", row_losses(z, z_hat=True).z_hat)
         g, _ = unit_gram(z_hat, z.shape[2], smaller=False)
         sent = dist.all_reduce(g, group=_group(group), async_op=True)
-        rows = row_losses(z, t, noise, **row_options)
+        rows = losses_of_rows()
         sent.wait()
         squares = spectral_sums(g, identity=0.0, scale=1.0)
     sums, weight = None, None
@@ -165,7 +167,7 @@ def _forward(
         rows.images,
         sums,
         views=z.shape[0],
-        weights=tuple(weights),
+        weights=weights,
         spectral_constant=0.0 if dispersion is None else dispersion.constant,
         dtype=rows.norms.dtype,
         device=z.device,
@@ -265,8 +267,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients(backward: Any, ctx: Any, d_total: Tensor | None, d_attraction: Tensor | None) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors  # once: a checkpoint recomputes them for each time that they are asked for
+def _gradients(
+    backward: Any, ctx: Any, saved: Saved, d_total: Tensor | None, d_attraction: Tensor | None
+) -> tuple[Any, ...]:
     norms = saved[2]
     d_total = norms.new_zeros(()) if d_total is None else d_total.contiguous()
     d_attraction = d_attraction.contiguous() if ctx.each and d_attraction is not None else None
@@ -276,7 +279,7 @@ def _gradients(backward: Any, ctx: Any, d_total: Tensor | None, d_attraction: Te
 def _operator_backward(
     ctx: Any, d_total: Tensor | None, d_parts: Tensor | None, d_attraction: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
-    return _gradients(_backward_operator, ctx, d_total, d_attraction)
+    return _gradients(_backward_operator, ctx, ctx.saved_tensors, d_total, d_attraction)
 
 
 _losses_operator.register_autograd(_operator_backward, setup_context=_save)
@@ -292,9 +295,9 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, d_total: Tensor | None, d_parts: Tensor | None, d_attraction: Tensor | None, *_: Any
+        ctx: Any, saved: Saved, d_total: Tensor | None, d_parts: Tensor | None, d_attraction: Tensor | None, *_: Any
     ) -> tuple[Any, ...]:
-        return _gradients(_backward, ctx, d_total, d_attraction)
+        return _gradients(_backward, ctx, saved, d_total, d_attraction)
 
 
 def _check_count(matrices: Tensor) -> None:

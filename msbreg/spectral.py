@@ -17,7 +17,7 @@ from torch import Tensor
 
 from msbreg import reference
 from msbreg.arguments import Views, check_targets, full_precision, raised, stacked
-from msbreg.derivatives import once_differentiable
+from msbreg.derivatives import Saved, once_differentiable
 from msbreg.distributed import world_size
 from msbreg.functional import SOLVER, coding_rate, nuclear_norm, products
 from msbreg.linalg import Solver
@@ -263,8 +263,8 @@ class _Gram(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (m,) = ctx.saved_tensors
+    def backward(ctx: Any, saved: Saved, g: Tensor) -> Tensor:
+        (m,) = saved
         with full_precision(m):
             return products(m).multiply(m, g + g.mT)
 
@@ -279,8 +279,8 @@ class _Correlation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        (z,) = ctx.saved_tensors
+    def backward(ctx: Any, saved: Saved, g: Tensor) -> Tensor:
+        (z,) = saved
         with full_precision(z):
             return torch.stack((z[1] @ g.mT, z[0] @ g))
 
@@ -291,12 +291,11 @@ class _UnitRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
         z_hat, norms = reference.unit_rows(raised(z))
-        ctx.save_for_backward(z_hat, norms)
-        ctx.dtype = z.dtype
+        ctx.save_for_backward(z, z_hat, norms)
         return z_hat
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        z_hat, norms = ctx.saved_tensors
-        return reference.tangent(g.clone(), z_hat, norms).to(ctx.dtype)
+    def backward(ctx: Any, saved: Saved, g: Tensor) -> Tensor:
+        z, z_hat, norms = saved
+        return reference.tangent(g.clone(), z_hat, norms).to(z.dtype)
