@@ -69,7 +69,7 @@ setup(
         ],
         # lightly is timed too where it is installed; it brings a dozen packages, so that it is left to its users.
         "bench": ["matplotlib>=3.7", "pytest>=8", "pytest-benchmark>=5", "torchvision>=0.24"],
-        "dev": [RUFF, MYPY, "numpy>=1.24", "pre-commit>=3.5"],
+        "dev": [RUFF, MYPY, "numpy>=1.24", "pre-commit>=3.5", "setuptools>=77"],
     },
     entry_points={"console_scripts": ["msbreg = msbreg.__main__:run"]},
 )

@@ -7,7 +7,7 @@ is read once.
 The mathematics, with the same symbols, is in `msbreg/reference.py`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -187,7 +187,7 @@ def row_losses(
         z_hat: whether ẑ is wanted, for products with it.
     """
     views, batch, dim = z.shape
-    new = {"device": z.device, "dtype": accumulator(z.dtype)}
+    new: dict[str, Any] = {"device": z.device, "dtype": accumulator(z.dtype)}
     norms = torch.empty(views, batch, **new)
     made = empty_split(norms, (views,), batch, dim) if z_hat else None
     centroid = None if t is None else torch.empty(batch, dim, **new)

@@ -1,5 +1,7 @@
 """From partial sums to the losses: what a Gram matrix adds to the singular value loss, and the weighted sum of all."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -112,7 +114,7 @@ def totals(
     spectral: Tensor | None,
     *,
     views: int,
-    weights: tuple[float, float, float],
+    weights: Sequence[float],
     spectral_constant: float,
     dtype: torch.dtype,
     device: torch.device,
