@@ -1,4 +1,4 @@
-"""The losses as differentiable functions: checked arguments, one backward pass for all terms, reductions.
+"""The losses as differentiable functions: checked arguments, then `msbreg.ops` by kernels or `msbreg.plain` by torch.
 
 The mathematics is in `msbreg.reference`. Half-precision inputs are raised to float32 before anything is subtracted,
 gradients come back in the dtype of their tensor, and nothing waits for the device: the functions trace under
@@ -6,13 +6,13 @@ gradients come back in the dtype of their tensor, and nothing waits for the devi
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msbreg import kernels, linalg, reference
+from msbreg import kernels, linalg, plain, reference
 from msbreg.arguments import (
     Views,
     check_choice,
@@ -21,14 +21,10 @@ from msbreg.arguments import (
     check_smoothing,
     check_spectral,
     check_targets,
-    full_precision,
-    raised,
-    raised_dtype,
     stacked,
 )
-from msbreg.derivatives import Saved, once_differentiable
-from msbreg.distributed import all_reduce_sum, world_size
 from msbreg.linalg import Solver
+from msbreg.matrices import coding_rates, nuclear_norms
 from msbreg.noise import brownian_directions, check_noise, integer_on
 from msbreg.reference import Spectrum
 
@@ -46,7 +42,7 @@ __all__ = [
 Per = Literal["image", "view"]
 Reduction = Literal["mean", "none"]
 
-# Every default of the package: the modules and the functions take theirs from here.
+# The defaults that functions, modules and configurations share.
 LAMBDA_M = 1.0
 LAMBDA_S = 0.004  # the paper's
 LAMBDA_B = 0.5  # the paper's
@@ -265,7 +261,7 @@ def nuclear_norm(
     """
     z = stacked(embeddings, "embeddings", one=True)
     check_smoothing(smoothing)
-    norms = _NuclearNorm.apply(z, smoothing, _solver(solver, z, group), group)
+    norms = nuclear_norms(z, smoothing, _solver(solver, z, group), group)
     return norms[0] if isinstance(embeddings, Tensor) and embeddings.dim() == 2 else norms
 
 
@@ -294,7 +290,7 @@ def coding_rate(
     z = stacked(embeddings, "embeddings", one=True)
     if not precision > 0:
         raise ValueError(f"expected precision above 0, got {precision}")
-    rates = _CodingRate.apply(z, precision, group)
+    rates = coding_rates(z, precision, group)
     return rates[0] if isinstance(embeddings, Tensor) and embeddings.dim() == 2 else rates
 
 
@@ -359,170 +355,14 @@ def _losses(
                 smoothing=smoothing,
                 group=group,
             )
-    c_hat = None if targets is None else _centroids(z, targets, leave_one_out)
-    n_hat = None if noise is None else _directions(z, *noise, per)
-    spectral = None if spectrum is None else _Spectral(spectrum, smoothing, solver, group)
-    attraction, dispersion, push = _RowLosses.apply(z, c_hat, n_hat, spectral)
-    parts = (attraction.mean(), dispersion, push)
-    total = weights[0] * parts[0] + weights[1] * dispersion + weights[2] * push
-    return total, torch.stack(parts).detach(), attraction
-
-
-class _Spectral(NamedTuple):
-    """The singular value loss that is wanted."""
-
-    spectrum: Spectrum
-    smoothing: float
-    solver: Solver
-    group: dist.ProcessGroup | None
-
-
-class _RowLosses(torch.autograd.Function):
-    """The losses of one tensor of embeddings z, (K, N, D), that are wanted: (K, N), scalar, scalar; 0 for the others.
-
-    They share the norms on the way and write one gradient on the way back.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, c_hat: Tensor | None, n_hat: Tensor | None, spectral: _Spectral | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        with full_precision(z):
-            z_hat, norms = reference.unit_rows(raised(z))
-            attraction, dispersion, push = (z_hat.new_zeros(()) for _ in range(3))
-            weight = None
-            if c_hat is not None:
-                attraction = reference.centroid_loss(z_hat, c_hat)
-            if spectral is not None:
-                dispersion, weight = _spectral_loss(z_hat, spectral)
-            if n_hat is not None:
-                push = reference.brownian_loss(z_hat, n_hat)
-            ctx.save_for_backward(z, z_hat, norms, c_hat, n_hat, weight)
-            return attraction, dispersion, push
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, saved: Saved, d_attraction: Tensor, d_dispersion: Tensor, d_push: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        z, z_hat, norms, c_hat, n_hat, weight = saved
-        with full_precision(z_hat):
-            g = torch.zeros_like(z_hat) if weight is None else linalg.multiply(z_hat, weight * d_dispersion)
-            if c_hat is not None:
-                g.addcmul_(reference.centroid_gradient(z_hat, c_hat), d_attraction[..., None])
-            if n_hat is not None:
-                g += reference.brownian_gradient(z_hat, n_hat).mul_(d_push)
-            return reference.tangent(g, z_hat, norms).to(z.dtype), None, None, None
-
-
-def _spectral_loss(z_hat: Tensor, options: _Spectral) -> tuple[Tensor, Tensor]:
-    """L_S and the weight W, (K, p, p), of its gradient ẑ W in this process."""
-    spectrum, smoothing, solver, group = options
-    world, (views, rows, dim) = world_size(group), z_hat.shape
-    gram, inverse_root = _gram(z_hat, smoothing, solver, group, trace=rows * world)
-    values, weight = reference.singular_value_loss(
-        gram, inverse_root, rows=rows * world, dim=dim, spectrum=spectrum, smoothing=smoothing
-    )
-    # Each process has its rows' gradient of the one loss of all rows; DDP's average divides it by the world size.
-    # Copies, since torch.compile of torch 2.11 loses the gradient of an output that is cast to the dtype it has.
-    return values.mean().to(z_hat.dtype, copy=True), (weight * (world / views)).to(z_hat.dtype)
-
-
-class _NuclearNorm(torch.autograd.Function):
-    """Nuclear norms (K,) of the matrices (K, N, D)."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, smoothing: float, solver: Solver, group: dist.ProcessGroup | None) -> Tensor:
-        with full_precision(z):
-            x = raised(z)
-            world, (_, rows, dim) = world_size(group), x.shape
-            gram, inverse_root = _gram(x, smoothing, solver, group)
-            values, weight = reference.nuclear_norm(gram, inverse_root, rows=rows * world, dim=dim, smoothing=smoothing)
-            ctx.save_for_backward(z, (weight * world).to(x.dtype))
-            return values.to(x.dtype, copy=True)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, saved: Saved, d_values: Tensor) -> tuple[Tensor | None, ...]:
-        z, weight = saved
-        return _weighted(z, weight, d_values), None, None, None
-
-
-class _CodingRate(torch.autograd.Function):
-    """Coding rates (K,) of the matrices (K, N, D)."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, precision: float, group: dist.ProcessGroup | None) -> Tensor:
-        with full_precision(z):
-            x = raised(z)
-            world, (_, rows, dim) = world_size(group), x.shape
-            gram = all_reduce_sum(products(x).gram(x, smaller=group is None), group)
-            values, weight = reference.coding_rate(
-                gram, rows=rows * world, dim=dim, precision=precision, gram_of=products(x).gram
-            )
-            ctx.save_for_backward(z, weight * world)
-            return values
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, saved: Saved, d_values: Tensor) -> tuple[Tensor | None, ...]:
-        z, weight = saved
-        return _weighted(z, weight, d_values), None, None
-
-
-def _weighted(z: Tensor, weight: Tensor, d_values: Tensor) -> Tensor:
-    """dL/dz, (K, N, D), from z and the weights W, (K, p, p), of the forward pass."""
-    with full_precision(z):
-        gradient = d_values[:, None, None] * products(z).multiply(raised(z), weight)
-        return gradient.to(z.dtype)
-
-
-def products(x: Tensor) -> Any:
-    """Whose `gram`, `multiply` and `newton_schulz` to take, on matrices (K, N, D) and without autograd."""
-    if x.device.type != kernels.DEVICE_TYPE:
-        return linalg
-    from msbreg import ops  # needs triton
-
-    return ops
-
-
-def _gram(
-    m: Tensor, smoothing: float, solver: Solver, group: dist.ProcessGroup | None, *, trace: float | None = None
-) -> tuple[Tensor, reference.InverseRoot]:
-    """The Gram matrix of all processes' rows and a function to its inverse root, by the solver that is wanted.
-
-    Eigenvalues near zero want float64 where no smoothing covers for what is wrong with them in float32. `trace` is that
-    of the Gram matrix, where it is known.
-    """
-    x = m.double() if solver != "newton_schulz" and smoothing == 0 else m
-    gram = all_reduce_sum(products(x).gram(x, smaller=group is None), group)
-    tolerance = linalg.rank_tolerance(m, solver) if smoothing == 0 else 0.0
-
-    def inverse_root(gram: Tensor, shift: float) -> Tensor:
-        if solver == "newton_schulz":
-            return products(x).newton_schulz(gram, shift, trace)
-        return linalg.inverse_root(gram, shift, solver, x, tolerance)
-
-    return gram, inverse_root
-
-
-@torch.no_grad()
-def _centroids(z: Tensor, t: Tensor, leave_one_out: bool) -> Tensor:
-    with full_precision(z):
-        return reference.centroids(raised(t), leave_one_out=leave_one_out).to(raised_dtype(z))
-
-
-def _directions(z: Tensor, seed: int | Tensor, step: int | Tensor, first_image: int, per: Per) -> Tensor:
-    views, batch, dim = z.shape
-    return brownian_directions(
-        batch,
-        dim,
-        seed=seed,
-        step=step,
-        first_image=first_image,
-        views=views if per == "view" else None,
-        device=z.device,
-        dtype=raised_dtype(z),
+    return plain.losses(
+        z,
+        targets,
+        noise,
+        leave_one_out=leave_one_out,
+        per_view=per == "view",
+        weights=weights,
+        spectral=None if spectrum is None else plain.Spectral(spectrum, smoothing, solver, group),
     )
 
 

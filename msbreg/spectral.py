@@ -19,9 +19,10 @@ from msbreg import reference
 from msbreg.arguments import Views, check_targets, full_precision, raised, stacked
 from msbreg.derivatives import Saved, once_differentiable
 from msbreg.distributed import world_size
-from msbreg.functional import SOLVER, coding_rate, nuclear_norm, products
+from msbreg.functional import SOLVER, coding_rate, nuclear_norm
 from msbreg.linalg import Solver
 from msbreg.losses import Loss
+from msbreg.matrices import products
 
 __all__ = ["CodingRateLoss", "MMCRLoss", "SVMaxLoss", "covariance_energy", "cross_correlation_energy"]
 
