@@ -17,15 +17,20 @@ __all__ = ["image_gradient_kernel", "row_gradient", "row_losses_backward"]
 
 
 @triton.jit
-def row_gradient(g, z_hat, norm, c_hat, n_hat, attraction, push):
-    """dL/dz = (g - ẑ <ẑ, g>) / |z|, [R, D], of g plus the gradients of the centroid and Brownian losses.
+def row_gradient(z_hat, norm, c_hat, n_hat, w_hat, attraction, push):
+    """dL/dz = (g - ẑ <ẑ, g>) / |z|, [R, D], where g adds up the gradients of the losses with respect to ẑ.
 
-    g, z_hat, c_hat, n_hat: [R, D], or [1, D] for the last two, or None. norm, attraction: [R]. push: a scalar.
+    z_hat: [R, D]. c_hat, n_hat: [R, D] or [1, D], or None. w_hat: [R, D], of the singular value loss, or None.
+    norm, attraction: [R]. push: a scalar.
     """
+    g = tl.zeros_like(z_hat)
     if n_hat is not None:
-        g += push * n_hat  # first, since this much is the same for all rows that share n̂
+        g += push * n_hat
     if c_hat is not None:
-        g -= attraction[:, None] * c_hat  # and + ẑ, which is radial
+        g -= attraction[:, None] * c_hat  # up to here g is the same for all rows that share n̂ and ĉ
+        g += attraction[:, None] * z_hat  # radial, but without it rounding would leave of ĉ what is along ẑ
+    if w_hat is not None:
+        g += w_hat
     radial = tl.sum(z_hat * g, axis=1)
     return (g - z_hat * radial[:, None]) * inverse_length(norm)[:, None]
 
@@ -107,11 +112,12 @@ def image_gradient_kernel(
         else:
             n_hat = shared
         place, mask = offsets(row, dim, d, 1), (k < views)[:, None] & (d < dim)[None, :]
-        g = tl.zeros([BLOCK_K, BLOCK_D], ACC)
+        w_hat = None
         if product_pointer is not None:
-            g += tl.full([], product_weight, ACC) * d_total * tl.load(product_pointer + place, mask=mask, other=0.0)
+            product = tl.load(product_pointer + place, mask=mask, other=0.0)
+            w_hat = tl.full([], product_weight, ACC) * d_total * product
         z_hat = z * (1.0 / norm)[:, None]
-        dz = row_gradient(g, z_hat, norm, c_hat, n_hat, attraction, tl.full([], push_weight, ACC) * d_total)
+        dz = row_gradient(z_hat, norm, c_hat, n_hat, w_hat, attraction, tl.full([], push_weight, ACC) * d_total)
         tl.store(dz_pointer + place, dz.to(dz_pointer.dtype.element_ty), mask=mask)
 
 
