@@ -37,7 +37,8 @@ def test_loss(benchmark, wanted, shape: str, dtype: str, provider: str, mode: st
     if fault:
         pytest.fail(f"{provider} is not timed at {shape} in {dtype}: {fault}", pytrace=False)
 
-    batches = inputs(size, number_type, device)
+    input_bytes = sum(read(what, size)) * size.batch * size.dim * number_type.itemsize
+    batches = inputs(size, number_type, device, copies(input_bytes, device))
     if what.decomposition is not None:
         batches = batches[:1]  # next to a decomposition, where the inputs come from is nothing
     round_, clock = device_round(lambda: calls(loss, batches, mode), device, waits=what.waits)
@@ -87,12 +88,17 @@ def resnet_seconds(shape: list[int], device: torch.device) -> float | None:
 
 def counted(provider: Provider, shape: shapes.Shape, dtype: torch.dtype, spectrum: str, mode: str) -> dict[str, float]:
     """Bytes, and for the singular value loss alone floating-point operations."""
-    views = provider.views or shape.views
-    targets = views if provider.targets else 0
+    views, targets = read(provider, shape)
     counts = {"bytes": bytes_moved(views, targets, shape.batch, shape.dim, dtype.itemsize, mode)}
     if provider.terms == "spectral":
         counts["flops"] = spectral_flops(*shape, spectrum, mode)
     return counts
+
+
+def read(provider: Provider, shape: shapes.Shape) -> tuple[int, int]:
+    """How many views of z, and of t, it reads."""
+    views = provider.views or shape.views
+    return views, views if provider.targets else 0
 
 
 @functools.lru_cache(maxsize=1)
@@ -111,12 +117,11 @@ def checked(
 @functools.lru_cache(maxsize=3)
 def truth(shape: shapes.Shape, dtype: torch.dtype, device: torch.device, terms: Terms, spectrum: str) -> Reference:
     """What the oracle says at the first of the inputs."""
-    z, t = inputs(shape, dtype, device)[0]
+    z, t = shapes.inputs(shape, dtype, device)
     return reference(z, t, terms, spectrum, shapes.oracle_decomposition(shape, device))
 
 
 @functools.lru_cache(maxsize=1)
-def inputs(shape: shapes.Shape, dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """As many z and t as caches cannot hold."""
-    number = copies(2 * shape.size * dtype.itemsize, device)
+def inputs(shape: shapes.Shape, dtype: torch.dtype, device: torch.device, number: int) -> list[tuple[Tensor, Tensor]]:
+    """So many z and t; the first are those that the oracle sees."""
     return [shapes.inputs(shape, dtype, device, seed) for seed in range(number)]

@@ -1,7 +1,7 @@
 """How a call is timed: on a GPU as replays of a CUDA graph or between events, elsewhere by the wall clock.
 
-Whatever the clock, a round is one pass over all copies of the inputs, and its result is seconds a call. On a GPU the
-copies together are three times larger than the L2 cache, so that inputs come from memory, as in training.
+Whatever the clock, a round is one pass over all copies of the inputs, and its result is seconds a call. On a GPU what a
+loss reads of them is together three times larger than the L2 cache, so that inputs come from memory, as in training.
 """
 
 import itertools
@@ -24,7 +24,7 @@ Round = Callable[[], float]
 
 L2_MULTIPLE = 3
 MOST_COPIES = 1000
-"""Of inputs; tiny ones, which nobody has targets for, stay in the cache."""
+"""The most copies of the inputs that are made; of tiny ones they fit into the cache."""
 GRAPHS = 3
 """Recordings of the same calls: one may lie in memory more luckily than another."""
 BACKLOG = 50e-3
@@ -65,7 +65,7 @@ def calls(loss: Loss, inputs: Sequence[tuple[Tensor, Tensor]], mode: Mode) -> li
 
 
 def copies(input_bytes: int, device: torch.device) -> int:
-    """How many copies of the inputs to rotate among."""
+    """How many copies of the inputs to rotate among, where a call reads so many bytes of them."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size

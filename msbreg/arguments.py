@@ -8,11 +8,12 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from msbreg.derivatives import refuse_transforms
 from msbreg.reference import Spectrum
 
 __all__ = [
-    "Views", "batch_size", "check_choice", "check_embedding", "check_number", "check_smoothing", "check_spectral",
-    "check_targets", "full_precision", "raised", "raised_dtype", "stacked",
+    "Views", "batch_size", "check_choice", "check_embedding", "check_number", "check_precision", "check_smoothing",
+    "check_spectral", "check_targets", "full_precision", "raised", "raised_dtype", "stacked",
 ]  # fmt: skip
 
 Views = Tensor | Sequence[Tensor]
@@ -53,6 +54,7 @@ def batch_size(views: Views) -> int:
 def _check_tensor(x: Tensor, name: str) -> None:
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"expected {name} in float16, bfloat16, float32 or float64, got {x.dtype}")
+    refuse_transforms(x)
 
 
 def _check_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -94,6 +96,13 @@ def check_smoothing(smoothing: float) -> None:
     check_number("smoothing", smoothing)
     if not 0 <= smoothing < math.inf:
         raise ValueError(f"expected smoothing of at least 0, and finite, got {smoothing}")
+
+
+def check_precision(precision: float) -> None:
+    """Raises ValueError for an ε of the coding rate that is not positive, TypeError for one that is no number."""
+    check_number("precision", precision)
+    if not precision > 0:
+        raise ValueError(f"expected precision above 0, got {precision}")
 
 
 def check_number(name: str, value: Any) -> None:

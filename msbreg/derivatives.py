@@ -1,4 +1,4 @@
-"""Gradients that are given in closed form, once: what asks for second derivatives is refused instead of misled."""
+"""Gradients that are given in closed form, once: what asks for more is refused instead of misled."""
 
 import functools
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Saved", "once_differentiable"]
+__all__ = ["Saved", "once_differentiable", "refuse_transforms"]
 
 Saved = tuple[Any, ...]
 """What `ctx.save_for_backward` was given: tensors, or None."""
@@ -28,6 +28,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(backward)
     def once(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
+        refuse_transforms(*gradients)
         with torch.no_grad():
             found = backward(ctx, saved, *gradients)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # it is with create_graph=True
@@ -38,6 +39,18 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         return tuple(None if result is None else _Refused.apply(result, *sources) for result in results)
 
     return once
+
+
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raises RuntimeError for tensors inside a transform of `torch.func`, for which the losses have no rules."""
+    if torch.compiler.is_compiling():
+        return
+    for x in tensors:
+        if x is not None and (torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_gradtrackingtensor(x)):
+            raise RuntimeError(
+                "expected plain tensors, got one inside vmap, grad or another transform of torch.func, for which "
+                "msbreg's losses have no rules; call them outside of it, and take gradients by torch.autograd"
+            )
 
 
 class _Refused(torch.autograd.Function):

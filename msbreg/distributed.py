@@ -25,6 +25,13 @@ class Shared:
     def __deepcopy__(self, memo: object) -> "Shared":
         return self
 
+    def __getstate__(self) -> dict[str, None]:
+        if self.group is not None:
+            raise TypeError(
+                "a module with a process group cannot be saved whole: save its state_dict, or set its group to None"
+            )
+        return {"group": None}
+
 
 def world_size(group: dist.ProcessGroup | None) -> int:
     """Processes in the group, which this one must belong to; 1 for None, which stands for this process alone."""

@@ -18,6 +18,7 @@ from msbreg.arguments import (
     check_choice,
     check_embedding,
     check_number,
+    check_precision,
     check_smoothing,
     check_spectral,
     check_targets,
@@ -94,6 +95,7 @@ def msbreg_loss(
             predictor. L_M acts on it.
         target: (K', B, D) or K' tensors (B, D), by the EMA network. No gradient flows to it.
         embedding: (K, B, D') or K tensors (B, D'): the projector's output, on which L_S and L_B act. None for online.
+            Where both of their weights are 0 it is not read, and gets no gradient.
         lambda_m: weight of L_M, 1 in the paper; at 0 it is computed for the log alone.
         lambda_s: weight of L_S; at 0 it is not computed.
         lambda_b: weight of L_B; at 0 it is not computed.
@@ -125,6 +127,7 @@ def msbreg_loss(
     check_choice("per", per, Per)
     for name, weight in (("lambda_m", lambda_m), ("lambda_s", lambda_s), ("lambda_b", lambda_b)):
         check_number(name, weight)
+    check_noise(seed, step, first_image)
 
     dispersion = spectrum if lambda_s != 0 else None
     noise = (seed, step, first_image) if lambda_b != 0 else None
@@ -150,7 +153,7 @@ def centroid_loss(
         online: (K, B, D) or K tensors (B, D), any floating-point dtype.
         target: (K', B, D) or K' tensors (B, D). No gradient flows to it.
         leave_one_out: the centroid for view k is of the targets of the other views. K' is then K, at least 2. At K = 2
-            this is BYOL's loss, https://arxiv.org/abs/2006.07733.
+            this is the mean of the two terms whose sum is BYOL's loss, https://arxiv.org/abs/2006.07733.
         reduction: `"mean"` for a scalar, `"none"` for (K, B).
 
     Returns:
@@ -285,11 +288,10 @@ def coding_rate(
     Raises:
         ValueError: a wrong shape, an empty tensor, a precision that is not positive; on a GPU more than 32,767
             matrices.
-        TypeError: not tensors, or not floating point.
+        TypeError: not tensors, or not floating point; a precision that is no number.
     """
     z = stacked(embeddings, "embeddings", one=True)
-    if not precision > 0:
-        raise ValueError(f"expected precision above 0, got {precision}")
+    check_precision(precision)
     rates = coding_rates(z, precision, group)
     return rates[0] if isinstance(embeddings, Tensor) and embeddings.dim() == 2 else rates
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from msbreg import functional
-from msbreg.arguments import Views, batch_size
+from msbreg.arguments import Views, batch_size, check_choice, check_number, check_spectral
 from msbreg.distributed import Shared, rank
 from msbreg.functional import (
     LAMBDA_B,
@@ -73,8 +73,9 @@ class _NoisyLoss(Loss):
         super().__init__(group)
         check_noise(seed, 0, 0)
         self._seed = int(seed)
-        self.register_buffer("seed", torch.tensor(self._seed, dtype=torch.int64))
-        self.register_buffer("step", torch.tensor(0, dtype=torch.int64))
+        with torch.inference_mode(False):  # or they could not count outside of it
+            self.register_buffer("seed", torch.tensor(self._seed, dtype=torch.int64))
+            self.register_buffer("step", torch.tensor(0, dtype=torch.int64))
 
     def reset_parameters(self) -> None:
         """Sets seed and step as they were at first: what makes a module whole that was built on the meta device."""
@@ -150,6 +151,11 @@ class MSBRegLoss(_NoisyLoss):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(seed, group)
+        for name, weight in (("lambda_s", lambda_s), ("lambda_b", lambda_b), ("lambda_m", lambda_m)):
+            check_number(name, weight)
+        check_spectral(spectrum, smoothing)
+        check_choice("solver", solver, Solver)
+        check_choice("per", per, Per)
         self.lambda_s = lambda_s
         self.lambda_b = lambda_b
         self.lambda_m = lambda_m
@@ -193,7 +199,7 @@ class CentroidLoss(Loss):
     """L_M, the squared distance of views to the centroid of the target views; `msbreg.functional.centroid_loss`.
 
     Args:
-        leave_one_out: compare a view with the targets of the other views alone; BYOL's loss for two views.
+        leave_one_out: compare a view with the targets of the other views alone; half of BYOL's loss for two views.
         reduction: `"mean"` for a scalar, `"none"` for (K, B).
     """
 
@@ -201,6 +207,7 @@ class CentroidLoss(Loss):
 
     def __init__(self, *, leave_one_out: bool = LEAVE_ONE_OUT, reduction: Reduction = "mean") -> None:
         super().__init__()
+        check_choice("reduction", reduction, Reduction)
         self.leave_one_out = leave_one_out
         self.reduction = reduction
 
@@ -230,6 +237,8 @@ class SingularValueLoss(Loss):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(group)
+        check_spectral(spectrum, smoothing)
+        check_choice("solver", solver, Solver)
         self.spectrum = spectrum
         self.smoothing = smoothing
         self.solver = solver
@@ -256,6 +265,7 @@ class BrownianLoss(_NoisyLoss):
 
     def __init__(self, *, per: Per = PER, seed: int = 0, group: dist.ProcessGroup | None = None) -> None:
         super().__init__(seed, group)
+        check_choice("per", per, Per)
         self.per = per
 
     def forward(self, embeddings: Views, *, step: int | Tensor | None = None) -> Tensor:

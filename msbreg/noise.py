@@ -108,5 +108,7 @@ def check_noise(seed: int | Tensor, step: int | Tensor, first_image: int) -> Non
             raise TypeError(f"expected {name} to be an int or an int64 tensor, got {type(value)}")
         elif type(value) is int and not -(2**63) <= value < 2**63:
             raise ValueError(f"expected {name} to be an int of 64 bits, got {value}")
-    if not isinstance(first_image, (int, torch.SymInt)):
+    if isinstance(first_image, Tensor) or not (
+        isinstance(first_image, (int, torch.SymInt)) or hasattr(first_image, "__index__")
+    ):
         raise TypeError(f"expected first_image to be an int, got {type(first_image)}")

@@ -16,7 +16,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msbreg import reference
-from msbreg.arguments import Views, check_targets, full_precision, raised, stacked
+from msbreg.arguments import (
+    Views,
+    check_choice,
+    check_number,
+    check_precision,
+    check_targets,
+    full_precision,
+    raised,
+    stacked,
+)
 from msbreg.derivatives import Saved, once_differentiable
 from msbreg.distributed import world_size
 from msbreg.functional import SOLVER, coding_rate, nuclear_norm
@@ -55,6 +64,8 @@ class MMCRLoss(Loss):
         self, local_weight: float = 0.0, *, solver: Solver = SOLVER, group: dist.ProcessGroup | None = None
     ) -> None:
         super().__init__(group)
+        check_number("local_weight", local_weight)
+        check_choice("solver", solver, Solver)
         self.local_weight = local_weight
         self.solver = solver
 
@@ -112,6 +123,8 @@ class SVMaxLoss(Loss):
 
     def __init__(self, weight: float = 1.0, *, solver: Solver = SOLVER, group: dist.ProcessGroup | None = None) -> None:
         super().__init__(group)
+        check_number("weight", weight)
+        check_choice("solver", solver, Solver)
         self.weight = weight
         self.solver = solver
 
@@ -165,6 +178,9 @@ class CodingRateLoss(Loss):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(group)
+        check_number("similarity_weight", similarity_weight)
+        check_number("rate_weight", rate_weight)
+        check_precision(precision)
         self.similarity_weight = similarity_weight
         self.rate_weight = rate_weight
         self.precision = precision
@@ -235,6 +251,11 @@ def cross_correlation_energy(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: shapes that differ or are not (N, D), empty tensors, tensors on two devices.
         TypeError: not tensors, or not floating point.
     """
+    for name, view in (("x", x), ("y", y)):
+        if not isinstance(view, Tensor):
+            raise TypeError(f"expected {name} to be a tensor (N, D), got {type(view).__name__}")
+    if x.dim() != 2 or x.shape != y.shape:
+        raise ValueError(f"expected x and y of one shape (N, D), got {tuple(x.shape)} and {tuple(y.shape)}")
     z = stacked((x, y), "(x, y)")
     rows, dim = z.shape[1:]
     with full_precision(z):

@@ -3,6 +3,7 @@ import doctest
 import inspect
 import math
 import operator
+import pickle
 import subprocess
 import sys
 
@@ -229,6 +230,20 @@ def test_targets_of_inference_mode(leave_one_out):
     loss = centroid_loss(z, t, leave_one_out=leave_one_out)
     loss.backward()
     assert loss == centroid_loss(z, gaussian(2, 6, 4, seed=1), leave_one_out=leave_one_out) and z.grad.norm() > 0
+
+
+def test_a_module_that_is_made_in_inference_mode_counts_outside_of_it():
+    with torch.inference_mode():
+        criterion = MSBRegLoss()
+    criterion(OK, OK)
+    assert criterion.step == 1
+
+
+def test_a_module_is_saved_whole():
+    criterion = MSBRegLoss(0.1, seed=3)
+    criterion(OK, OK)
+    twin = pickle.loads(pickle.dumps(criterion))
+    assert repr(twin) == repr(criterion) and twin(OK, OK) == criterion(OK, OK)
 
 
 def test_lengths_are_the_same_whether_the_numbers_can_be_asked_or_not(monkeypatch):
@@ -615,6 +630,14 @@ def test_repr_shows_the_options():
 
 
 OK = torch.ones(2, 3, 4)
+
+
+def several_gradients_at_once():
+    z = OK.clone().requires_grad_()
+    loss = centroid_loss(z, OK)
+    return torch.vmap(lambda incoming: torch.autograd.grad(loss, z, incoming))(torch.ones(2))
+
+
 REFUSED = [
     (lambda: centroid_loss(OK[0], OK), ValueError, r"online to be a tensor \(K, B, D\).*got shape \(3, 4\)"),
     (lambda: centroid_loss(OK, OK[:, :2]), ValueError, r"online's B and D, \(3, 4\), got \(2, 4\)"),
@@ -640,7 +663,21 @@ REFUSED = [
     (lambda: msbreg_loss(OK, OK, per="batch", **NOISE), ValueError, "per to be one of 'image', 'view'"),
     (lambda: msbreg_loss(OK, OK, seed=0.5, step=0), TypeError, "seed to be an int"),
     (lambda: msbreg_loss(OK, OK, lambda_s=torch.ones(()), **NOISE), TypeError, "lambda_s to be a number, got Tensor"),
-    (lambda: MSBRegLoss(lambda_b=None)(OK, OK), TypeError, "lambda_b to be a number, got NoneType"),
+    (lambda: MSBRegLoss(lambda_b=None), TypeError, "lambda_b to be a number, got NoneType"),
+    (lambda: MSBRegLoss("whitening"), TypeError, "lambda_s to be a number, got str"),
+    (lambda: MSBRegLoss(spectrum="flat"), ValueError, "spectrum to be one of .*got 'flat'"),
+    (lambda: MSBRegLoss(solver="qr"), ValueError, "solver to be one of .*got 'qr'"),
+    (lambda: MSBRegLoss(per="batch"), ValueError, "per to be one of 'image', 'view'"),
+    (lambda: CentroidLoss(reduction="sum"), ValueError, "reduction to be one of 'mean', 'none', got 'sum'"),
+    (lambda: SingularValueLoss(smoothing=-1), ValueError, "at least 0, and finite, got -1"),
+    (lambda: SingularValueLoss(solver="qr"), ValueError, "solver to be one of .*got 'qr'"),
+    (lambda: BrownianLoss(per="batch"), ValueError, "per to be one of 'image', 'view'"),
+    (lambda: msbreg_loss(OK, OK, lambda_b=0, seed=0, step="1"), TypeError, "step to be an int"),
+    (lambda: brownian_loss(OK, first_image=0.5, **NOISE), TypeError, "first_image to be an int"),
+    (lambda: torch.vmap(lambda z: singular_value_loss(z))(OK[None]), RuntimeError, "inside vmap"),
+    (lambda: torch.func.grad(lambda z: MSBRegLoss()(z, OK).loss)(OK), RuntimeError, "inside vmap, grad"),
+    (lambda: several_gradients_at_once(), RuntimeError, "inside vmap"),
+    (lambda: pickle.dumps(MSBRegLoss(group=object())), TypeError, "save its state_dict"),
     (lambda: msbreg_loss(OK, OK, lambda_b="0.5", **NOISE), TypeError, "lambda_b to be a number, got str"),
     (lambda: singular_value_loss(OK, smoothing=None), TypeError, "smoothing to be a number, got NoneType"),
     (lambda: singular_value_loss(OK, smoothing=math.inf), ValueError, "and finite, got inf"),
@@ -656,7 +693,7 @@ REFUSED = [
 
 
 def test_numbers_of_numpy_are_numbers():
-    numbers = {"seed": 11, "step": 5, "lambda_s": 0.25, "lambda_b": 0.5, "smoothing": 0.25}
+    numbers = {"seed": 11, "step": 5, "first_image": 3, "lambda_s": 0.25, "lambda_b": 0.5, "smoothing": 0.25}
     of_numpy = {name: np.asarray(value)[()] for name, value in numbers.items()}
     assert msbreg_loss(OK, OK, **of_numpy) == msbreg_loss(OK, OK, **numbers)
 
