@@ -114,8 +114,9 @@ def holds_one(folder: Path) -> bool:
 
 
 def kept_in(folder: Path) -> list[Path]:
-    """The checkpoints that `keep_checkpoint` has kept in a run folder."""
-    return sorted(folder.glob("checkpoint-[0-9]*.pt"))
+    """The checkpoints that `keep_checkpoint` has kept in a run folder, by step."""
+    steps = {path: path.stem.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*.pt")}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
 
 
 def load_run(folder: Path, *, to_go_on: bool = False) -> dict[str, Any] | None:

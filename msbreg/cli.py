@@ -1,6 +1,7 @@
 """The command line: pretrain, eval, export, bench, doctor."""
 
 import argparse
+import functools
 import os
 import sys
 import warnings
@@ -71,13 +72,16 @@ def show_each_warning_once() -> None:
     warnings.showwarning = show  # type: ignore[assignment]  # takes more than it is given
 
 
+Parser = functools.partial(ArgumentParser, allow_abbrev=False)  # a part of a name is a mistake, not an option
+
+
 def build_parser() -> ArgumentParser:
     """The parser of all commands; every option's help shows its type, default, unit and meaning."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="msbreg", description=msbreg.__doc__.splitlines()[0], version=msbreg.__version__)
+    parser = Parser(prog="msbreg", description=msbreg.__doc__.splitlines()[0], version=msbreg.__version__)
     commands = parser.add_subcommands(dest="command", required=True)
 
-    pretrain = ArgumentParser(
+    pretrain = Parser(
         usage="msbreg pretrain [--dry-run] [--config NAME_OR_FILE] [--GROUP.OPTION VALUE ...]",
         description="Train a backbone without labels. With no option it trains on images that msbreg renders, in a few "
         "minutes on a CPU.",
@@ -90,7 +94,7 @@ def build_parser() -> ArgumentParser:
     add_config(pretrain)
     commands.add_subcommand("pretrain", pretrain, help="train a backbone without labels")
 
-    evaluate = ArgumentParser(
+    evaluate = Parser(
         usage="msbreg eval RUN [--GROUP.OPTION VALUE ...]",
         description="kNN and linear probe accuracy of the frozen backbone of a run.",
     )
@@ -100,7 +104,7 @@ def build_parser() -> ArgumentParser:
         evaluate.add_argument(f"--{name}", type=kinds[name], default=None, help=meaning)
     commands.add_subcommand("eval", evaluate, help="kNN and linear probe of a trained backbone")
 
-    export = ArgumentParser(
+    export = Parser(
         usage="msbreg export RUN [--out FOLDER]",
         description="Write the backbone of a run as backbone.safetensors and backbone.pt.",
     )
@@ -108,7 +112,7 @@ def build_parser() -> ArgumentParser:
     export.add_argument("--out", type=str | None, default=None, help="folder to write to; unset: the run folder")
     commands.add_subcommand("export", export, help="write a trained backbone for other software")
 
-    bench = ArgumentParser(
+    bench = Parser(
         usage="msbreg bench [--steps N] [--config NAME_OR_FILE] [--GROUP.OPTION VALUE ...]",
         description="Time the loader, the training step, both together and the step's parts. Options as of pretrain.",
     )
@@ -116,7 +120,7 @@ def build_parser() -> ArgumentParser:
     add_config(bench)
     commands.add_subcommand("bench", bench, help="how fast this machine trains, and what bounds it")
 
-    doctor = ArgumentParser(description="Versions, devices, what is usable here, and why what is not is not.")
+    doctor = Parser(description="Versions, devices, what is usable here, and why what is not is not.")
     commands.add_subcommand("doctor", doctor, help="what works on this machine, and what does not and why")
     return parser
 
@@ -223,6 +227,8 @@ def run_eval(options: Namespace) -> int:
     config.validate()
     with Processes(config.run.device) as processes:
         train, held_out = open_images(config, processes)
+        if options.data.path is options.data.eval_path is None and train.fingerprint() != state["fingerprint"]:
+            warnings.warn(f"the images of {config.data.path} are not those that the run was trained on", stacklevel=1)
         threads = config.data.threads or usable_cores()
         evaluator = Evaluator(config, train, held_out, device=processes.device, threads=threads)
         accuracy = evaluator(backbone_of(state).to(processes.device), linear=True)

@@ -4,7 +4,8 @@ The defaults are the embedded default run: images that the package renders, a sm
 cores. `msbreg/configs/*.yaml` hold others; `--config NAME` loads one and dotted options override it.
 """
 
-from dataclasses import asdict, dataclass, field
+import os
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -54,8 +55,8 @@ class RunConfig:
     """CPU threads of the networks in each process; 0 leaves torch's own choice. Where other programs keep cores busy,
     fewer are faster, or OMP_WAIT_POLICY=PASSIVE in the environment."""
     checkpoint_every: int = 200
-    """Steps between checkpoints; one is always written at the end and on SIGTERM or SIGUSR1, which torchrun
-    passes on where its --signals-to-handle names it."""
+    """Steps between checkpoints; one is always written at the end and on SIGTERM, SIGHUP (a terminal that closes) or
+    SIGUSR1, which torchrun passes on where its --signals-to-handle names it."""
     keep_every: int = 0
     """Steps between checkpoints that are kept as checkpoint-STEP.pt, beside the last two; 0: none."""
     log_every: int = 10
@@ -115,8 +116,8 @@ class ModelConfig:
     predictor: bool = True
     """A predictor after the online projector, as in BYOL."""
     view_chunk: int = 0
-    """Views in one forward pass, recomputed in the backward pass so that many views fit in memory, each chunk with its
-    own batch statistics; 0: all at once."""
+    """Views that go through backbone and projector together, recomputed in the backward pass so that many views fit in
+    memory, each chunk with its own batch statistics; 0: all at once, as the predictor has them."""
     compile: bool = False
     """torch.compile the networks, block by block."""
     cuda_graph: bool = False
@@ -200,11 +201,6 @@ class Config:
         options = flatten(self)
         for name, kind in option_types().items():
             require_type(f"--{name}", options[name], kind)
-        if self.data.views < 2:
-            raise MSBRegError(
-                f"--data.views is {self.data.views}, but {self.method.name} compares views of one image with each "
-                "other and needs at least 2."
-            )
         if self.method.name in ("byol", "simsiam") and self.data.views != 2:
             raise MSBRegError(
                 f"--data.views is {self.data.views}, but {self.method.name} is defined for exactly 2 views; "
@@ -269,6 +265,13 @@ def flatten(config: "Config | dict[str, Any]") -> dict[str, Any]:
     """A config, or its `asdict`, as {"run.dir": ..., "data.path": ...}."""
     groups = asdict(config) if isinstance(config, Config) else config
     return {f"{group}.{name}": value for group, options in groups.items() for name, value in options.items()}
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The config with the places of its images as they are to be found from any folder."""
+    paths = {name: getattr(config.data, name) for name in ("path", "eval_path")}
+    absolute = {name: path and os.path.abspath(os.path.expanduser(path)) for name, path in paths.items()}
+    return replace(config, data=replace(config.data, **absolute))
 
 
 def config_of(state: dict[str, Any]) -> Config:

@@ -35,7 +35,8 @@ def export_backbone(backbone: nn.Module, folder: Path) -> list[Path]:
     """Writes backbone.safetensors and backbone.pt, whose bytes depend on the weights alone.
 
     Both hold the backbone's state dict under torchvision's (or timm's) own names, so that
-    `torchvision.models.resnet50().load_state_dict(weights, strict=False)` misses the classifier alone.
+    `torchvision.models.resnet50().load_state_dict(weights, strict=False)` misses the classifier alone. Those with the
+    stem for CIFAR fit `msbreg.models.build_backbone(name, stem="cifar")`.
 
     Args:
         backbone: any module.

@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from msbreg.config import Config
+from msbreg.console import say
 from msbreg.data import Source, ViewLoader, load_recipe, open_source, open_split, with_classes_of
 from msbreg.data.recipes import Recipe
 from msbreg.errors import MSBRegError
@@ -103,6 +105,11 @@ def _listed(config: Config, path: Path) -> tuple[Source, Source | None]:
         held_out = with_classes_of(train, open_source(os.path.expanduser(config.data.eval_path), cache=cache))
     elif held_out is None and has_labels(train):
         train, held_out = set_aside(train)
+        say(
+            f"{len(held_out):,} of the {len(train) + len(held_out):,} images of {path} are not trained on, but kept "
+            "for evaluation: --data.eval_path can name others",
+            sys.stderr,
+        )
     return train, held_out
 
 
@@ -114,7 +121,8 @@ def has_labels(source: Source, *, a_class: int = LABELLED_IMAGES_A_CLASS) -> boo
 
 
 def set_aside(source: Source) -> tuple[Source, Source]:
-    """Splits a tenth off a source, at random but always alike."""
-    order = np.random.Generator(np.random.Philox(0)).permutation(len(source))
-    held = max(1, round(0.1 * len(source)))
-    return source.subset(np.sort(order[held:])), source.subset(np.sort(order[:held]))
+    """Splits a tenth of the labelled images off a source, at random but always alike."""
+    labelled = np.flatnonzero(np.asarray(source.labels) >= 0)
+    order = labelled[np.random.Generator(np.random.Philox(0)).permutation(len(labelled))]
+    held_out = np.sort(order[: max(1, round(0.1 * len(order)))])
+    return source.subset(np.setdiff1d(np.arange(len(source.labels)), held_out)), source.subset(held_out)

@@ -15,7 +15,8 @@ __all__ = ["forget_results", "refuse_other_config", "run_folder"]
 FREE_TO_CHANGE = {
     "run.dir", "run.resume", "run.threads", "run.checkpoint_every", "run.keep_every", "run.log_every",
     "run.tensorboard", "run.device", "run.timeout", "data.path", "data.images", "data.eval_path", "data.backend",
-    "data.threads", "data.prefetch", "data.timeout", "data.cache", "model.compile", "model.cuda_graph",
+    "data.threads", "data.prefetch", "data.timeout", "data.cache", "model.compile", "model.cuda_graph", "eval.every",
+    "eval.k", "eval.temperature", "eval.bank", "eval.queries",
 }  # fmt: skip
 
 
@@ -55,7 +56,6 @@ def refuse_other_config(state: dict[str, Any], config: Config, folder: Path) -> 
     """A run goes on only as it began: options that shape its result may not change in the middle."""
     before, now = flatten(config_of(state)), flatten(config)
     changed = [name for name in now if name not in FREE_TO_CHANGE and before[name] != now[name]]
-    changed = [name for name in changed if not name.startswith("eval.") or name == "eval.linear"]
     if changed:
         differences = "; ".join(f"--{name} was {before[name]} and is now {now[name]}" for name in changed)
         raise MSBRegError(

@@ -6,15 +6,15 @@ from types import FrameType, TracebackType
 
 __all__ = ["StopSignals"]
 
-SENT_BY_LAUNCHERS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send before they preempt, and may send again at any moment until the process has ended."""
+SENT_BY_LAUNCHERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""What schedulers send before they preempt, and terminals as they close; it may come again at any moment."""
 
 
 class StopSignals:
-    """Notes SIGTERM, SIGUSR1 and Ctrl-C from its making on; a context manager that gives them back.
+    """Notes SIGTERM, SIGUSR1, SIGHUP and Ctrl-C from its making on; a context manager that gives them back.
 
-    A second Ctrl-C interrupts at once. In a thread other than the first, which Python lets no signals reach, it notes
-    none.
+    A second Ctrl-C interrupts at once. SIGHUP is left ignored where nohup has made it so. In a thread other than the
+    first, which Python lets no signals reach, it notes none.
 
     Attributes:
         received: the numbers of the signals that came.
@@ -23,7 +23,9 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: list[int] = []
         first = threading.current_thread() is threading.main_thread()
-        numbers = (*SENT_BY_LAUNCHERS, signal.SIGINT) if first else ()
+        numbers = [*SENT_BY_LAUNCHERS, signal.SIGINT] if first else []
+        if first and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)
         self._before = {number: signal.signal(number, self._note) for number in numbers}
 
     def _note(self, number: int, frame: FrameType | None) -> None:

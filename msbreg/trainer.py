@@ -6,6 +6,7 @@ learning rate, the EMA momentum. So a run that was killed and started again walk
 
 import contextlib
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,13 +17,13 @@ import torch
 from torch import Tensor
 
 from msbreg import checkpoint
-from msbreg.config import Config
+from msbreg.config import Config, with_absolute_paths
 from msbreg.console import say
 from msbreg.errors import MSBRegError
 from msbreg.evaluator import TASKS, Evaluator
 from msbreg.export import export_backbone
 from msbreg.files import read_json, write_json
-from msbreg.inputs import has_labels, open_images, open_loader
+from msbreg.inputs import has_labels, open_images, open_loader, recipe_of
 from msbreg.methods import StepOutput
 from msbreg.monitor import (
     MetricsFile,
@@ -45,7 +46,7 @@ __all__ = ["Trainer", "pretrain"]
 
 BAD_LOSSES_IN_A_ROW = 3
 SECONDS_BETWEEN_QUESTIONS = 5.0
-"""In which several ranks ask each other whether a signal came: launchers kill what has not ended in half a minute."""
+"""At most so far apart ranks tell each other of signals: launchers kill what has not ended in half a minute."""
 
 
 def pretrain(config: Config, signals: StopSignals | None = None) -> dict[str, Any]:
@@ -69,6 +70,10 @@ def pretrain(config: Config, signals: StopSignals | None = None) -> dict[str, An
             f"--data.images says that this config is for {config.data.images:,} images, but there is no --data.path to "
             "them; give it, or --data.images 0 to train on images that msbreg renders."
         )
+    if config.data.path is not None and os.path.realpath(os.path.expanduser(config.data.path)) == os.path.realpath(
+        os.path.expanduser(config.run.dir)
+    ):
+        raise MSBRegError(f"--run.dir {config.run.dir} is the folder of the images; give the run a folder of its own.")
     # A signal while images are listed, networks built or other ranks awaited must end the run as cleanly as later ones.
     with (
         StopSignals() if signals is None else contextlib.nullcontext(signals) as noted,
@@ -96,11 +101,17 @@ class Trainer:
             raise MSBRegError(f"{folder} holds a run already and --run.resume is false; choose another --run.dir.")
         if state is None and (kept := checkpoint.kept_in(folder)):
             raise MSBRegError(
-                f"{folder} holds no checkpoint.pt to go on from, but {kept[0].name}, which an earlier run has kept: "
+                f"{folder} holds no checkpoint.pt to go on from, but {kept[-1].name}, which an earlier run has kept: "
                 "rename it to checkpoint.pt to go on from it, or move such files elsewhere to start anew."
             )
+        self.recipe = [asdict(view) for view in recipe_of(config)]
         if state is not None:
             refuse_other_config(state, config, folder)
+            if state.get("recipe", self.recipe) != self.recipe:  # of a file, whose name alone is in the config
+                raise MSBRegError(
+                    f"--data.recipe {config.data.recipe} makes other views than when the run in {folder} began; "
+                    "restore it to go on with the run, or choose another --run.dir to start anew."
+                )
 
         self.source, self.held_out = open_images(config, processes)
         if state is not None and state["images"] != len(self.source):
@@ -125,7 +136,7 @@ class Trainer:
         self.bad_losses = torch.zeros(2, dtype=torch.int64, device=self.device)  # in a row now, and the longest row
         self.done, self.stopwatch = 0, Stopwatch(self.device)
         self.ask_every = 1
-        """Steps between these questions, the same on all ranks."""
+        """Steps between two exchanges of the signals that came, the same on all ranks."""
         self.results: dict[str, Any] = {}
         self.change = ""
         """What is to be said of the number of processes, where it is another one than before."""
@@ -146,7 +157,7 @@ class Trainer:
                     config, self.source, self.held_out, device=self.device, threads=self.loader.threads
                 )
                 opened.callback(self.evaluator.close)
-                if self.done == 0:
+                if self.done < self.steps:
                     forget_results(self.folder)
                 last = {"train": self.done, "eval": self.results["evaluated"]} if self.done else None
                 self.metrics = MetricsFile(self.folder / "metrics.jsonl", last)
@@ -338,7 +349,8 @@ class Trainer:
             "images": len(self.source),
             "fingerprint": self.fingerprint,
             "processes": self.processes.world,
-            "config": asdict(self.config),
+            "config": asdict(with_absolute_paths(self.config)),
+            "recipe": self.recipe,
             **self.step.state_dict(),
             "unreadable": dict(self.loader.unreadable),
             "seconds": self.stopwatch.seconds,

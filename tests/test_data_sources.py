@@ -60,6 +60,12 @@ def test_folder_takes_images_at_any_depth_and_classes_from_the_first_level(tmp_p
     assert source.name(2) == str(tmp_path / "dog/b.JPG")
 
 
+def test_the_pictures_of_runs_among_the_images_are_none_of_them(tmp_path):
+    files = {"dog/b.jpg": b"1", "cat/a.jpg": b"2", "runs/one/metrics.jsonl": b"", "runs/one/.lock": b""}
+    fill(tmp_path, files | {"runs/one/curves.png": b"3", "runs/one/more/curves.png": b"4", "cat/.lock": b""})
+    assert ImageFolder(tmp_path).paths == ["cat/a.jpg", "dog/b.jpg"]
+
+
 @pytest.mark.parametrize("names", [["a.jpg", "b.jpg"], ["images/a.jpg", "images/b.jpg"]])
 def test_fewer_than_two_folders_are_no_classes(tmp_path, names):
     source = ImageFolder(fill(tmp_path, dict.fromkeys(names, b"x")))
@@ -531,7 +537,7 @@ def test_too_many_unreadable_images_are_an_error(tmp_path):
     assert reader.limit == 16
     for index in range(32):
         reader.sample(index)
-    with pytest.raises(DataError, match=r"17 of the 60 images .* cannot be read, which is more than the 16"):
+    with pytest.raises(DataError, match=r"17 of the 60 images wanted of .* cannot be read, which is more than the 16"):
         reader.sample(32)
 
 

@@ -81,6 +81,13 @@ def test_images_set_aside_are_not_trained_on(swatches):
     assert sorted(train + held_out) == [source.name(index) for index in range(240)]
 
 
+def test_only_labelled_images_are_set_aside():
+    source = SimpleNamespace(labels=np.where(np.arange(100) % 5, -1, np.arange(100) % 2), subset=lambda part: part)
+    train, held_out = set_aside(source)
+    assert len(held_out) == 2 and (source.labels[held_out] >= 0).all()
+    assert sorted([*train, *held_out]) == [*range(100)]
+
+
 def linked(folder: Path, names: list[str], swatches: Path) -> str:
     """A folder with images under these names."""
     for name, image in zip(names, sorted((swatches / "train").rglob("*.jpg")), strict=False):

@@ -137,6 +137,38 @@ def test_an_option_that_the_checkpoint_lacks_had_its_default(tmp_path, undisturb
     assert "--method.leave_one_out was False and is now True" in text
 
 
+def test_another_recipe_under_the_same_name_is_noticed(tmp_path, small, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("- {blur: 0.0}\n")
+    options = ["--run.dir", tmp_path / "run", *small, "--optim.steps", "2", "--data.recipe", recipe]
+    assert pretrain(*options) == 0
+    recipe.write_text("- {blur: 0.5}\n")
+    assert f"--data.recipe {recipe} makes other views than when the run in" in refusal(capsys, *options)
+    recipe.write_text("# the same\n- {blur: 0}\n")
+    assert pretrain(*options) == 0
+
+
+def test_a_run_is_evaluated_on_its_images_from_any_folder(tmp_path, small, swatches, monkeypatch, capsys):
+    for name, classes in (("one/images", "abcd"), ("two/images", "ab")):
+        in_classes(tmp_path / name, swatches, classes, 40)
+    monkeypatch.chdir(tmp_path / "one")
+    assert pretrain("--run.dir", tmp_path / "run", *small, "--data.path", "images", "--optim.steps", "1") == 0
+    monkeypatch.chdir(tmp_path / "two")
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), "--run.device", "cpu"]) == 0
+    console = capsys.readouterr()
+    assert "warning" not in console.err and f"4 of the 40 images of {tmp_path / 'one/images'}" in console.err
+    (tmp_path / "one/images/a/0.jpg").rename(tmp_path / "one/images/a/other.jpg")
+    assert main(["eval", str(tmp_path / "run"), "--run.device", "cpu"]) == 0
+    assert "are not those that the run was trained on" in capsys.readouterr().err
+
+
+def test_the_folder_of_the_images_is_no_run_folder(tmp_path, small, swatches, capsys):
+    images = in_classes(tmp_path / "images", swatches, "ab", 8)
+    text = refusal(capsys, "--run.dir", f"{images}/../images", *small, "--data.path", images)
+    assert "is the folder of the images" in text and not (images / ".lock").exists()
+
+
 def test_lines_that_are_no_metrics_are_passed_over(tmp_path):
     good = b'{"event": "train", "step": 2}\n'
     (tmp_path / "metrics.jsonl").write_bytes(
@@ -169,6 +201,23 @@ def undisturbed_long(tmp_path_factory, small) -> Path:
     return folder
 
 
+def test_a_run_that_goes_on_from_before_its_end_is_not_taken_for_finished(
+    tmp_path, small, undisturbed_long, monkeypatch
+):
+    assert pretrain("--run.dir", tmp_path, *small, *LONG, "--run.keep_every", "20") == 0
+    (tmp_path / "checkpoint-20.pt").rename(tmp_path / "checkpoint.pt")
+
+    def dies(trainer: Trainer, stop: list[int]) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train", dies)
+        assert pretrain("--run.dir", tmp_path, *small, *LONG) == 130
+    assert not (tmp_path / "summary.json").exists()
+    assert pretrain("--run.dir", tmp_path, *small, *LONG) == 0
+    assert_same_outcome(tmp_path, undisturbed_long)
+
+
 def test_killed_three_times_it_ends_as_if_never_disturbed_bit_for_bit(tmp_path, small, undisturbed_long):
     for step in (6, 18, 30):
         process = start(tmp_path, *small, *LONG)
@@ -180,7 +229,7 @@ def test_killed_three_times_it_ends_as_if_never_disturbed_bit_for_bit(tmp_path, 
     assert_same_outcome(tmp_path, undisturbed_long)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_preemption_signal_saves_and_exits_cleanly(tmp_path, small, undisturbed_long, number):
     process = start(tmp_path, *small, *LONG, "--run.checkpoint_every", "1000")
     wait_for_step(tmp_path, 10, process)
@@ -246,7 +295,7 @@ def test_checkpoints_that_an_earlier_run_kept_are_neither_deleted_nor_mixed_with
 ):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoint.pt").rename(tmp_path / "checkpoint-12.pt")
-    (tmp_path / "checkpoint.previous.pt").unlink()
+    (tmp_path / "checkpoint.previous.pt").rename(tmp_path / "checkpoint-6.pt")
     before = {path.name for path in tmp_path.iterdir()}
     for resume in ("true", "false"):
         text = refusal(capsys, "--run.dir", tmp_path, *small, "--run.resume", resume)
@@ -413,6 +462,14 @@ def test_a_folder_does_not_hide_the_recipe_of_its_name(monkeypatch, tmp_path):
     assert configs_first(["pretrain", "--config", "cifar10-resnet18"])[1].endswith("cifar10-resnet18.yaml")
 
 
+@pytest.mark.parametrize("option", ["--conf", "--data.view", "--data.batch=4", "--dry"])
+def test_parts_of_names_are_no_options(capsys, option):
+    """`--conf` would be a file that wins over options, `--data.view` another way to write --data.views."""
+    with pytest.raises(SystemExit) as ended:
+        parse(["pretrain", *option.split("="), "3"])
+    assert ended.value.code == 2 and option.partition("=")[0] in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "config", [["--config", "FILE"], ["--config=FILE"], ["--config", "cifar10-resnet18", "--config", "FILE"]]
 )
@@ -460,7 +517,8 @@ def test_a_batch_larger_than_the_data_set(tmp_path, small, capsys):
 
 
 def test_one_view_where_two_are_needed(tmp_path, small, capsys):
-    assert "at least 2" in refusal(capsys, "--run.dir", tmp_path, *small, "--data.views", "1")
+    text = refusal(capsys, "--run.dir", tmp_path, *small, "--data.views", "1")
+    assert "--data.views is 1, but must lie between 2 and 1000" in text
 
 
 def test_views_of_two_sizes_without_the_own_one(tmp_path, small, capsys):

@@ -25,7 +25,7 @@ def heard(monkeypatch):
     numbers: list[int] = []
     before = {
         number: signal.signal(number, lambda number, frame: numbers.append(number))
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
     }
     yield numbers
     for number, handler in before.items():
@@ -34,11 +34,19 @@ def heard(monkeypatch):
 
 def test_signals_are_noted_and_given_back(heard):
     with StopSignals() as signals:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM):
             signal.raise_signal(number)
-    assert signals.received == [signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM] and not heard
+    assert signals.received == [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM] and not heard
     signal.raise_signal(signal.SIGTERM)
     assert heard == [signal.SIGTERM]
+
+
+def test_a_closed_terminal_is_not_heard_under_nohup(heard):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with StopSignals() as signals:
+        signal.raise_signal(signal.SIGHUP)
+        assert not signals.received
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_a_second_ctrl_c_interrupts(heard):

@@ -122,8 +122,8 @@ class Reader:
                 self.news.append(f"left out {self.source.name(index)}: {reason}")
             if self.limit < len(self.unreadable) < len(self.source):
                 raise DataError(
-                    f"{len(self.unreadable):,} of the {len(self.source):,} images of {self.source} cannot be read, "
-                    f"which is more than the {self.limit:,} that are tolerated: {self._example()}"
+                    f"{len(self.unreadable):,} of the {len(self.source):,} images wanted of {self.source} cannot be "
+                    f"read, which is more than the {self.limit:,} that are tolerated: {self._example()}"
                 )
 
     def _example(self) -> str:

@@ -188,7 +188,7 @@ def load_recipe(name: str, views: int, size: int) -> Recipe:
                 "--data.views to 3 or more."
             )
         return multi_crop(2, views - 2, size=size, local_size=max(1, round(size * 3 / 7)))
-    path = Path(name)
+    path = Path(name).expanduser()
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise MSBRegError(f"no recipe is called {name}: use byol, cifar, multi_crop, auto or a .yaml file")
     return _alternate(_read_blocks(path, size), views)

@@ -319,7 +319,10 @@ def with_classes_of(train: Source, held_out: Source) -> Source:
     if train.classes and held_out.classes:
         unknown = [name for name in held_out.classes if name not in train.classes]
         if unknown:
-            raise DataError(f"{held_out} has images of class {unknown[0]}, which {train} has not")
+            raise DataError(
+                f"{held_out} has images of class {unknown[0]}, which {train} has not. Where its folders are no "
+                "classes, leave out --data.eval_path, and afterwards give msbreg eval a --data.path to labelled images"
+            )
         numbers = np.array([train.classes.index(name) for name in held_out.classes])
         held_out.labels = np.where(held_out.labels >= 0, numbers[held_out.labels], -1)
         held_out.classes = train.classes
@@ -335,7 +338,7 @@ def _ending(name: str) -> str:
 
 
 def _files_below(folder: Path, endings: tuple[str, ...]) -> Iterator[str]:
-    """Paths, relative to the folder, of the files with these endings; nothing hidden, no folder twice."""
+    """Paths, relative to the folder, of the files with these endings; nothing hidden, no folder twice, no run's."""
 
     def fail(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be listed: {error.strerror}") from error
@@ -349,6 +352,9 @@ def _files_below(folder: Path, endings: tuple[str, ...]) -> Iterator[str]:
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = os.path.relpath(parent, folder).replace(os.sep, "/")
+        if below != "." and ".lock" in files and "metrics.jsonl" in files:  # a run, whose curves.png is no image to see
+            folders.clear()
+            continue
         for name in files:
             if not name.startswith(".") and _ending(name) in endings:
                 yield name if below == "." else f"{below}/{name}"
