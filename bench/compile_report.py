@@ -1,6 +1,6 @@
 """Compiles every kernel ahead of time as its launcher would launch it, and reports what the compiler made of it.
 
-    python bench/compile_report.py --arch 90 80 100 gfx942 --json bench/results/static/2026-11-28/compile.json
+    python bench/compile_report.py --arch 90 80 100 gfx942 --json bench/results/static/DATE/compile.json
 
 Needs no GPU: Triton's wheel has the compilers for all of them. A row is a kernel in one specialisation; a kernel that
 several calls share is compiled once, and Triton's cache keeps it for the next time. An architecture takes about two

@@ -52,7 +52,7 @@ class Operator(NamedTuple):
     inputs: list[NDArray]
     """A batch of what it works on, uint8."""
     apply: Callable[[Node, Argument, int], Node]
-    """The number is that of those side by side: what is alike in them DALI computes once."""
+    """The number is which of several copies it is: copies must differ, or DALI computes them once."""
 
 
 def operators(source: Source, view: View, batch: int, device: torch.device) -> list[Operator]:

@@ -55,7 +55,7 @@ def check(peer: Peer) -> None:
         MSBRegError: the loss is not finite, or a matrix or kernel of a network stays as it was.
     """
 
-    def weights(network: nn.Module) -> dict[str, Tensor]:  # what batch normalisation makes of a bias is none
+    def weights(network: nn.Module) -> dict[str, Tensor]:  # a bias before a batch normalisation has no gradient
         return {name: weight for name, weight in network.named_parameters() if weight.ndim > 1}
 
     networks = {"online": peer.online, "predictor": peer.predictor, "target": peer.target}
@@ -75,8 +75,8 @@ def turn(peer: Peer, device: torch.device, *, seconds: float, steps: int) -> dic
     Args:
         peer: the provider.
         device: it trains on.
-        seconds: to train for, at least, and at least until
-        steps: are taken. Batches that become ready together are taken together.
+        seconds: trains for at least so long.
+        steps: takes at least so many; batches that become ready together are taken together.
     """
     for _ in range(peer.ahead):
         next(peer.batches)

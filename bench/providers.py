@@ -47,7 +47,7 @@ class Provider:
     """Whether it reads t."""
     decomposition: Literal["svd", "eigh"] | None = None
     waits: bool = False
-    """For the device, inside a call: no CUDA graph can hold it."""
+    """Whether a call waits for the device, so that no CUDA graph can hold it."""
     needs: str | None = None
     """A package that has to be installed."""
     compiled: bool = False

@@ -27,7 +27,7 @@ class Shape(NamedTuple):
 
     @property
     def side(self) -> int:
-        """Of the Gram matrix."""
+        """Side of the smaller Gram matrix."""
         return min(self.batch, self.dim)
 
     @property

@@ -146,7 +146,7 @@ def _host_seconds(work: Callable[[], None]) -> float:
 
 def _between_events(work: Callable[[], None], backlog: float) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(int(min(backlog, BACKLOG) * 2e9))  # cycles
+    torch.cuda._sleep(int(min(backlog, BACKLOG) * 2e9))  # cycles of a clock of about 2 GHz
     start.record()
     work()
     end.record()

@@ -37,6 +37,6 @@ def device_work(call: Call) -> tuple[int, float]:
 
 
 def work_in(trace: dict) -> tuple[int, float]:
-    """Those in a profiler's trace; annotations of its are on the GPU's track too, and are not counted."""
+    """Those in a profiler's trace. Its own annotations, on the GPU's track as well, are not counted."""
     work = [event for event in trace["traceEvents"] if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     return len(work), 1e-6 * sum(event["dur"] for event in work)

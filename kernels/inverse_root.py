@@ -152,8 +152,8 @@ def root_kernel(
     gram_pointer, squares_pointer, output_pointer: as for `step_kernel` with LAST.
     sums_pointer: [views, members], else as there.
     weights_pointer: [steps, 2], float64, a and b of each step; two steps or more.
-    work_pointer: [5, views, parts, width, width], split: Y and Z after the first step and every second one from there,
-        those after the others, and T, where A is at first.
+    work_pointer: [5, views, parts, width, width], split: two pairs of Y and Z, which odd and even steps write in turn,
+        then T, in whose place A is before the first product.
     counter_pointer: [views, 32] int32, zero; see `wait_for_all`.
 
     All programs run at the same time. So many members make the tiles of a view, in turns, and those of the next one
@@ -240,11 +240,11 @@ def inverse_root(
     Args:
         gram: G, (K, p, p), contiguous, float32 or float64.
         squares: (K, n), float64, which add up to |G|² of each view.
-        shift: h, at least 0, of all views...
-        floor: ... but in each at least this times |G|, the Frobenius norm.
+        shift: h, at least 0.
+        floor: where floor |G| (Frobenius) of a view is larger than shift, h is that.
         steps: (a, b) of T in each step, two or more, for eigenvalues from h / (|G| + h) to 1.
         weights: w_t and w_r; None for no sums.
-        at_once: whether it is one launch; None: as said above.
+        at_once: whether it is one launch; None: by the rule in the module's docstring.
 
     Returns:
         Z, (K, p, p), and None; or with weights Z split, (K, parts, w, w), and float64 numbers of any shape, which

@@ -20,7 +20,7 @@ __all__ = ["affine_product", "first_factors", "normalisation", "spectral_sum", "
 
 @triton.jit
 def normalisation(squares, count, shift, floor):
-    """s and h of A = s (G + h I), whose eigenvalues are in (0, 1]: 1 / (|G| + h), and the shift or what floor makes it.
+    """s and h of A = s (G + h I), whose eigenvalues are in (0, 1]: s = 1 / (|G| + h), h = max(shift, floor |G|).
 
     squares: [count], float64, the sum of which is |G|².
     """

@@ -197,7 +197,7 @@ def brownian_directions(
     """Random unit rows, drawn in one launch that nothing on the host waits for.
 
     Args:
-        batch: images, 0 or more.
+        batch: images, at least 1.
         dim: D, at least 1.
         seed: one int64 on the device where the rows are wanted, so that a CUDA graph replays with new values.
         step: one int64 on the same device.
@@ -210,17 +210,16 @@ def brownian_directions(
         number and its view alone.
     """
     output = torch.empty(views or 1, batch, dim, device=seed.device, dtype=dtype)
-    if batch:
-        config = tile(dim)
-        with torch.cuda.device_of(output):
-            brownian_directions_kernel[(cdiv((views or 1) * batch, config["BLOCK_ROWS"]),)](
-                output, seed, step, views or 1, batch, dim, first_image, int(views is not None), **config
-            )
+    config = tile(dim)
+    with torch.cuda.device_of(output):
+        brownian_directions_kernel[(cdiv((views or 1) * batch, config["BLOCK_ROWS"]),)](
+            output, seed, step, views or 1, batch, dim, first_image, int(views is not None), **config
+        )
     return output if views else output[0]
 
 
 def tile(dim: int) -> dict[str, int | bool]:
-    """Whole rows, as many as make 1024 numbers; 4 or 8 numbers for each of a program's threads, up to 8192."""
+    """Whole rows, as many as make 1024 numbers; 4 or 8 numbers a thread, more where 16 warps do not suffice."""
     block = max(4, next_power_of_2(dim))
     rows = max(1, 1024 // block)
     return {

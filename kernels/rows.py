@@ -225,7 +225,8 @@ def row_losses(
 def tile(views: int, dim: int, itemsize: int) -> dict[str, int | bool]:
     """The block sizes and warps for rows of D numbers: 512 numbers or a row, 16 a thread, 8 if D is no multiple of 16.
 
-    The next ones are on their way meanwhile, in shared memory, where there is room for them; AMD has registers for it.
+    More a thread where 16 warps do not suffice for that, and fewer where a row is short. The next numbers are on their
+    way meanwhile, in shared memory, where there is room for them; AMD has registers for it.
 
     Args:
         views: K.

@@ -23,7 +23,7 @@ def offsets(rows, row_stride, columns, column_stride):
 def load_tile(pointer, rows, row_count, row_stride, columns, column_count, column_stride, ACC: tl.constexpr):
     """A tile [R, C] in the accumulator's dtype, zero beyond the matrix: nothing is computed in half precision.
 
-    Where R is 1, the row is one of the matrix's.
+    A single row (R = 1) is not masked: it must lie inside the matrix.
     """
     mask = (columns < column_count)[None, :]
     if rows.shape[0] > 1:

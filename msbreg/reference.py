@@ -51,8 +51,8 @@ CODING_PRECISION = 0.2
 def eps() -> float:
     """Rows no longer than this have no direction; the value of `torch.nn.functional.normalize`.
 
-    A function, since torch.compile with dynamic=True makes an input of a number that a module holds, and of torch 2.14
-    then fails where two losses have it in one graph.
+    Not a constant: torch.compile with dynamic=True turns a module's numbers into inputs of the graph, and torch 2.14
+    fails where two losses in one graph share one.
     """
     return 1e-12
 

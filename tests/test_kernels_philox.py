@@ -166,8 +166,3 @@ def test_squared_lengths_are_rounded_once():
     output = torch.zeros(32, device=DEVICE)
     store_squares[(1,)](rows.to(DEVICE), output, ROWS=32, COLUMNS=256, enable_fp_fusion=True)
     assert torch.equal(output.cpu(), rows.double().square().sum(1).float())
-
-
-@runs_kernels
-def test_an_empty_batch_is_empty():
-    assert kernels.brownian_directions(0, 16, seed=on_device(0), step=on_device(0)).shape == (0, 16)

@@ -35,8 +35,8 @@ EXTENSIONS += ("avif",) if features.check("avif") else ()
 """Endings, in any case, by which files and tar members are taken for images."""
 _ENDINGS = ", ".join(f".{ending}" for ending in EXTENSIONS)
 
-_BLOCKS = 1 << 20
-"""Bytes that are read at once of what follows a tar file's end: little, but for one that was joined to others."""
+_READ_BYTES = 1 << 20
+"""Read at a time to see that nothing but zeros follows a tar file's end; tar files that were joined have more there."""
 
 Labels = NDArray[np.int64]
 
@@ -452,7 +452,7 @@ def _scan_shard(path: str) -> tuple[list[tuple[str, int, int, str | None]], list
                     labels[key] = _label(tar.fileobj.read(size).decode("utf-8", "replace").strip())
             # tarfile takes anything but a header for the end of the file, where there should be zeros alone.
             tar.fileobj.seek(tar.offset)
-            while block := tar.fileobj.read(_BLOCKS):
+            while block := tar.fileobj.read(_READ_BYTES):
                 if any(block):
                     raise tarfile.ReadError(f"after its end, at byte {tar.offset:,}, something else follows")
     except tarfile.TarError as error:

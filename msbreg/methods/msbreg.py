@@ -6,6 +6,7 @@ https://arxiv.org/abs/2207.03552.
 
 import copy
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class MSBReg(nn.Module):
         predictor: nn.Module | None,
         criterion: MSBRegLoss,
         *,
-        disperse: str = "projector",
+        disperse: Literal["projector", "predictor"] = "projector",
         ema: bool = True,
     ) -> None:
         super().__init__()
