@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("PIL", reason="this needs the extra [train]")
 
 from msbreg.config import Config
-from msbreg.data import TarShards, sources
+from msbreg.data import TarShards
+from msbreg.data import shards as module
 from msbreg.inputs import open_images
 from msbreg.processes import Processes
 
@@ -42,8 +43,8 @@ def shards(tmp_path) -> Path:
 def scans(monkeypatch) -> list[str]:
     """The shards that were scanned."""
     found: list[str] = []
-    scan = sources._scan_shard
-    monkeypatch.setattr(sources, "_scan_shard", lambda path: (found.append(os.path.basename(path)), scan(path))[1])
+    scan = module._scan_shard
+    monkeypatch.setattr(module, "_scan_shard", lambda path: (found.append(os.path.basename(path)), scan(path))[1])
     return found
 
 
@@ -120,16 +121,16 @@ def test_a_listing_of_other_lengths_is_made_anew(shards, scans, tmp_path):
 
 def test_a_shard_that_changes_while_it_is_scanned_is_scanned_again(shards, tmp_path, monkeypatch):
     """What was found is kept under the size and time that the shard had before."""
-    scan = sources._scan_shard
+    scan = module._scan_shard
 
     def scan_and_replace(path):
         found = scan(path)
         pack(Path(path), [f"{Path(path).stem}/new {image}" for image in range(5)])
         return found
 
-    monkeypatch.setattr(sources, "_scan_shard", scan_and_replace)
+    monkeypatch.setattr(module, "_scan_shard", scan_and_replace)
     assert len(TarShards(shards, cache=tmp_path / "cache")) == 12
-    monkeypatch.setattr(sources, "_scan_shard", scan)
+    monkeypatch.setattr(module, "_scan_shard", scan)
     assert content(TarShards(shards, cache=tmp_path / "cache")) == content(TarShards(shards))
     assert len(TarShards(shards, cache=tmp_path / "cache")) == 15
 

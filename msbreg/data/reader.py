@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from msbreg.data.images import UnreadableError, as_ppm, decode, probe
-from msbreg.data.sources import Source
+from msbreg.data.source import Source
 from msbreg.errors import DataError
 
 __all__ = ["Reader", "Sample"]

@@ -1,0 +1,189 @@
+"""Images in tar shards."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+import tarfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from msbreg.data.listing import Listing, listing_file, load_listing, save_listing
+from msbreg.data.source import (
+    ENDINGS,
+    EXTENSIONS,
+    Source,
+    base_name,
+    files_below,
+    label_of,
+    last_ending,
+    number_classes,
+)
+from msbreg.errors import DataError
+
+__all__ = ["TarShards"]
+
+_READ_BYTES = 1 << 20
+"""Read at a time to see that nothing but zeros follows a tar file's end; tar files that were joined have more there."""
+
+
+class TarShards(Source):
+    """WebDataset shards: uncompressed tar files in which members of one name and different endings form a sample.
+
+    The headers are scanned once, at the start; images are then read at their offsets, in any order. Of a sample, its
+    first image counts, and its `cls` member is the label, unknown where that is empty or -1. Samples without an image
+    are passed over. Of members of one name the last counts, as for tar, and a hard link is what it links to.
+
+    Args:
+        path: one shard, a folder of shards, or a pattern with {000..127}, {a,b}, * or ?.
+        cache: folder that keeps what the scan found, for the next time; None: it is not kept.
+
+    Raises:
+        DataError: nothing matches, a shard is not an uncompressed tar file, is cut short or has sparse members, or
+            there is no image.
+    """
+
+    def __init__(self, path: str | Path, *, cache: Path | None = None) -> None:
+        self.pattern = str(path)
+        self.shards = _expand_shards(path)
+        if not self.shards:
+            raise DataError(f"{self.pattern} names no shards: expected tar files, or rising numbers as in {{000..127}}")
+        file = None if cache is None else listing_file(cache, self.shards)
+        listing = None if file is None else load_listing(file)
+        if listing is None:
+            listing = self._scanned()
+            if file is not None:
+                save_listing(file, listing)
+        self.names, self.place, self.labels, self.classes, remarks = listing
+        for remark in remarks:
+            warnings.warn(f"{self.pattern} has more images: {remark}", stacklevel=2)
+
+    def _scanned(self) -> Listing:
+        with ThreadPoolExecutor(max_workers=min(8, len(self.shards))) as pool:
+            found = list(pool.map(_scan_shard, self.shards))
+        members = [(shard, *member) for shard, (inside, _, _) in enumerate(found) for member in inside]
+        dotted = [name for _, names, _ in found for name in names]
+        links = [name for _, _, names in found for name in names]
+        remarks = [
+            f"{len(names):,} such as {names[0]} were passed over: {why}"
+            for names, why in (
+                (dotted, "in WebDataset all that follows the first dot of a name is its ending"),
+                (links, "they are links, but not hard ones to members before them"),
+            )
+            if names
+        ]
+        if not members:
+            none = f"{self.pattern} holds no images: no member of its {len(self.shards)} shards ends in {ENDINGS}"
+            raise DataError("; ".join([none, *remarks]))
+        shard, names, offset, size, labels = zip(*members, strict=True)
+        place = np.array([shard, offset, size], dtype=np.int64).T
+        return Listing(list(names), place, *number_classes(labels), remarks)
+
+    def read(self, index: int) -> bytes:
+        """See `Source.read`."""
+        shard, offset, size = self.place[index].tolist()
+        descriptor = os.open(self.shards[shard], os.O_RDONLY)
+        try:
+            data = os.pread(descriptor, size, offset)
+        finally:
+            os.close(descriptor)
+        if len(data) < size:
+            raise OSError("the shard has become shorter")
+        return data
+
+    def name(self, index: int) -> str:
+        """See `Source.name`."""
+        return f"{self.shards[self.place[index, 0]]}:{self.names[index]}"
+
+    def base_names(self) -> list[str]:
+        """See `Source.base_names`."""
+        return [base_name(name) for name in self.names]
+
+    def __str__(self) -> str:
+        return self.pattern
+
+
+def _expand_shards(path: str | Path) -> list[str]:
+    """The shards that a path or pattern names, sorted as written."""
+    text = str(path)
+    if os.path.isdir(path):
+        return [os.path.join(text, name) for name in sorted(files_below(Path(path), ("tar",)))]
+    if os.path.exists(path):
+        return [text]
+    shards = []
+    for expanded in _expand_braces(text):
+        matches = sorted(glob.glob(expanded))
+        if not matches:
+            raise DataError(f"no such shard: {expanded}" + (f" (from {text})" if expanded != text else ""))
+        shards += matches
+    return shards
+
+
+def _expand_braces(text: str) -> list[str]:
+    """The shell's {000..127} and {a,b}, any number of them."""
+    parts = re.split(r"\{([^{}]*)\}", text)
+    choices = [[part] for part in parts]
+    for place in range(1, len(parts), 2):
+        span = re.fullmatch(r"(\d+)\.\.(\d+)", parts[place])
+        if span:
+            first, last = span.groups()
+            choices[place] = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+        else:
+            choices[place] = parts[place].split(",")
+    return ["".join(choice) for choice in itertools.product(*choices)]
+
+
+def _scan_shard(path: str) -> tuple[list[tuple[str, int, int, str | None]], list[str], list[str]]:
+    """Name, offset, size and label of every sample's first image, in the shard's order.
+
+    And the names of images in samples that have none, since what follows the first dot is not an image's ending alone;
+    and those of links that are not followed.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    images: dict[str, tuple[str, int, int]] = {}
+    labels: dict[str, str | None] = {}
+    dotted: list[tuple[str, str]] = []
+    links: list[str] = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                tar.members.clear()  # type: ignore[attr-defined]  # which it would keep for a second pass
+                if member.issparse():
+                    raise DataError(f"shard {path} has {member.name} as a sparse file: pack it without tar's --sparse")
+                if member.isreg():
+                    places[member.name] = (member.offset_data, member.size)
+                elif member.islnk() and member.linkname in places:
+                    places[member.name] = places[member.linkname]
+                elif not member.issym() and not member.islnk():  # a folder
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                stem, _, ending = base.partition(".")
+                key, ending = f"{folder}/{stem}", ending.lower()
+                if not stem:  # hidden
+                    continue
+                if member.issym() or member.name not in places:
+                    links += [member.name] * (ending in EXTENSIONS)
+                elif ending in EXTENSIONS and (key not in images or images[key][0] == member.name):
+                    images[key] = (member.name, *places[member.name])
+                elif last_ending(ending) in EXTENSIONS:
+                    dotted.append((key, member.name))
+                elif ending == "cls":
+                    offset, size = places[member.name]
+                    tar.fileobj.seek(offset)
+                    labels[key] = label_of(tar.fileobj.read(size).decode("utf-8", "replace").strip())
+            # tarfile takes anything but a header for the end of the file, where there should be zeros alone.
+            tar.fileobj.seek(tar.offset)
+            while block := tar.fileobj.read(_READ_BYTES):
+                if any(block):
+                    raise tarfile.ReadError(f"after its end, at byte {tar.offset:,}, something else follows")
+    except tarfile.TarError as error:
+        raise DataError(f"shard {path} is not a whole, uncompressed tar file: {error}") from error
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read: {error.strerror}") from error
+    passed_over = [name for key, name in dotted if key not in images]
+    return [(*image, labels.get(key)) for key, image in images.items()], passed_over, links
