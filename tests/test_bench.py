@@ -12,11 +12,6 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="the benchmarks need the extra [bench]")
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
 import ceilings
 import cost
 import gate
@@ -24,8 +19,10 @@ import records
 import report
 import shapes
 import timing
+import torch
 import usage
 from providers import by_svd, definition, providers
+from torch.utils.flop_counter import FlopCounterMode
 
 from msbreg import linalg
 from msbreg.functional import SMOOTHING

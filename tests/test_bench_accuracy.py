@@ -15,8 +15,6 @@ import pytest
 pytest.importorskip("jsonargparse", reason="this needs the extra [train]")
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
 import accuracy
 import accuracy_report
 import choices

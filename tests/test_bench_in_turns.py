@@ -2,15 +2,11 @@
 
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import in_turns
 import providers
+import pytest
+import torch
 
 OPTIONS = ["--shape", "2x24x16", "--device", "cpu", "--rounds", "3"]
 

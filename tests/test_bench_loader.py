@@ -13,7 +13,6 @@ import pytest
 import torch
 
 pytest.importorskip("torchvision")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import loader as bench
 from torchvision.transforms import v2

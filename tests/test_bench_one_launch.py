@@ -9,12 +9,12 @@ import torch
 
 pytest.importorskip("triton")
 
+import one_launch
+
 from msbreg import kernels
 from msbreg.kernels.inverse_root import inverse_root
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-import one_launch  # noqa: E402
 
 
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="TRITON_INTERPRET=1 runs Triton kernels without a GPU")

@@ -11,13 +11,13 @@ import torch
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
 
+import operators
+
 from msbreg.data import View, open_source
 from msbreg.data.dali_backend import DaliBackend
 from msbreg.data.draws import draw
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-import operators  # noqa: E402
 
 CPU = torch.device("cpu")
 

@@ -18,8 +18,6 @@ import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
 pytest.importorskip("torchvision", reason="the comparison with peers needs torchvision")
 
 import peer_trainers

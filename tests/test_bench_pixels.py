@@ -13,13 +13,13 @@ import torch
 
 pytest.importorskip("triton")
 
+import pixels
+
 from msbreg import kernels
 from msbreg.data import View
 from msbreg.data.draws import Draw
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-import pixels  # noqa: E402
 
 CPU = torch.device("cpu")
 NORMAL = torch.tensor([pixels.SCALE, pixels.SHIFT])

@@ -7,12 +7,9 @@ import pytest
 
 pytest.importorskip("torchvision", reason="this needs the extra [train]")
 
+import scaling
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-
-import scaling
 
 from msbreg.batch_norm import CrossRankBatchNorm, convert_sync_batchnorm
 from msbreg.models import build_backbone, mlp_head

@@ -2,14 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("nvidia.dali", reason="this needs DALI")
 pytest.importorskip("torchvision", reason="this needs the extra [train]")
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import threads
 
 

@@ -9,11 +9,11 @@ import torch
 
 pytest.importorskip("triton")
 
+import tiles
+
 from msbreg import kernels
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-import tiles  # noqa: E402
 
 CPU = torch.device("cpu")
 

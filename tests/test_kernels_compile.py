@@ -17,7 +17,6 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's compilers come with its Linux wheels alone")
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")

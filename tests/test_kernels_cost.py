@@ -3,13 +3,13 @@
 import inspect
 import runpy
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+import launch_cost  # noqa: E402
 import triton.language as tl  # noqa: E402
 
 from msbreg import kernels, ops  # noqa: E402
@@ -19,9 +19,6 @@ from msbreg.kernels.inverse_root import inverse_root  # noqa: E402
 from msbreg.kernels.philox import brownian_directions  # noqa: E402
 from msbreg.kernels.product import product, unit_product  # noqa: E402
 from msbreg.kernels.rows import row_losses  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-import launch_cost  # noqa: E402
 
 interprets = pytest.mark.skipif(not kernels.INTERPRETED, reason="only Triton's interpreter tells what a kernel loads")
 pytestmark = pytest.mark.interpreter
