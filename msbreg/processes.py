@@ -1,5 +1,6 @@
 """The processes of a run: one alone, or those that torchrun started."""
 
+import gc
 import os
 import re
 import socket
@@ -102,9 +103,10 @@ class Processes:
         # After an error the others may be waiting in a collective, where leaving the group would wait for them in turn.
         if kind is None and dist.is_initialized():
             dist.destroy_process_group()
-            # Their threads end with the last reference. One with a tensor still to release when the interpreter ends
-            # would abort the process.
+            # Their threads end with the last reference, of which modules in cycles may have some. A thread with a tensor to
+            # release as the interpreter ends would abort the process.
             self.group = self._control = None
+            gc.collect()
         if isinstance(error, RuntimeError) and is_of_memory(error):
             where = f"GPU {self.device.index}" if self.device.type == "cuda" else "this machine"
             (wanted,) = re.findall(r"ried to allocate ([\d.]+ \w+)", str(error))[:1] or ["tensor"]

@@ -239,8 +239,7 @@ def train_on_a_half(rank: int, port: int, folder: Path) -> None:
         features, labels = clusters(64, seed=step)
         probe.learn(features[32 * rank :][:32], labels[32 * rank :][:32])
     torch.save((probe.weight.detach(), probe.weight.grad), folder / f"{rank}.pt")
-    del probe  # the group's threads must have ended when the interpreter does: see `Processes.__exit__`
-    dist.barrier()
+    del probe  # which has the group, whose threads must have ended when the interpreter does
     dist.destroy_process_group()
 
 

@@ -393,6 +393,26 @@ def test_processes_of_torchrun_train_as_one_does(tmp_path, small, undisturbed, f
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), (mine["step"], name)
 
 
+LEAVES = """
+import os, sys
+from msbreg.cli import main
+assert main(["pretrain", *sys.argv[1:]]) == 0
+names = [open(f"/proc/self/task/{number}/comm").read() for number in os.listdir("/proc/self/task")]
+assert not any("gloo" in name for name in names), names
+"""
+
+
+def test_a_run_leaves_no_threads_of_its_processes(tmp_path, small, free_port):
+    """One that has a tensor to release as the interpreter ends would abort a process that is done."""
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port),
+        str(tmp_path / "leaves.py"), "--run.dir", str(tmp_path / "run"), *small, "--optim.steps", "2",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_signal_to_torchrun_lets_all_ranks_save(tmp_path, small, free_port):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port),

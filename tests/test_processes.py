@@ -149,3 +149,24 @@ def test_each_process_has_a_gpu_of_its_own_machine(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(MSBRegError, match="process 3 needs GPU 2, but this machine has 2"):
         Processes("cuda")
+
+
+THREADS = """
+import os
+import torch, torch.distributed as dist
+import msbreg.distributed
+threads = len(os.listdir("/proc/self/task"))
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{PORT}", rank=0, world_size=1)
+assert len(os.listdir("/proc/self/task")) > threads
+torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
+dist.destroy_process_group()
+assert len(os.listdir("/proc/self/task")) == threads, os.listdir("/proc/self/task")
+"""
+
+
+def test_a_group_that_is_destroyed_leaves_no_threads(free_port):
+    """Torch's optimizers import what would keep it: one of its threads may then abort a process that is done."""
+    for imports, status in ((True, 0), (False, 1)):
+        script = THREADS if imports else THREADS.replace("import msbreg.distributed\n", "")
+        done = subprocess.run([sys.executable, "-c", script.replace("PORT", str(free_port))], capture_output=True)
+        assert done.returncode == status, done.stderr.decode()
