@@ -103,8 +103,8 @@ class Processes:
         # After an error the others may be waiting in a collective, where leaving the group would wait for them in turn.
         if kind is None and dist.is_initialized():
             dist.destroy_process_group()
-            # Their threads end with the last reference, of which modules in cycles may have some. A thread with a tensor
-            # to release as the interpreter ends would abort the process.
+            # Their threads end with the last reference, of which modules in cycles may have some. One with a tensor
+            # to release as the interpreter ends aborts the process.
             self.group = self._control = None
             gc.collect()
         if isinstance(error, RuntimeError) and is_of_memory(error):
