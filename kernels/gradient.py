@@ -27,7 +27,7 @@ def row_gradient(z_hat, norm, c_hat, n_hat, w_hat, attraction, push):
     if n_hat is not None:
         g += push * n_hat
     if c_hat is not None:
-        g -= attraction[:, None] * c_hat  # up to here g is the same for all rows that share n̂ and ĉ
+        g -= attraction[:, None] * c_hat  # so far g is that of all rows with this n̂, ĉ and attraction
         g += attraction[:, None] * z_hat  # radial, but without it rounding would leave of ĉ what is along ẑ
     if w_hat is not None:
         g += w_hat

@@ -4,10 +4,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if dist.is_available():
+if dist.is_available() and not dist.is_initialized():
     # Its functions have for a default the group of all processes as it is when they are imported, which optimizers do.
     # That would keep the group's threads when it is destroyed, and one of them that has a tensor to release as the
-    # interpreter ends aborts the process. Here there is no group yet.
+    # interpreter ends aborts the process. While there is no group, there is none to keep.
     import torch.distributed.nn
 
 __all__ = ["Shared", "all_gather_rows", "all_reduce_sum", "rank", "world_size"]

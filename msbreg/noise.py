@@ -1,5 +1,7 @@
 """The random directions of the Brownian loss: a function of (seed, step, image) and of nothing else."""
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -108,7 +110,8 @@ def check_noise(seed: int | Tensor, step: int | Tensor, first_image: int) -> Non
             raise TypeError(f"expected {name} to be an int or an int64 tensor, got {type(value)}")
         elif type(value) is int and not -(2**63) <= value < 2**63:
             raise ValueError(f"expected {name} to be an int of 64 bits, got {value}")
-    if isinstance(first_image, Tensor) or not (
-        isinstance(first_image, (int, torch.SymInt)) or hasattr(first_image, "__index__")
-    ):
-        raise TypeError(f"expected first_image to be an int, got {type(first_image)}")
+    if not isinstance(first_image, (int, torch.SymInt)):
+        try:
+            operator.index(first_image)  # as NumPy's integers have it
+        except TypeError:
+            raise TypeError(f"expected first_image to be an int, got {type(first_image)}") from None

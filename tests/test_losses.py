@@ -674,6 +674,7 @@ REFUSED = [
     (lambda: BrownianLoss(per="batch"), ValueError, "per to be one of 'image', 'view'"),
     (lambda: msbreg_loss(OK, OK, lambda_b=0, seed=0, step="1"), TypeError, "step to be an int"),
     (lambda: brownian_loss(OK, first_image=0.5, **NOISE), TypeError, "first_image to be an int"),
+    (lambda: brownian_loss(OK, first_image=np.array([1, 2, 3]), **NOISE), TypeError, "first_image to be an int"),
     (lambda: torch.vmap(lambda z: singular_value_loss(z))(OK[None]), RuntimeError, "inside vmap"),
     (lambda: torch.func.grad(lambda z: MSBRegLoss()(z, OK).loss)(OK), RuntimeError, "inside vmap, grad"),
     (lambda: several_gradients_at_once(), RuntimeError, "inside vmap"),

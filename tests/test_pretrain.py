@@ -231,7 +231,9 @@ def test_killed_three_times_it_ends_as_if_never_disturbed_bit_for_bit(tmp_path, 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_preemption_signal_saves_and_exits_cleanly(tmp_path, small, undisturbed_long, number):
+    before = signal.signal(number, signal.SIG_DFL)  # nohup would have the process ignore SIGHUP
     process = start(tmp_path, *small, *LONG, "--run.checkpoint_every", "1000")
+    signal.signal(number, before)
     wait_for_step(tmp_path, 2, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)

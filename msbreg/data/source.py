@@ -102,7 +102,7 @@ def last_ending(name: str) -> str:
 
 
 def files_below(folder: Path, endings: tuple[str, ...]) -> Iterator[str]:
-    """Paths, relative to the folder, of the files with these endings; nothing hidden, no folder twice, no run's."""
+    """Paths, relative to the folder, of the files with these endings; nothing hidden, nothing twice, no run's."""
 
     def fail(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be listed: {error.strerror}") from error
@@ -117,7 +117,6 @@ def files_below(folder: Path, endings: tuple[str, ...]) -> Iterator[str]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = os.path.relpath(parent, folder).replace(os.sep, "/")
         if below != "." and ".lock" in files and "metrics.jsonl" in files:  # a run, whose curves.png is no image to see
-            folders.clear()
             continue
         for name in files:
             if not name.startswith(".") and last_ending(name) in endings:
