@@ -106,12 +106,20 @@ def check_noise(seed: int | Tensor, step: int | Tensor, first_image: int) -> Non
                     f"expected {name} to be a zero-dimensional int64 tensor, got {value.dtype} of shape "
                     f"{tuple(value.shape)}"
                 )
-        elif not isinstance(value, (int, torch.SymInt)) and not hasattr(value, "__index__"):  # as NumPy's integers have
+        elif not _is_integer(value):
             raise TypeError(f"expected {name} to be an int or an int64 tensor, got {type(value)}")
         elif type(value) is int and not -(2**63) <= value < 2**63:
             raise ValueError(f"expected {name} to be an int of 64 bits, got {value}")
-    if not isinstance(first_image, (int, torch.SymInt)):
-        try:
-            operator.index(first_image)  # as NumPy's integers have it
-        except TypeError:
-            raise TypeError(f"expected first_image to be an int, got {type(first_image)}") from None
+    if isinstance(first_image, Tensor) or not _is_integer(first_image):
+        raise TypeError(f"expected first_image to be an int, got {type(first_image)}")
+
+
+def _is_integer(value: object) -> bool:
+    """Whether it is an int, or has the value of one, as NumPy's integers have."""
+    if isinstance(value, (int, torch.SymInt)):
+        return True
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True
