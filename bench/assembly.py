@@ -4,12 +4,12 @@ TTIR is Triton's first intermediate representation, PTX NVIDIA's assembly, SASS 
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 __all__ = [
-    "Access", "accesses", "amd_resources", "coarse_dots", "dots", "float_atomics", "instructions", "matrix_units",
-    "overflows", "ptxas_resources", "serialised",
+    "Access", "accesses", "amd_resources", "coarse_dots", "dots", "executed", "float_atomics", "instructions",
+    "matrix_units", "overflows", "ptxas_resources", "serialised",
 ]  # fmt: skip
 
 MAX_BLOCK = 1024
@@ -182,6 +182,37 @@ def instructions(sass: str) -> int:
     code = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(.*?) *;", sass, re.MULTILINE)
     padding = len(re.findall(r"^(\.L_x_\d+):\s+/\*[0-9a-f]+\*/\s+BRA `\(\1\)", sass, re.MULTILINE))
     return sum(not line.startswith("NOP") for line in code) - padding
+
+
+def executed(sass: str, trips: int) -> int:
+    """How many instructions of SASS a warp of a row kernel executes, whose loops all make so many trips.
+
+    The branch for rows whose squares overflow is left out, since no usual row takes it: what it skips has many maxima,
+    and loads nothing.
+    """
+    places: dict[str, int] = {}
+    code: list[str] = []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            places[label[1]] = len(code)
+        if (instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?) *;", line)) and not instruction[1].startswith("NOP"):
+            code.append(instruction[1])
+    times = [1] * len(code)
+    for end, instruction in enumerate(code):
+        branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", instruction)
+        begin = places.get(branch[1], len(code)) if branch else len(code)
+        if begin < end:
+            times[begin : end + 1] = [trips * (time > 0) for time in times[begin : end + 1]]
+        elif begin == end:  # what follows the end
+            times[end] = 0
+        elif branch and overflow(code[end + 1 : begin]):
+            times[end + 1 : begin] = [0] * (begin - end - 1)
+    return sum(times)
+
+
+def overflow(code: Sequence[str]) -> bool:
+    """Whether some SASS is what `kernels.tiles.unit` does with rows whose squares overflow."""
+    return sum("FMNMX" in line for line in code) >= 8 and not any("LDG" in line for line in code)
 
 
 def amd_resources(amdgcn: str) -> tuple[int, int, int]:
