@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> None:
         for row in count(case, spectral=spectral, warps=warps)
     ]
     print(f"Triton {triton.__version__}, sm_{TARGET.arch}, of an image\n\n{table(rows)}")
-    record = provenance("bench/row_instructions.py", "", torch.device("cpu"), ["triton"])
+    record = provenance("bench/row_instructions.py", None, torch.device("cpu"), ("triton",))
     keep(record | {"rows": rows}, options.json)
 
 
