@@ -18,6 +18,7 @@ import gate
 import records
 import report
 import shapes
+import test_loss_times
 import timing
 import torch
 import usage
@@ -97,6 +98,15 @@ def test_bytes_are_those_of_inputs_and_outputs():
     gradient = torch.autograd.grad(RIGHT(z, t), z)[0]
     counted = [cost.bytes_moved(2, 2, 48, 32, 2, mode) for mode in ("forward", "backward", "both")]
     assert counted == [z.nbytes + t.nbytes, z.nbytes + gradient.nbytes, z.nbytes + t.nbytes + gradient.nbytes]
+
+
+@pytest.mark.parametrize(
+    ("provider", "read"),
+    [("fused", (8, 8)), ("fused_spectral", (8, 0)), ("lightly_mmcr", (8, 8)), ("lightly_vicreg", (2, 0))],
+)
+def test_inputs_are_copied_by_what_a_loss_reads_of_them(provider, read):
+    """Three times the cache of what it reads, or a loss that reads a quarter of the inputs would have them cached."""
+    assert test_loss_times.read(providers("nuclear")[provider], shapes.Shape(8, 512, 256)) == read
 
 
 def test_flops_are_those_of_the_products():

@@ -703,11 +703,13 @@ def test_recipes_by_name():
     assert size_groups((View(size=8), View(size=4), View(size=8))) == [[0, 2], [1]]
 
 
-def test_recipes_from_a_file(tmp_path):
+def test_recipes_from_a_file(tmp_path, monkeypatch):
     path = tmp_path / "mine.yaml"
     path.write_text("- blur: 0.5\n  area: [0.2, 1]\n- size: 16\n  interpolation: linear\n")
     first, second = View(size=32, blur=0.5, area=(0.2, 1)), View(size=16, interpolation="linear")
     assert load_recipe(str(path), 3, 32) == (first, second, first)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_recipe("~/mine.yaml", 3, 32) == (first, second, first)
 
 
 @pytest.mark.parametrize(
