@@ -39,8 +39,18 @@ ROWS = (
     {"num_warps": 4},
     {"num_warps": 8},
     {"STAGES": 1},
+    {"STAGES": 2},
     {"STAGES": 3},
     {"STAGES": 5},
+    {"num_warps": 2, "STAGES": 1},
+    {"num_warps": 2, "STAGES": 2},
+    {"num_warps": 8, "STAGES": 1},
+    {"BLOCK_K": 1, "STAGES": 1},
+    {"BLOCK_K": 2},
+    {"BLOCK_K": 2, "STAGES": 1},
+    {"BLOCK_K": 2, "num_warps": 8, "STAGES": 1},
+    {"BLOCK_K": 8, "num_warps": 4, "STAGES": 1},
+    {"BLOCK_K": 8, "num_warps": 8, "STAGES": 1},
 )
 DEPTHS = ({"BLOCK_Q": 32}, {"BLOCK_Q": 64}, {"num_stages": 2}, {"num_stages": 4})
 SQUARES = (*DEPTHS, {"BLOCK_P": 64, "num_warps": 4}, {"BLOCK_P": 128, "num_warps": 8}, {"BLOCK_P": 128, "num_warps": 4})

@@ -11,7 +11,7 @@ from torch import Tensor
 from msbreg.kernels.philox import brownian_rows
 from msbreg.kernels.product import unit_product
 from msbreg.kernels.rows import centroid_of_others, tile
-from msbreg.kernels.tiles import inverse_length, load_tile, offsets
+from msbreg.kernels.tiles import await_launches, early, inverse_length, load_tile, offsets
 
 __all__ = ["image_gradient_kernel", "row_gradient", "row_losses_backward"]
 
@@ -64,6 +64,7 @@ def image_gradient_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The gradient with respect to z of all the losses at once.
 
@@ -77,6 +78,7 @@ def image_gradient_kernel(
 
     One program does one image.
     """
+    await_launches(EARLY)
     ACC: tl.constexpr = norm_pointer.dtype.element_ty
     i = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -186,5 +188,6 @@ def row_losses_backward(
             LEAVE_ONE_OUT=leave_one_out,
             PER_VIEW=per_view,
             **tile(views, dim, norms.element_size()),
+            **early(z.device),
         )
     return dz

@@ -6,7 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 from msbreg.kernels.halves import STAGES, depth, in_parts, parts_of, split_product, sum_dtype
-from msbreg.kernels.tiles import accumulator, cdiv, load_tile, next_power_of_2, offsets, precision
+from msbreg.kernels.tiles import (
+    accumulator,
+    await_launches,
+    cdiv,
+    early,
+    load_tile,
+    next_power_of_2,
+    offsets,
+    precision,
+)  # fmt: skip
 
 __all__ = ["gram", "gram_kernel", "unit_gram", "unit_gram_kernel"]
 
@@ -67,6 +76,7 @@ def unit_gram_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """As `gram_kernel`, of unit rows.
 
@@ -74,6 +84,7 @@ def unit_gram_kernel(
     gram_pointer: [views, dim, dim], or with ROWS [views, batch, batch], float32 or float64.
     squares_pointer: [views, tiles of the triangle], float64, which add up to |G|² of each view.
     """
+    await_launches(EARLY)
     if tl.program_id(1) > tl.program_id(0):
         return
     k = tl.program_id(2).to(tl.int64)
@@ -153,7 +164,16 @@ def unit_gram(z_hat: Tensor, dim: int, *, smaller: bool) -> tuple[Tensor, Tensor
     squares = torch.empty(views, tiles * (tiles + 1) // 2, device=z_hat.device, dtype=torch.float64)
     with torch.cuda.device_of(z_hat):
         unit_gram_kernel[(tiles, tiles, views)](
-            z_hat, output, squares, batch, dim, width, ROWS=rows, IN_PARTS=in_parts(dim if rows else batch), **config
+            z_hat,
+            output,
+            squares,
+            batch,
+            dim,
+            width,
+            ROWS=rows,
+            IN_PARTS=in_parts(dim if rows else batch),
+            **config,
+            **early(z_hat.device),
         )
     return output, squares
 

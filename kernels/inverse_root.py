@@ -17,7 +17,7 @@ from torch import Tensor
 
 from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, empty_split, in_parts, parts_of
 from msbreg.kernels.newton_schulz import affine_product, first_factors, normalisation, spectral_sum, store_matrix
-from msbreg.kernels.tiles import cdiv, next_power_of_2
+from msbreg.kernels.tiles import await_launches, cdiv, early, next_power_of_2
 
 __all__ = ["first_factors_kernel", "inverse_root", "root_kernel", "step_kernel"]
 
@@ -40,6 +40,7 @@ def first_factors_kernel(
     shift: tl.float64,
     floor: tl.float64,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A = s (G + h I), where the iteration begins, and T of the first step.
 
@@ -51,6 +52,7 @@ def first_factors_kernel(
 
     One program makes a tile of both.
     """
+    await_launches(EARLY)
     k = tl.program_id(2).to(tl.int64)
     matrix = k * parts_of(a_pointer) * width * width
     s, h = normalisation(squares_pointer + k * count, count, shift, floor)
@@ -83,6 +85,7 @@ def step_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One or two batches of products, i I + s L R.
 
@@ -101,6 +104,7 @@ def step_kernel(
 
     One program makes a tile of one product; those from `views` on in the third grid axis are the second batch.
     """
+    await_launches(EARLY)
     batch = tl.program_id(2)
     second = batch >= views
     k = tl.where(second, batch - views, batch).to(tl.int64)
@@ -274,7 +278,7 @@ def sequence(
     t = empty_split(gram, (views,), side, side, square=True)
     iterates = [empty_split(gram, (2, views), side, side, square=True) for _ in range(2)]
     width, count = t.shape[-1], squares.shape[1]
-    config = tile(gram)
+    config, begins = tile(gram), early(gram.device)
     tiles = cdiv(width, config["BLOCK_P"])
     sums = None if weights is None else torch.empty(views, tiles**2, device=gram.device, dtype=torch.float64)
 
@@ -284,14 +288,15 @@ def sequence(
         """i I + s L R for one or two (L, R)."""
         step_kernel[tiles, tiles, len(pairs) * views](
             *pairs[0], *pairs[-1], gram, squares, made, sums if last else None, views, side, width, made.shape[-1],
-            count, i, s, shift, floor, *(weights or (0.0, 0.0)), LAST=last, **config,
+            count, i, s, shift, floor, *(weights or (0.0, 0.0)), LAST=last, **config, **begins,
         )  # fmt: skip
 
     # A is where T will be, and the first T is Z.
     y, z = iterates[0].unbind()
     first_factors_kernel[cdiv(width, 32), cdiv(width, 32), views](
-        gram, squares, t, z, side, width, count, *steps[0], shift, floor, BLOCK=32, num_warps=4, enable_fp_fusion=True
-    )
+        gram, squares, t, z, side, width, count, *steps[0], shift, floor, BLOCK=32, num_warps=4, enable_fp_fusion=True,
+        **begins,
+    )  # fmt: skip
     multiply(y, (z, t))
     for number, (a, b) in enumerate(steps[1:-1], start=1):
         multiply(t, (y, z), i=a, s=b)

@@ -6,7 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, parts_of, split_product, sum_dtype
-from msbreg.kernels.tiles import accumulator, cdiv, load_tile, next_power_of_2, offsets, precision
+from msbreg.kernels.tiles import (
+    accumulator,
+    await_launches,
+    cdiv,
+    early,
+    load_tile,
+    next_power_of_2,
+    offsets,
+    precision,
+)  # fmt: skip
 
 __all__ = ["product", "product_kernel", "unit_product", "unit_product_kernel"]
 
@@ -71,6 +80,7 @@ def unit_product_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """As `product_kernel`, of unit rows.
 
@@ -80,6 +90,7 @@ def unit_product_kernel(
 
     Short sums are made in parts too: otherwise Triton 3.6 has each product of halves here wait for the one before.
     """
+    await_launches(EARLY)
     k = tl.program_id(2).to(tl.int64)
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -155,6 +166,7 @@ def unit_product(z_hat: Tensor, weight: Tensor, dim: int, *, left: bool) -> Tens
             weight.shape[-1],
             WEIGHT_LEFT=left,
             **config,
+            **early(z_hat.device),
         )
     return output
 

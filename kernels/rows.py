@@ -16,7 +16,7 @@ from torch import Tensor
 
 from msbreg.kernels.halves import empty_split, parts_of, store_split
 from msbreg.kernels.philox import brownian_rows
-from msbreg.kernels.tiles import accumulator, load_tile, next_power_of_2, offsets, unit
+from msbreg.kernels.tiles import accumulator, await_launches, early, load_tile, next_power_of_2, offsets, unit
 
 __all__ = ["RowLosses", "centroid_of_others", "row_losses", "rows_forward_kernel", "tile"]
 
@@ -61,6 +61,7 @@ def rows_forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Lengths of rows, centroids of targets, and the two losses that need nothing but an image's own rows.
 
@@ -76,6 +77,7 @@ def rows_forward_kernel(
 
     One program does one image.
     """
+    await_launches(EARLY)
     ACC: tl.constexpr = norm_pointer.dtype.element_ty
     i = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -218,6 +220,7 @@ def row_losses(
             LEAVE_ONE_OUT=leave_one_out,
             PER_VIEW=per_view,
             **tile(views, dim, norms.element_size()),
+            **early(z.device),
         )
     return RowLosses(norms, made, centroid, attraction, images, key)
 

@@ -1,16 +1,30 @@
-"""What the kernels share: tiles of matrices in memory, rows of unit length, and how many blocks there are."""
+"""What kernels share: tiles of matrices in memory, rows of unit length, when they begin, how many blocks there are."""
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
-    "EPS", "accumulator", "affine", "cdiv", "inverse_length", "load_tile", "next_power_of_2", "offsets", "precision",
-    "unit",
+    "EPS", "accumulator", "affine", "await_launches", "begins_early", "cdiv", "early", "inverse_length", "load_tile",
+    "next_power_of_2", "offsets", "precision", "unit",
 ]  # fmt: skip
 
 EPS = tl.constexpr(1e-12)
 """Rows no longer than this have no direction."""
+
+
+@triton.jit
+def await_launches(EARLY: tl.constexpr):
+    """The first line of a kernel that is launched with `early`: returns once all that was launched before has stored.
+
+    The launch after this one may then begin early too: it will wait here in its turn.
+    """
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit
@@ -68,6 +82,20 @@ def unit(x):
 def inverse_length(norm):
     """1 / |x| of the |x| that `unit` gives; 0 for rows that have no direction."""
     return tl.where(norm <= tl.full([], EPS, norm.dtype), 0.0, 1.0 / norm)
+
+
+def early(device: torch.device) -> dict[str, bool]:
+    """Arguments of a launch whose programs take their places while those of the one before still end.
+
+    NVIDIA calls it programmatic dependent launch. Most kernels here take so few microseconds that one counts.
+    """
+    return {"EARLY": True, "launch_pdl": True} if begins_early(device) else {"EARLY": False}
+
+
+@functools.cache
+def begins_early(device: torch.device) -> bool:
+    """Whether a device can do that: NVIDIA's from Hopper on."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def cdiv(length: int, block: int) -> int:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.tiles import affine, cdiv, load_tile
+from msbreg.kernels.tiles import affine, await_launches, cdiv, early, load_tile
 
 __all__ = ["spectral_sums", "spectral_sums_kernel", "totals", "totals_kernel"]
 
@@ -84,6 +84,7 @@ def totals_kernel(
     dispersion_weight: tl.float64,
     push_weight: tl.float64,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The three losses and their weighted sum.
 
@@ -95,6 +96,7 @@ def totals_kernel(
 
     One program does it all.
     """
+    await_launches(EARLY)
     attraction = 0.0
     push = 0.0
     dispersion = 0.0
@@ -136,5 +138,6 @@ def totals(
         totals_kernel[(1,)](
             images, spectral, total, parts, batch, 0 if spectral is None else spectral.numel(), 1 / (views * batch),
             1 / views, spectral_constant, *weights, BLOCK=1024, num_warps=8, enable_fp_fusion=True,
+            **early(device),
         )  # fmt: skip
     return total, parts
