@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 __all__ = [
     "Access", "accesses", "amd_resources", "coarse_dots", "dots", "executed", "float_atomics", "instructions",
-    "matrix_units", "overflows", "ptxas_resources", "serialised",
+    "matrix_units", "overflows", "premature", "ptxas_resources", "serialised",
 ]  # fmt: skip
 
 MAX_BLOCK = 1024
@@ -156,6 +156,13 @@ def coarse_dots(ttir: str) -> int:
 def float_atomics(ttir: str) -> int:
     """How many atomic sums of floating-point numbers there are, whose order, and so whose last digit, is by chance."""
     return len(re.findall(r"\btt\.atomic_rmw fadd\b", ttir))
+
+
+def premature(ptx: str) -> bool:
+    """Whether a kernel does not wait for the last launch before it reads or writes global memory."""
+    wait = re.search(r"\bgriddepcontrol\.wait\b", ptx)
+    access = re.search(r"\b(?:ld|st|atom|red)\b[\w.:]*\.global\b|\bcp\.async\.[bc]", ptx)
+    return wait is None or (access is not None and access.start() < wait.start())
 
 
 def matrix_units(assembly: str) -> str | None:

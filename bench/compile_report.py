@@ -7,7 +7,7 @@ several calls share is compiled once, and Triton's cache keeps it for the next t
 minutes on one core. The exit status is 1 where a row has a fault: a kernel that does not compile, spills registers,
 needs more shared memory than there is, loads narrowly what could be loaded 16 bytes at a time, multiplies matrices
 without tensor cores or float32 ones by a single TF32 product, has these wait for each other where they could overlap,
-adds by atomics, or computes addresses in 32 bits.
+adds by atomics, computes addresses in 32 bits, or begins early and does not wait.
 
 A second table has what each call moves and multiplies, and how long an H200 would take for it at least.
 """
@@ -39,6 +39,7 @@ from assembly import (
     instructions,
     matrix_units,
     overflows,
+    premature,
     ptxas_resources,
     serialised,
 )
@@ -180,6 +181,8 @@ class Row:
     store_bits: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     """The narrowest and the widest store to each."""
     widest_load_bits: int | None = None
+    early: bool = False
+    """Whether its programs may take their places while those of the launch before end."""
     dots: int = 0
     """Matrix products in the source, as compiled."""
     matrix_units: str | None = None
@@ -265,6 +268,7 @@ def compiled(launch: Launch, target: GPUTarget) -> Row:
     signature, constants, attributes = specialised(launch)
     blocks = {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr}
     row = Row(launch.kernel.__name__, named(target), [], blocks | {"num_warps": launch.options["num_warps"]})
+    row.early = launch.options.get("launch_pdl", False)
     source = ASTSource(launch.kernel, signature, constants, attributes)
     try:
         with assembler_log() as log:
@@ -294,6 +298,8 @@ def compiled(launch: Launch, target: GPUTarget) -> Row:
                 bits[name] = (min(seen), max(seen))
         row.widest_load_bits = max((widest for _, widest in row.load_bits.values()), default=None)
     row.faults = faults(row, kernel.asm["ttir"], launch.arguments)
+    if launch.options.get("launch_pdl") and premature(text):
+        row.faults.append("reads or writes before it has waited for the last launch")
     if serialised(log.getvalue()):
         row.faults.append("has matrix products wait for each other")
     return row

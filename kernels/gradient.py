@@ -11,7 +11,7 @@ from torch import Tensor
 from msbreg.kernels.philox import brownian_rows
 from msbreg.kernels.product import unit_product
 from msbreg.kernels.rows import centroid_of_others, tile
-from msbreg.kernels.tiles import await_launches, early, inverse_length, load_tile, offsets
+from msbreg.kernels.tiles import early, inverse_length, load_tile, offsets, wait_for_last_launch
 
 __all__ = ["image_gradient_kernel", "row_gradient", "row_losses_backward"]
 
@@ -78,7 +78,7 @@ def image_gradient_kernel(
 
     One program does one image.
     """
-    await_launches(EARLY)
+    wait_for_last_launch(EARLY)
     ACC: tl.constexpr = norm_pointer.dtype.element_ty
     i = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)

@@ -8,14 +8,15 @@ from torch import Tensor
 from msbreg.kernels.halves import STAGES, depth, in_parts, parts_of, split_product, sum_dtype
 from msbreg.kernels.tiles import (
     accumulator,
-    await_launches,
     cdiv,
     early,
+    let_next_launch_begin,
     load_tile,
     next_power_of_2,
     offsets,
     precision,
-)  # fmt: skip
+    wait_for_last_launch,
+)
 
 __all__ = ["gram", "gram_kernel", "unit_gram", "unit_gram_kernel"]
 
@@ -84,7 +85,7 @@ def unit_gram_kernel(
     gram_pointer: [views, dim, dim], or with ROWS [views, batch, batch], float32 or float64.
     squares_pointer: [views, tiles of the triangle], float64, which add up to |G|² of each view.
     """
-    await_launches(EARLY)
+    wait_for_last_launch(EARLY)
     if tl.program_id(1) > tl.program_id(0):
         return
     k = tl.program_id(2).to(tl.int64)
@@ -108,6 +109,7 @@ def unit_gram_kernel(
             BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS,
         )  # fmt: skip
         store_symmetric(gram_pointer + k * dim * dim, sums, p, r, dim)
+    let_next_launch_begin(EARLY)
     row, column, rows = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(0).to(tl.int64)
     square = tl.sum(sums * sums).to(tl.float64) * tl.where(row == column, 1.0, 2.0)
     tl.store(squares_pointer + (k * (rows * (rows + 1) // 2) + row * (row + 1) // 2 + column), square)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, empty_split, in_parts, parts_of
 from msbreg.kernels.newton_schulz import affine_product, first_factors, normalisation, spectral_sum, store_matrix
-from msbreg.kernels.tiles import await_launches, cdiv, early, next_power_of_2
+from msbreg.kernels.tiles import cdiv, early, let_next_launch_begin, next_power_of_2, wait_for_last_launch
 
 __all__ = ["first_factors_kernel", "inverse_root", "root_kernel", "step_kernel"]
 
@@ -52,7 +52,7 @@ def first_factors_kernel(
 
     One program makes a tile of both.
     """
-    await_launches(EARLY)
+    wait_for_last_launch(EARLY)
     k = tl.program_id(2).to(tl.int64)
     matrix = k * parts_of(a_pointer) * width * width
     s, h = normalisation(squares_pointer + k * count, count, shift, floor)
@@ -104,7 +104,7 @@ def step_kernel(
 
     One program makes a tile of one product; those from `views` on in the third grid axis are the second batch.
     """
-    await_launches(EARLY)
+    wait_for_last_launch(EARLY)
     batch = tl.program_id(2)
     second = batch >= views
     k = tl.where(second, batch - views, batch).to(tl.int64)
@@ -116,6 +116,7 @@ def step_kernel(
     if LAST:
         s *= tl.sqrt(normalisation(squares_pointer + k * count, count, shift, floor)[0])
         z = affine_product(left, right, side, width, i, s, p, r, BLOCK_Q, IN_PARTS)
+        let_next_launch_begin(EARLY)
         size = tl.full([], parts_of(output_pointer), tl.int64) * output_width * output_width
         store_matrix(output_pointer + k * size, z, p, r, output_width)
         if sums_pointer is not None:
@@ -124,6 +125,7 @@ def step_kernel(
             tl.store(sums_pointer + tile, total)
     else:
         x = affine_product(left, right, side, width, i, s, p, r, BLOCK_Q, IN_PARTS)
+        let_next_launch_begin(EARLY)
         store_matrix(output_pointer + batch * matrix, x, p, r, width)
 
 
@@ -278,7 +280,8 @@ def sequence(
     t = empty_split(gram, (views,), side, side, square=True)
     iterates = [empty_split(gram, (2, views), side, side, square=True) for _ in range(2)]
     width, count = t.shape[-1], squares.shape[1]
-    config, begins = tile(gram), early(gram.device)
+    config = tile(gram)
+    begins = early(gram.device) if gram.numel() < FEW else {"EARLY": False}  # it counts, and was measured, for few
     tiles = cdiv(width, config["BLOCK_P"])
     sums = None if weights is None else torch.empty(views, tiles**2, device=gram.device, dtype=torch.float64)
 

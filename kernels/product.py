@@ -8,14 +8,15 @@ from torch import Tensor
 from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, parts_of, split_product, sum_dtype
 from msbreg.kernels.tiles import (
     accumulator,
-    await_launches,
     cdiv,
     early,
+    let_next_launch_begin,
     load_tile,
     next_power_of_2,
     offsets,
     precision,
-)  # fmt: skip
+    wait_for_last_launch,
+)
 
 __all__ = ["product", "product_kernel", "unit_product", "unit_product_kernel"]
 
@@ -90,7 +91,7 @@ def unit_product_kernel(
 
     Short sums are made in parts too: otherwise Triton 3.6 has each product of halves here wait for the one before.
     """
-    await_launches(EARLY)
+    wait_for_last_launch(EARLY)
     k = tl.program_id(2).to(tl.int64)
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -110,6 +111,7 @@ def unit_product_kernel(
             p=i, p_count=batch, left_count=width, right_count=width, r=d, r_count=width,
             BLOCK_Q=BLOCK_Q, IN_PARTS=True,
         )  # fmt: skip
+    let_next_launch_begin(EARLY)
     mask = (i < batch)[:, None] & (d < dim)[None, :]
     tl.store(output_pointer + offsets(k * batch + i, dim, d, 1), sums, mask=mask)
 

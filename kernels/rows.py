@@ -16,7 +16,7 @@ from torch import Tensor
 
 from msbreg.kernels.halves import empty_split, parts_of, store_split
 from msbreg.kernels.philox import brownian_rows
-from msbreg.kernels.tiles import accumulator, await_launches, early, load_tile, next_power_of_2, offsets, unit
+from msbreg.kernels.tiles import accumulator, early, load_tile, next_power_of_2, offsets, unit, wait_for_last_launch
 
 __all__ = ["RowLosses", "centroid_of_others", "row_losses", "rows_forward_kernel", "tile"]
 
@@ -77,7 +77,7 @@ def rows_forward_kernel(
 
     One program does one image.
     """
-    await_launches(EARLY)
+    wait_for_last_launch(EARLY)
     ACC: tl.constexpr = norm_pointer.dtype.element_ty
     i = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)

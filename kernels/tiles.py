@@ -8,8 +8,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
-    "EPS", "accumulator", "affine", "await_launches", "begins_early", "cdiv", "early", "inverse_length", "load_tile",
-    "next_power_of_2", "offsets", "precision", "unit",
+    "EPS", "accumulator", "affine", "begins_early", "cdiv", "early", "inverse_length", "let_next_launch_begin",
+    "load_tile", "next_power_of_2", "offsets", "precision", "unit", "wait_for_last_launch",
 ]  # fmt: skip
 
 EPS = tl.constexpr(1e-12)
@@ -17,14 +17,21 @@ EPS = tl.constexpr(1e-12)
 
 
 @triton.jit
-def await_launches(EARLY: tl.constexpr):
-    """The first line of a kernel that is launched with `early`: returns once all that was launched before has stored.
+def wait_for_last_launch(EARLY: tl.constexpr):
+    """The first line of a kernel that is launched with `early`: returns once all that was launched before is stored."""
+    if EARLY:
+        gdc_wait()
 
-    The launch after this one may then begin early too: it will wait here in its turn.
+
+@triton.jit
+def let_next_launch_begin(EARLY: tl.constexpr):
+    """Once all programs have come here, those of the next launch take their places, and wait.
+
+    Where there are several programs to a processor, this stands behind what they compute: earlier, the next launch's
+    programs take whatever places are free, and some processors have more of them than others.
     """
     if EARLY:
         gdc_launch_dependents()
-        gdc_wait()
 
 
 @triton.jit
@@ -85,9 +92,9 @@ def inverse_length(norm):
 
 
 def early(device: torch.device) -> dict[str, bool]:
-    """Arguments of a launch whose programs take their places while those of the one before still end.
+    """Arguments of a launch whose programs may take their places while those of the one before end.
 
-    NVIDIA calls it programmatic dependent launch. Most kernels here take so few microseconds that one counts.
+    NVIDIA calls it programmatic dependent launch. Where a kernel takes a few microseconds, this saves one of them.
     """
     return {"EARLY": True, "launch_pdl": True} if begins_early(device) else {"EARLY": False}
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.tiles import affine, await_launches, cdiv, early, load_tile
+from msbreg.kernels.tiles import affine, cdiv, early, load_tile, wait_for_last_launch
 
 __all__ = ["spectral_sums", "spectral_sums_kernel", "totals", "totals_kernel"]
 
@@ -96,7 +96,7 @@ def totals_kernel(
 
     One program does it all.
     """
-    await_launches(EARLY)
+    wait_for_last_launch(EARLY)
     attraction = 0.0
     push = 0.0
     dispersion = 0.0

@@ -15,6 +15,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
+from triton.language.extra.cuda import gdc_wait  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's compilers come with its Linux wheels alone")
@@ -22,6 +23,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's compil
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 SPECTRAL = tuple(f"{name}_kernel" for name in ("gram", "unit_gram", "step", "root", "product", "unit_product"))
 """Kernels that multiply matrices."""
+EARLY = {
+    f"{name}_kernel"
+    for name in ("rows_forward", "unit_gram", "first_factors", "step", "totals", "unit_product", "image_gradient")
+}
+"""Kernels of a step of training."""
 
 
 @triton.jit
@@ -101,6 +107,22 @@ def summed_by_atomics(x, y, stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def patient(x, y, stride, BLOCK: tl.constexpr):
+    """May begin early, for it waits before all else."""
+    gdc_wait()
+    place = tl.program_id(0).to(tl.int64) * stride + tl.arange(0, BLOCK)
+    tl.store(y + place, tl.load(x + place))
+
+
+@triton.jit
+def impatient(x, y, stride, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * stride + tl.arange(0, BLOCK)
+    row = tl.load(x + place)
+    gdc_wait()
+    tl.store(y + place, row)
+
+
+@triton.jit
 def broken(x, y, stride, BLOCK: tl.constexpr):
     tl.store(y, tl.load(x + tl.arange(0, BLOCK)))
 
@@ -125,6 +147,9 @@ TWINS = {  # kernel, what is passed beside x, y and the stride, what is to be fo
         "of shared memory",
     ),
     "summed_by_atomics": (summed_by_atomics, {"BLOCK": 512}, "adds by atomics"),
+    "patient": (patient, {"BLOCK": 512, "launch_pdl": True}, None),
+    "impatient": (impatient, {"BLOCK": 512, "launch_pdl": True}, "before it has waited"),
+    "never waits": (copy, {"BLOCK": 512, "launch_pdl": True}, "before it has waited"),
     "broken": (broken, {"BLOCK": 512}, "does not compile"),
 }  # fmt: skip
 
@@ -308,6 +333,12 @@ def test_launches_are_specialised_as_triton_does_it(compiled):
     for ours, tritons in compiled["specialised"]:
         assert ours == tritons
         assert not any(kind == "fp32" for kind, _ in ours.values())  # Python's floats are float64
+
+
+def test_launches_begin_early_from_hopper_on(compiled):
+    """Where they do, that they wait is a check of the report."""
+    assert {row["kernel"] for row in compiled["rows"] if row["early"]} == EARLY
+    assert {row["arch"] for row in compiled["rows"] if row["early"]} == {"sm_90", "sm_100"}
 
 
 def test_launches_choose_what_versions_of_triton_choose_differently(compiled):

@@ -71,7 +71,7 @@ def product(x, y):
     tiles = triton.cdiv(width, config["BLOCK_P"])
     roots.step_kernel[(tiles, tiles, 1)](
         left, right, left, right, left, left, output, None, 1, width, width, width, 1, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0,
-        LAST=False, **config,
+        LAST=False, EARLY=False, **config,
     )  # fmt: skip
     return value(output.cpu())
 
@@ -297,8 +297,11 @@ def test_members_share_the_views_whatever_their_number(monkeypatch, views):
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="programs that do not wait give wrong results on a GPU alone")
-def test_one_launch_is_the_same_at_every_run():
-    """On a GPU, whose programs run at the same time: with a broken barrier some would read what is not there yet."""
+def test_one_launch_and_the_sequence_are_the_same_at_every_run():
+    """On a GPU, whose programs run at the same time, those of launches that begin early too.
+
+    With a broken barrier, or without waiting for the last launch, some would read what is not there yet.
+    """
     m = torch.nn.functional.normalize(torch.randn(2, 8, 512, 256, device=DEVICE), dim=-1)
     first, second = (linalg.gram(each) for each in m)
     plan = (0.5, *linalg.newton_schulz_plan(0.5 / 512, F32))
@@ -306,6 +309,7 @@ def test_one_launch_is_the_same_at_every_run():
     for _ in range(50):
         for gram, root in zip((first, second), expected, strict=True):
             assert torch.equal(inverse_root(gram, *plan, at_once=True), root)
+            assert torch.equal(inverse_root(gram, *plan, at_once=False), root)
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="only a GPU's launches are recorded in CUDA graphs")
