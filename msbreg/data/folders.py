@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ from msbreg.errors import DataError
 
 __all__ = ["ImageFolder", "IndexFile"]
 
+PIECE = 1 << 17
+"""Bytes that are read at a time: more than most photographs of ImageNet have, and no more than malloc keeps for the next."""
+
 
 class _Files(Source):
     """Images that are files of their own."""
@@ -31,7 +35,13 @@ class _Files(Source):
 
     def read(self, index: int) -> bytes:
         """See `Source.read`."""
-        return (self.folder / self.paths[index]).read_bytes()
+        # A third of the time of `Path.read_bytes`, and of its calls of the operating system.
+        descriptor = os.open(os.path.join(self.folder, self.paths[index]), os.O_RDONLY)
+        try:
+            parts = list(iter(lambda: os.read(descriptor, PIECE), b""))
+        finally:
+            os.close(descriptor)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def name(self, index: int) -> str:
         """See `Source.name`."""

@@ -27,7 +27,7 @@ from msbreg.data.images import UndecodableError
 from msbreg.data.reader import Reader, Sample
 from msbreg.data.recipes import Recipe
 from msbreg.data.source import Source
-from msbreg.data.threads import Threads
+from msbreg.data.threads import Gate, Threads
 from msbreg.errors import DataError, MSBRegError
 from msbreg.machine import usable_cores
 
@@ -36,12 +36,14 @@ __all__ = ["Batch", "ViewLoader", "whole_batches"]
 T = TypeVar("T")
 
 READING_THREADS = 8
-"""They wait for disks and networks more than they compute, so they are not counted by cores."""
+"""At the most; those that wait for disks and networks do not compute, so they are not counted by cores."""
+WORTH_A_THREAD = 1e-4
+"""Seconds of an image. From memory one takes half of that, from a network milliseconds."""
 LARGE = 96
 """Side of the views from which on Pillow and numpy are faster on a CPU than DALI: 1.4 times as fast at 224, 1.1 at 96,
 where at 32 DALI is 2.4 to 2.9 times as fast (bench/README.md, "On two cores")."""
 READ_TOGETHER = 16
-"""Images that one thread reads in a row."""
+"""Images that one thread reads in a row, where several read."""
 
 
 class Batch(NamedTuple):
@@ -146,6 +148,7 @@ class ViewLoader:
         self.threads = threads or usable_cores()
         self._backend = _open_backend(backend, recipe, min(batch_size, images), self.device, self.threads)
         self._reading, self._drawing = Threads(READING_THREADS, "read"), Threads(1, "draw")
+        self._gate = Gate(READING_THREADS, WORTH_A_THREAD)
         self._stream: Generator[Batch, None, None] | None = None
 
     @property
@@ -223,9 +226,10 @@ class ViewLoader:
     def _read(self, step: int) -> Future[_Work]:
         """Starts to read the images of a step; its draws are made as soon as their sizes are known."""
         indices = self._indices(step).tolist()
+        size = READ_TOGETHER if self._gate.limit > 1 else len(indices)
         chunks = [
-            self._reading.submit(self._samples, indices[first : first + READ_TOGETHER])
-            for first in range(0, len(indices), READ_TOGETHER)
+            self._reading.submit(self._gate.work, self._reader.sample, indices[first : first + size])
+            for first in range(0, len(indices), size)
         ]
         return self._drawing.submit(
             lambda: self._drawn(step, [sample for chunk in chunks for sample in chunk.result()])
@@ -240,9 +244,6 @@ class ViewLoader:
             self._reading.submit(self._order, epoch + 1)  # a second's work for a million images
         first = step * self.global_batch + self.rank * self.batch_size
         return self._order(epoch)[first : first + self.batch_size]
-
-    def _samples(self, indices: list[int]) -> list[Sample]:
-        return [self._reader.sample(index) for index in indices]
 
     def _drawn(self, step: int, samples: list[Sample]) -> _Work:
         ordinals = step * self.global_batch + self.rank * self.batch_size + np.arange(len(samples))

@@ -1,19 +1,24 @@
-"""Threads that never hold up the end of a process."""
+"""Threads that never hold up the end of a process, and how many of them work at the same time."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-__all__ = ["Threads"]
+__all__ = ["Gate", "Threads"]
 
+S = TypeVar("S")
 T = TypeVar("T")
+
+EVERY = 512
+"""So often a gate is passed until a thread is let in alone again."""
 
 
 class Threads:
@@ -56,6 +61,48 @@ class Threads:
         """Cancels what has not begun, and lets the threads end."""
         with self._lock:  # so that nothing is submitted that no thread is left for
             self._dismiss()
+
+
+class Gate:
+    """Lets as many threads work at the same time as wait for something other than each other.
+
+    Python computes in one thread at a time. Threads that read small files from memory do little else, and pass this
+    right on at every call of the operating system: on two cores eight of them take twice as long as one. Threads that
+    wait for a disk or a network do not. So how long one takes for an item, alone, decides how many may work together
+    until it is measured again.
+
+    Args:
+        most: threads.
+        worth: seconds of an item for each of which a thread is let in.
+    """
+
+    def __init__(self, most: int, worth: float) -> None:
+        self.limit = most
+        """How many may work together."""
+        self._most, self._worth = most, worth
+        self._passed = self._inside = 0
+        self._changed = threading.Condition()
+
+    def work(self, function: Callable[[S], T], items: Sequence[S]) -> list[T]:
+        """What the function makes of each item, in this thread, once it is let in."""
+        with self._changed:
+            if self._passed % EVERY == 0:
+                self.limit = 1
+            self._passed += 1
+            while self._inside >= self.limit:
+                self._changed.wait()
+            self._inside += 1
+            alone = self.limit == 1
+        began = time.perf_counter()
+        try:
+            return [function(item) for item in items]
+        finally:
+            seconds = (time.perf_counter() - began) / max(1, len(items))
+            with self._changed:
+                self._inside -= 1
+                if alone:
+                    self.limit = min(self._most, max(1, round(seconds / self._worth)))
+                self._changed.notify(max(0, self.limit - self._inside))
 
 
 def _work_off(tasks: SimpleQueue) -> None:
