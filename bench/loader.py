@@ -395,6 +395,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=32, help="side of a view, pixels; default: %(default)s")
     parser.add_argument("--recipe", default="auto", help="byol, cifar, ...; default: auto, which goes by the size")
     parser.add_argument("--views", type=int, nargs="+", default=[2, 4, 8], help="of an image; default: 2 4 8")
+    parser.add_argument("--loaders", nargs="+", choices=LOADERS, metavar="NAME", help="only these; default: all")
     parser.add_argument("--batch", type=int, help="images; default: 256, from views of 96 pixels on 32")
     parser.add_argument("--threads", type=int, default=usable_cores(), help="and cores; default: all, %(default)s")
     parser.add_argument(
@@ -433,7 +434,8 @@ def main() -> None:
             for views in options.views:
                 recipe = load_recipe(options.recipe, views, options.size)
                 case = Case(source, recipe, options.batch, options.threads, torch.device(options.device))
-                names = [name for name in loaders(recipe) if name not in result["left_out"]]
+                wanted = options.loaders or LOADERS
+                names = [name for name in loaders(recipe) if name in wanted and name not in result["left_out"]]
                 openers = {name: LOADERS[name].open for name in names}
                 result["rows"] += rows(case, measure(case, openers, rounds=options.rounds, seconds=options.seconds))
                 print(f"{views} views: done", file=sys.stderr, flush=True)

@@ -52,6 +52,8 @@ ROWS = (
     {"BLOCK_K": 8, "num_warps": 4, "STAGES": 1},
     {"BLOCK_K": 8, "num_warps": 8, "STAGES": 1},
 )
+MOST_A_THREAD = 64
+"""Numbers of a tile of rows: with more the assembler takes minutes, and spills."""
 DEPTHS = ({"BLOCK_Q": 32}, {"BLOCK_Q": 64}, {"num_stages": 2}, {"num_stages": 4})
 SQUARES = (*DEPTHS, {"BLOCK_P": 64, "num_warps": 4}, {"BLOCK_P": 128, "num_warps": 8}, {"BLOCK_P": 128, "num_warps": 4})
 PRODUCTS = (
@@ -118,9 +120,14 @@ def present(losses: rows.RowLosses) -> list[Tensor]:
 def measure(case: Case, device: torch.device, *, seconds: float, rounds: int) -> list[dict[str, Any]]:
     """The chosen tile first, then the others, quickest first, then those that do not fit."""
     usual, expected = chosen(case), case.call()
+    others = [
+        tile
+        for tile in (usual | other for other in case.others)
+        if tile != usual and of_a_thread(tile) <= MOST_A_THREAD
+    ]
     measured, misfits = [], []
     clocks: list[Round] = []
-    for tile in (usual, *(usual | other for other in case.others if usual | other != usual)):
+    for tile in (usual, *others):
         call = functools.partial(with_tile, case, tile)
         row = {"kernel": case.kernel, "tile": tile, "chosen": tile == usual}
         try:
@@ -138,6 +145,11 @@ def measure(case: Case, device: torch.device, *, seconds: float, rounds: int) ->
             row["microseconds"].append(1e6 * statistics.median(clock() for _ in range(count)))
     first, *rest = measured
     return [first, *sorted(rest, key=lambda row: min(row["microseconds"])), *misfits]
+
+
+def of_a_thread(tile: Mapping[str, int]) -> int:
+    """Numbers of a tile of rows that each thread holds; 0 for other tiles."""
+    return tile["BLOCK_K"] * tile["BLOCK_D"] // (32 * tile["num_warps"]) if "BLOCK_K" in tile else 0
 
 
 def chosen(case: Case) -> dict[str, int]:

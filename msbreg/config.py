@@ -118,8 +118,8 @@ class ModelConfig:
     view_chunk: int = 0
     """Views that go through backbone and projector together, recomputed in the backward pass so that many views fit in
     memory, each chunk with its own batch statistics; 0: all at once, as the predictor has them."""
-    compile: bool = False
-    """torch.compile the networks, block by block."""
+    compile: bool | Literal["auto"] = False
+    """torch.compile the networks, block by block; auto: on a GPU. The first step takes a minute then."""
     cuda_graph: bool = False
     """Record forward and backward pass as one CUDA graph, for networks too small to keep a GPU busy; one process."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -237,13 +237,15 @@ def require_type(name: str, value: Any, kind: Any) -> None:
 
     Types derived from these, as NumPy's are, are none: a checkpoint that holds them would be refused when it is read.
     """
-    if get_origin(kind) is Literal:
-        if type(value) is not str or value not in get_args(kind):
-            raise MSBRegError(f"{name} is {value!r}, but must be one of {', '.join(get_args(kind))}.")
+    words = [word for each in (kind, *get_args(kind)) if get_origin(each) is Literal for word in get_args(each)]
+    if type(value) is str and value in words:
         return
+    if get_origin(kind) is Literal:
+        raise MSBRegError(f"{name} is {value!r}, but must be one of {', '.join(words)}.")
     kinds = get_args(kind) or ((int, float) if kind is float else (kind,))
     if type(value) not in kinds:
         expected = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
+        expected = f"true, false or {words[0]}" if words else expected
         of = "" if type(value).__module__ == "builtins" else f" of {type(value).__module__}"
         raise MSBRegError(f"{name} is {value!r}{of}, but must be {expected}.")
     require_text(name, value)

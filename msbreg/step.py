@@ -71,7 +71,7 @@ class TrainingStep:
         if processes.group is not None:
             convert_sync_batchnorm(method, processes.group)
         self.method = method
-        if config.model.compile:
+        if config.model.compile is True or (config.model.compile == "auto" and self.device.type == "cuda"):
             compile_regions(self.method)
         self._model: nn.Module | DistributedDataParallel = (
             self.method if processes.group is None else _shared(self.method)

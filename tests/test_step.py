@@ -250,10 +250,16 @@ def test_regions_are_blocks_or_whole_networks():
     assert len(regions(method)) == 2 * (8 + 1) + 1  # online and target: blocks and projector; the predictor
 
 
-@pytest.mark.parametrize("on", [False, True])
-def test_the_option_compiles_every_region(on):
-    found = regions(build(model__backbone="resnet18", model__compile=on).method)
-    assert {region._compiled_call_impl is not None for region in found} == {on}
+@pytest.mark.parametrize(
+    ("option", "device", "compiles"),
+    [
+        (False, "cpu", False), (True, "cpu", True), ("auto", "cpu", False),
+        pytest.param("auto", "cuda", True, marks=gpu),
+    ],
+)  # fmt: skip
+def test_the_option_compiles_every_region(option, device, compiles):
+    found = regions(build(device, model__backbone="resnet18", model__compile=option).method)
+    assert {region._compiled_call_impl is not None for region in found} == {compiles}
 
 
 def test_a_graph_needs_a_gpu():

@@ -23,7 +23,7 @@ from msbreg.errors import DataError
 __all__ = ["ImageFolder", "IndexFile"]
 
 PIECE = 1 << 17
-"""Bytes that are read at a time: more than most photographs of ImageNet have, and no more than malloc keeps for the next."""
+"""Bytes that are read at a time: as most photographs have no more, and memory for more is taken anew for each."""
 
 
 class _Files(Source):
