@@ -1,10 +1,12 @@
 import io
+import itertools
 import os
 import random
 import struct
 import tarfile
 import warnings
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ pytest.importorskip("PIL", reason="this needs the extra [train]")
 
 from PIL import Image, ImageOps, features
 
-from msbreg.data import ImageFolder, IndexFile, TarShards, open_source, open_split
+from msbreg.data import ImageFolder, IndexFile, TarShards, images, open_source, open_split
 from msbreg.data.images import UnreadableError, decode, probe
 from msbreg.data.reader import Reader
 from msbreg.errors import DataError
@@ -380,6 +382,32 @@ def test_the_usual_kinds_of_jpeg_are_for_every_backend(mode, options):
     Image.open(io.BytesIO(encoded((20, 30)))).convert(mode).save(buffer, "JPEG", **options)
     data = buffer.getvalue()
     assert probe(data) == probe(data[: tables_at(data)] + b"\xff\xff" + data[tables_at(data) :]) == (20, 30)
+
+
+def mutants(count: int) -> Iterator[bytes]:
+    """JPEG files with a few bytes of their headers changed, left out or put in."""
+    draws, files = random.Random(0), []
+    for mode, options in itertools.product(("RGB", "L"), ({}, {"progressive": True}, {"restart_marker_rows": 1})):
+        buffer = io.BytesIO()
+        Image.effect_noise((30, 20), 50).convert(mode).save(buffer, "JPEG", **options)
+        files.append(buffer.getvalue())
+    for _ in range(count):
+        data = bytearray(draws.choice(files))
+        for _ in range(draws.choice((1, 1, 2))):
+            place = draws.randrange(data.index(b"\xff\xda") + 14)
+            new = [draws.choice((0, 1, 8, 0xC0, 0xDB, 0xE1, 0xFF, draws.randrange(256)))] * draws.choice((0, 1, 1, 65))
+            data[place : place + draws.randrange(2)] = bytes(new)
+            if b"\xff\xda" not in data:
+                break
+        yield bytes(data)
+
+
+def test_the_quick_look_at_a_jpeg_says_what_pillow_says(monkeypatch):
+    quick = images._size_of_common_jpeg
+    monkeypatch.setattr(images, "_size_of_common_jpeg", lambda data: None)
+    seen = [(size, probe(data)) for data in mutants(4000) if (size := quick(data))]
+    assert len(seen) > 500 and len(set(seen)) > 5
+    assert all(one == other for one, other in seen)
 
 
 def test_rare_kinds_of_png_and_webp_are_left_to_pillow():

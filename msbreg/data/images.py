@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -25,10 +26,13 @@ UPRIGHT = {
 SIXTEEN_BITS = ("PNG", "PPM")
 """Formats of which Pillow's mode I holds 16 bits: elsewhere they are 32 or signed, and what is white is unknown."""
 
-FRAMES = (b"\xc0", b"\xc1", b"\xc2")
+FRAMES = (0xC0, 0xC1, 0xC2)
 """JPEG's markers of a frame with Huffman codes, sequential or progressive, of which an image has one."""
-OTHER_FRAMES = tuple(bytes([marker]) for marker in range(0xC3, 0xD0) if marker != 0xC4)
+HUFFMAN, SCAN, QUANTISATION = 0xC4, 0xDA, 0xDB
+OTHER_FRAMES = tuple(marker for marker in range(0xC3, 0xD0) if marker != HUFFMAN)
 """Markers of frames that hardly any program writes: lossless ones, hierarchical ones, arithmetic codes."""
+COMMON = {*FRAMES, HUFFMAN, SCAN, QUANTISATION, 0xDD, 0xE0, 0xFE}
+"""Those of a file without EXIF or a colour profile: beside the above a restart interval, JFIF and a comment."""
 
 
 class UnreadableError(Exception):
@@ -60,6 +64,8 @@ def probe(data: bytes) -> tuple[int, int] | None:
     Raises:
         UnreadableError: it is empty or not an image.
     """
+    if size := _size_of_common_jpeg(data):
+        return size
     image = _open(data)
     is_plain = PLAIN.get(image.format or "")
     if is_plain is None or not is_plain(data) or _orientation(image) in UPRIGHT:
@@ -109,37 +115,89 @@ def _load(image: Image.Image) -> None:
         raise UnreadableError(f"it cannot be decoded: {error}") from error
 
 
-def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether a JPEG file is whole, and its segments follow each other up to its scan, without a byte between them.
+def _segments(data: bytes) -> list[tuple[int, bytes]] | None:
+    """Marker and contents of a JPEG file's segments up to its scan; None where it is not whole, or has bytes between.
 
     Pillow overlooks such bytes, DALI's parser does not.
     """
-    if not data.endswith(b"\xff\xd9"):
-        return False
-    place, frames = 2, 0
+    if not (data.startswith(b"\xff\xd8\xff") and data.endswith(b"\xff\xd9")):
+        return None
+    place, found = 2, []
     while data[place : place + 1] == b"\xff":
-        marker = data[place + 1 : place + 2]
-        if marker == b"\xff":  # fill bytes are allowed before a marker
+        marker = data[place + 1] if place + 1 < len(data) else 0
+        if marker == 0xFF:  # fill bytes are allowed before a marker
             place += 1
             continue
-        length = int.from_bytes(data[place + 2 : place + 4], "big")
-        if length < 2 or place + 2 + length > len(data) or marker in OTHER_FRAMES:
-            return False
-        if marker == b"\xda":
-            return frames == 1
-        frames += marker in FRAMES
-        if marker == b"\xc4" and not _is_huffman(data[place + 4 : place + 2 + length]):
-            return False
-        place += 2 + length
-    return False
+        end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        if not place + 4 <= end <= len(data):
+            return None
+        found.append((marker, data[place + 4 : end]))
+        if marker == SCAN:
+            return found
+        place = end
+    return None
 
 
-def _is_huffman(tables: bytes) -> bool:
-    """Whether a segment's Huffman tables fill it: a byte, 16 numbers of codes, and as many bytes as these add up to."""
+def _is_plain_jpeg(data: bytes) -> bool:
+    """Whether a JPEG file is whole, of a usual kind and in good order up to its scan."""
+    return _is_plain(_segments(data))
+
+
+def _is_plain(segments: list[tuple[int, bytes]] | None) -> bool:
+    if segments is None:
+        return False
+    markers = [marker for marker, _ in segments]
+    return (
+        sum(marker in FRAMES for marker in markers) == 1
+        and not any(marker in OTHER_FRAMES for marker in markers)
+        and all(_fill(contents, _huffman) for marker, contents in segments if marker == HUFFMAN)
+    )
+
+
+def _size_of_common_jpeg(data: bytes) -> tuple[int, int] | None:
+    """Height and width of what most JPEG files are, plain and without EXIF; None of others.
+
+    It takes a third of Pillow's time, and says nothing that Pillow would not.
+    """
+    segments = _segments(data)
+    if not _is_plain(segments):
+        return None
+    size = None
+    for marker, contents in segments or ():
+        if marker not in COMMON:
+            return None
+        if marker == 0xE0 and not (contents[:5] == b"JFIF\0" and len(contents) >= 14):
+            return None
+        if marker == QUANTISATION and not _fill(contents, _quantisation):
+            return None
+        if marker in FRAMES:
+            if (
+                len(contents) < 6
+                or contents[0] != 8
+                or contents[5] not in (1, 3)
+                or len(contents) != 6 + 3 * contents[5]
+            ):
+                return None
+            size = int.from_bytes(contents[1:3], "big"), int.from_bytes(contents[3:5], "big")
+    return size if size and 0 < size[0] * size[1] <= (Image.MAX_IMAGE_PIXELS or math.inf) else None
+
+
+def _fill(contents: bytes, length: Callable[[bytes, int], int]) -> bool:
+    """Whether tables, each as long as it says, fill a segment."""
     place = 0
-    while place < len(tables):
-        place += 17 + sum(tables[place + 1 : place + 17])
-    return place == len(tables)
+    while place < len(contents):
+        place += length(contents, place)
+    return place == len(contents)
+
+
+def _huffman(tables: bytes, place: int) -> int:
+    """A byte, 16 numbers of codes, and as many bytes as these add up to."""
+    return 17 + sum(tables[place + 1 : place + 17])
+
+
+def _quantisation(tables: bytes, place: int) -> int:
+    """A byte, whose upper half is 0 for numbers of one byte, and 64 numbers."""
+    return 129 if tables[place] >> 4 else 65
 
 
 def _is_plain_png(data: bytes) -> bool:
