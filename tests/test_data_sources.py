@@ -387,7 +387,8 @@ def test_the_usual_kinds_of_jpeg_are_for_every_backend(mode, options):
 def mutants(count: int) -> Iterator[bytes]:
     """JPEG files with a few bytes of their headers changed, left out or put in."""
     draws, files = random.Random(0), []
-    for mode, options in itertools.product(("RGB", "L"), ({}, {"progressive": True}, {"restart_marker_rows": 1})):
+    kinds = {}, {"progressive": True}, {"restart_marker_rows": 1}, {"icc_profile": bytes(9)}, {"comment": b"a comment"}
+    for mode, options in itertools.product(("RGB", "L"), kinds):
         buffer = io.BytesIO()
         Image.effect_noise((30, 20), 50).convert(mode).save(buffer, "JPEG", **options)
         files.append(buffer.getvalue())

@@ -28,11 +28,11 @@ SIXTEEN_BITS = ("PNG", "PPM")
 
 FRAMES = (0xC0, 0xC1, 0xC2)
 """JPEG's markers of a frame with Huffman codes, sequential or progressive, of which an image has one."""
-HUFFMAN, SCAN, QUANTISATION = 0xC4, 0xDA, 0xDB
+HUFFMAN, SCAN, QUANTISATION, JFIF, PROFILE = 0xC4, 0xDA, 0xDB, 0xE0, 0xE2
 OTHER_FRAMES = tuple(marker for marker in range(0xC3, 0xD0) if marker != HUFFMAN)
 """Markers of frames that hardly any program writes: lossless ones, hierarchical ones, arithmetic codes."""
-COMMON = {*FRAMES, HUFFMAN, SCAN, QUANTISATION, 0xDD, 0xE0, 0xFE}
-"""Those of a file without EXIF or a colour profile: beside the above a restart interval, JFIF and a comment."""
+COMMON = {*FRAMES, HUFFMAN, SCAN, QUANTISATION, JFIF, PROFILE, 0xDD, 0xFE}
+"""Those of a file without EXIF: beside the above a restart interval and a comment."""
 
 
 class UnreadableError(Exception):
@@ -157,7 +157,7 @@ def _is_plain(segments: list[tuple[int, bytes]] | None) -> bool:
 def _size_of_common_jpeg(data: bytes) -> tuple[int, int] | None:
     """Height and width of what most JPEG files are, plain and without EXIF; None of others.
 
-    It takes a third of Pillow's time, and says nothing that Pillow would not.
+    It takes a third to a half of Pillow's time, and says nothing that Pillow would not.
     """
     segments = _segments(data)
     if not _is_plain(segments):
@@ -166,18 +166,15 @@ def _size_of_common_jpeg(data: bytes) -> tuple[int, int] | None:
     for marker, contents in segments or ():
         if marker not in COMMON:
             return None
-        if marker == 0xE0 and not (contents[:5] == b"JFIF\0" and len(contents) >= 14):
+        if marker == JFIF and not (contents.startswith(b"JFIF\0") and len(contents) >= 14):
+            return None
+        if marker == PROFILE and not (contents.startswith(b"ICC_PROFILE\0") and len(contents) >= 14):
             return None
         if marker == QUANTISATION and not _fill(contents, _quantisation):
             return None
         if marker in FRAMES:
-            if (
-                len(contents) < 6
-                or contents[0] != 8
-                or contents[5] not in (1, 3)
-                or len(contents) != 6 + 3 * contents[5]
-            ):
-                return None
+            if len(contents) not in (9, 15) or contents[0] != 8 or len(contents) != 6 + 3 * contents[5]:
+                return None  # not 8 bits in one or three components
             size = int.from_bytes(contents[1:3], "big"), int.from_bytes(contents[3:5], "big")
     return size if size and 0 < size[0] * size[1] <= (Image.MAX_IMAGE_PIXELS or math.inf) else None
 
