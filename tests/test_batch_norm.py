@@ -56,10 +56,13 @@ def test_of_one_process_it_is_plain_batch_norm(device, shape, affine, dtype):
     layer = convert_sync_batchnorm(copy.deepcopy(plain))
     exact = trained(copy.deepcopy(plain).double(), x.double(), weight.double())
     got, expected = trained(layer, x, weight), trained(plain, x, weight)
+    # Torch's kernel rounds to halves what it sums over them where channels lie one after another; cuDNN's does not.
+    rounds = device == "cuda" and dtype.itemsize == 2 and shape in ("contiguous", "a_volume")
+    slack = 4 * torch.finfo(dtype).eps if rounds else 1e-6
     for one, other, true in zip(got, expected, exact, strict=True):
         assert one.dtype == other.dtype and one.stride() == other.stride()
         error, allowed = ((value.double() - true).norm() for value in (one, other))
-        assert error <= 2 * allowed + 1e-6 * true.norm()
+        assert error <= 2 * allowed + slack * true.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
