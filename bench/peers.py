@@ -144,11 +144,13 @@ def gpu_megabytes(device: torch.device) -> float:
 
 
 def serve(name: str, setting: Setting, pipe: Connection) -> None:
-    """Life of a provider's process: it builds and checks, then takes a turn whenever it is asked for one."""
+    """Life of a provider's process: it builds and checks, and takes a turn, whenever it is asked for that."""
+    peer = None
     device = torch.device(setting.device, 0) if setting.device == "cuda" else torch.device("cpu")
     gpu = device.type == "cuda"
     torch.manual_seed(0)
     try:
+        pipe.recv()
         before = gpu_megabytes(device) if gpu else 0.0
         peer = PROVIDERS[name].build(setting)
         check(peer)
@@ -160,7 +162,8 @@ def serve(name: str, setting: Setting, pipe: Connection) -> None:
                 torch.cuda.empty_cache()
             pipe.send(turn(peer, device, **pipe.recv()))
     except (EOFError, ConnectionError):  # no more turns
-        peer.close()
+        if peer is not None:
+            peer.close()
     except ImportError as error:
         pipe.send({"missing": f"a package that it needs is not installed: {error}"})
     except MSBRegError as error:  # which says what is wrong
@@ -180,7 +183,7 @@ class LeftOutError(Exception):
 
 
 class Worker:
-    """A provider in a process of its own, built and checked."""
+    """A provider in a process of its own."""
 
     def __init__(self, name: str, setting: Setting) -> None:
         context = multiprocessing.get_context("spawn")
@@ -189,6 +192,10 @@ class Worker:
         self.process.start()
         theirs.close()
         self.turns: list[dict[str, Any]] = []
+        self.gpu_memory_mb: float | None = None
+
+    def build(self) -> None:
+        """Has it built and checked. Its process imports what it needs since it was started, all at the same time."""
         self.gpu_memory_mb = self._ask()["gpu_memory_mb"]
 
     def turn(self, seconds: float, steps: int) -> dict[str, Any]:
@@ -197,10 +204,9 @@ class Worker:
         return self.turns[-1]
 
     def _ask(self, **request: float) -> dict[str, Any]:
-        """Its answer to a request; without one, what it says once it is built."""
+        """Its answer to a request: to be built, where there is nothing in it."""
         try:
-            if request:
-                self.pipe.send(request)
+            self.pipe.send(request)
             answer = self.pipe.recv()
         except (EOFError, ConnectionError):
             self.process.join()
@@ -291,7 +297,7 @@ def facts(options: argparse.Namespace, setting: Setting) -> dict[str, Any]:
 
 
 def measure(names: list[str], setting: Setting, *, rounds: int, seconds: float, steps: int) -> Iterator[dict[str, Any]]:
-    """Starts the providers one by one, then lets them take turns.
+    """Starts the providers, has them built one by one, then lets them take turns.
 
     Yields:
         Once all are built, and after each turn: rows of those that have had one; left_out, name to reason; failed,
@@ -312,12 +318,14 @@ def measure(names: list[str], setting: Setting, *, rounds: int, seconds: float, 
         return {"rows": compared(rows), "left_out": left_out, "failed": failed}
 
     try:
+        workers.update({name: Worker(name, setting) for name in names})
         for name in names:
             began = time.perf_counter()
             try:
-                workers[name] = Worker(name, setting)
+                workers[name].build()
                 print(f"{name} is ready after {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
             except LeftOutError as error:
+                del workers[name]
                 leave_out(name, error)
         yield measured()
         for number in range(1, rounds + 1):

@@ -15,7 +15,7 @@ pytest.importorskip("PIL", reason="this needs the extra [train]")
 
 from PIL import Image, ImageOps, features
 
-from msbreg.data import ImageFolder, IndexFile, TarShards, images, open_source, open_split
+from msbreg.data import ImageFolder, IndexFile, TarShards, folders, images, open_source, open_split
 from msbreg.data.images import UnreadableError, decode, probe
 from msbreg.data.reader import Reader
 from msbreg.errors import DataError
@@ -344,6 +344,12 @@ def test_subset_keeps_labels_and_classes(tmp_path):
     subset = source.subset([2, 0]).subset(np.array([1, 0]))
     assert [subset.read(i) for i in range(2)] == [b"1", b"3"]
     assert subset.labels.tolist() == [0, 1] and subset.classes == ["a", "b"] and subset.name(1) == source.name(2)
+
+
+@pytest.mark.parametrize("length", [0, 1, folders.PIECE - 1, folders.PIECE, 2 * folders.PIECE + 1])
+def test_files_of_all_lengths_are_read_whole(tmp_path, length):
+    contents = random.Random(length).randbytes(length)
+    assert ImageFolder(fill(tmp_path, {"1.jpg": contents})).read(0) == contents
 
 
 USUAL_KINDS = ["JPEG", "PNG", "WEBP"]

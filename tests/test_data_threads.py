@@ -5,6 +5,8 @@ import time
 
 import pytest
 
+pytest.importorskip("PIL", reason="this needs the extra [train]")
+
 from msbreg.data import threads
 from msbreg.data.threads import Gate, Threads
 
