@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.tiles import affine, cdiv, early, load_tile, wait_for_last_launch
+from msbreg.kernels.tiles import affine, cdiv, early, load_tile, next_power_of_2, wait_for_last_launch
 
 __all__ = ["spectral_sums", "spectral_sums_kernel", "totals", "totals_kernel"]
 
@@ -137,7 +137,9 @@ def totals(
     with torch.cuda.device_of(total):
         totals_kernel[(1,)](
             images, spectral, total, parts, batch, 0 if spectral is None else spectral.numel(), 1 / (views * batch),
-            1 / views, spectral_constant, *weights, BLOCK=1024, num_warps=8, enable_fp_fusion=True,
+            1 / views, spectral_constant, *weights, num_warps=8, enable_fp_fusion=True,
+            # All at once up to 8,192: one block after another would have the only program wait for memory each time.
+            BLOCK=min(8192, max(1024, next_power_of_2(batch))),
             **early(device),
         )  # fmt: skip
     return total, parts
