@@ -22,9 +22,11 @@ class CrossRankBatchNorm(_BatchNorm):
     """Batch normalisation over the joined batch of all processes, on any device and backend (gloo included).
 
     Output, running statistics and, once DistributedDataParallel has averaged them over the processes, gradients are
-    those of `torch.nn.BatchNorm1d` or `BatchNorm2d` in one process; on a GPU gradients of half-precision images or volumes
-    that are not channels_last are rounded on the way, as by `torch.nn.SyncBatchNorm`. Processes may hold batches of different sizes, none
+    those of `torch.nn.BatchNorm1d` or `BatchNorm2d` in one process. Processes may hold batches of different sizes, none
     of them empty. In eval mode, and without a process group, it is plain batch normalisation.
+
+    On a GPU the gradients of images and volumes in half precision that are not channels_last are rounded to that
+    precision on the way, by the kernel that `torch.nn.SyncBatchNorm` has too.
 
     For C channels each process sends 2 C + 1 float64 numbers to one all-reduce in the forward pass, and 2 C numbers of
     its statistics' dtype to one in the backward pass.
