@@ -188,6 +188,6 @@ def row_losses_backward(
             LEAVE_ONE_OUT=leave_one_out,
             PER_VIEW=per_view,
             **tile(views, dim, norms.element_size()),
-            **early(z.device),
+            **early(z.device, z.numel()),
         )
     return dz

@@ -175,7 +175,7 @@ def unit_gram(z_hat: Tensor, dim: int, *, smaller: bool) -> tuple[Tensor, Tensor
             ROWS=rows,
             IN_PARTS=in_parts(dim if rows else batch),
             **config,
-            **early(z_hat.device),
+            **early(z_hat.device, output.numel()),
         )
     return output, squares
 

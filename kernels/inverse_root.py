@@ -17,13 +17,9 @@ from torch import Tensor
 
 from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, empty_split, in_parts, parts_of
 from msbreg.kernels.newton_schulz import affine_product, first_factors, normalisation, spectral_sum, store_matrix
-from msbreg.kernels.tiles import cdiv, early, let_next_launch_begin, next_power_of_2, wait_for_last_launch
+from msbreg.kernels.tiles import FEW, cdiv, early, let_next_launch_begin, next_power_of_2, wait_for_last_launch
 
 __all__ = ["first_factors_kernel", "inverse_root", "root_kernel", "step_kernel"]
-
-FEW = 2**21
-"""Numbers in all matrices, below which tiles are small so that each processor has one, and a sequence of launches waits
-for the host."""
 
 
 @triton.jit
@@ -280,8 +276,7 @@ def sequence(
     t = empty_split(gram, (views,), side, side, square=True)
     iterates = [empty_split(gram, (2, views), side, side, square=True) for _ in range(2)]
     width, count = t.shape[-1], squares.shape[1]
-    config = tile(gram)
-    begins = early(gram.device) if gram.numel() < FEW else {"EARLY": False}  # it counts, and was measured, for few
+    config, begins = tile(gram), early(gram.device, gram.numel())
     tiles = cdiv(width, config["BLOCK_P"])
     sums = None if weights is None else torch.empty(views, tiles**2, device=gram.device, dtype=torch.float64)
 

@@ -168,7 +168,7 @@ def unit_product(z_hat: Tensor, weight: Tensor, dim: int, *, left: bool) -> Tens
             weight.shape[-1],
             WEIGHT_LEFT=left,
             **config,
-            **early(z_hat.device),
+            **early(z_hat.device, output.numel()),
         )
     return output
 

@@ -220,7 +220,7 @@ def row_losses(
             LEAVE_ONE_OUT=leave_one_out,
             PER_VIEW=per_view,
             **tile(views, dim, norms.element_size()),
-            **early(z.device),
+            **early(z.device, z.numel()),
         )
     return RowLosses(norms, made, centroid, attraction, images, key)
 

@@ -8,12 +8,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
-    "EPS", "accumulator", "affine", "begins_early", "cdiv", "early", "inverse_length", "let_next_launch_begin",
+    "EPS", "FEW", "accumulator", "affine", "begins_early", "cdiv", "early", "inverse_length", "let_next_launch_begin",
     "load_tile", "next_power_of_2", "offsets", "precision", "unit", "wait_for_last_launch",
 ]  # fmt: skip
 
 EPS = tl.constexpr(1e-12)
 """Rows no longer than this have no direction."""
+FEW = 2**21
+"""Numbers that a kernel reads or writes, below which it takes a GPU few microseconds, and how it is launched counts."""
 
 
 @triton.jit
@@ -91,12 +93,16 @@ def inverse_length(norm):
     return tl.where(norm <= tl.full([], EPS, norm.dtype), 0.0, 1.0 / norm)
 
 
-def early(device: torch.device) -> dict[str, bool]:
+def early(device: torch.device, numbers: int) -> dict[str, bool]:
     """Arguments of a launch whose programs may take their places while those of the one before end.
 
-    NVIDIA calls it programmatic dependent launch. Where a kernel takes a few microseconds, this saves one of them.
+    NVIDIA calls it programmatic dependent launch. It saves a microsecond, of a few or of very many.
+
+    Args:
+        device: that it is launched on.
+        numbers: that it reads or writes.
     """
-    return {"EARLY": True, "launch_pdl": True} if begins_early(device) else {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True} if numbers < FEW and begins_early(device) else {"EARLY": False}
 
 
 @functools.cache

@@ -140,6 +140,6 @@ def totals(
             1 / views, spectral_constant, *weights, num_warps=8, enable_fp_fusion=True,
             # All at once up to 8,192: one block after another would have the only program wait for memory each time.
             BLOCK=min(8192, max(1024, next_power_of_2(batch))),
-            **early(device),
+            **early(device, batch),
         )  # fmt: skip
     return total, parts

@@ -25,7 +25,8 @@ def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
     ("name", "value"),
     [
         ("run.threads", 3), ("run.log_every", 3), ("data.path", "elsewhere"), ("data.backend", "torchvision"),
-        ("data.prefetch", 3), ("eval.k", 3), ("eval.every", 3.0),
+        ("data.prefetch", 3), ("eval.k", 3), ("eval.every", 3.0), ("eval.temperature", 0.3), ("eval.bank", 3),
+        ("eval.queries", 3), ("model.compile", "auto"), ("model.cuda_graph", True),
     ],
 )  # fmt: skip
 def test_what_may_change_in_the_middle(name, value):
