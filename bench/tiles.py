@@ -120,14 +120,9 @@ def present(losses: rows.RowLosses) -> list[Tensor]:
 def measure(case: Case, device: torch.device, *, seconds: float, rounds: int) -> list[dict[str, Any]]:
     """The chosen tile first, then the others, quickest first, then those that do not fit."""
     usual, expected = chosen(case), case.call()
-    others = [
-        tile
-        for tile in (usual | other for other in case.others)
-        if tile != usual and of_a_thread(tile) <= MOST_A_THREAD
-    ]
     measured, misfits = [], []
     clocks: list[Round] = []
-    for tile in (usual, *others):
+    for tile in tried(usual, case.others):
         call = functools.partial(with_tile, case, tile)
         row = {"kernel": case.kernel, "tile": tile, "chosen": tile == usual}
         try:
@@ -147,9 +142,14 @@ def measure(case: Case, device: torch.device, *, seconds: float, rounds: int) ->
     return [first, *sorted(rest, key=lambda row: min(row["microseconds"])), *misfits]
 
 
-def of_a_thread(tile: Mapping[str, int]) -> int:
-    """Numbers of a tile of rows that each thread holds; 0 for other tiles."""
-    return tile["BLOCK_K"] * tile["BLOCK_D"] // (32 * tile["num_warps"]) if "BLOCK_K" in tile else 0
+def tried(usual: dict[str, int], others: Sequence[Mapping[str, int]]) -> list[dict[str, int]]:
+    """The usual tile and what the others make of it, but for rows of more numbers than a thread should hold."""
+
+    def of_a_thread(tile: Mapping[str, int]) -> int:
+        return tile["BLOCK_K"] * tile["BLOCK_D"] // (32 * tile["num_warps"]) if "BLOCK_K" in tile else 0
+
+    changed = [usual | other for other in others]
+    return [usual, *(tile for tile in changed if tile != usual and of_a_thread(tile) <= MOST_A_THREAD)]
 
 
 def chosen(case: Case) -> dict[str, int]:

@@ -18,6 +18,14 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 CPU = torch.device("cpu")
 
 
+def test_rows_of_more_numbers_than_registers_hold_are_not_tried():
+    usual = {"BLOCK_K": 1, "BLOCK_D": 2048, "STAGES": 4, "num_warps": 4}
+    others = {"num_warps": 1}, {"num_warps": 4}, {"BLOCK_K": 8}, {"BLOCK_K": 8, "num_warps": 8}, {"STAGES": 1}
+    assert tiles.tried(usual, others) == [usual, usual | {"num_warps": 1}, usual | {"STAGES": 1}]
+    square = {"BLOCK_P": 128, "num_warps": 4}
+    assert tiles.tried(square, [{"BLOCK_P": 64}]) == [square, {"BLOCK_P": 64, "num_warps": 4}]
+
+
 @pytest.mark.skipif(not kernels.INTERPRETED, reason="TRITON_INTERPRET=1 runs Triton kernels without a GPU")
 @pytest.mark.interpreter
 def test_the_harness_measures_what_it_has_compared(monkeypatch):

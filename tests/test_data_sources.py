@@ -409,10 +409,18 @@ def mutants(count: int) -> Iterator[bytes]:
         yield bytes(data)
 
 
+def with_segments() -> Iterator[bytes]:
+    """JPEG files with one more segment: of every kind, empty, short, or of contents that parsers look for."""
+    whole = encoded((20, 30))
+    for marker in range(0xC0, 0xFF):
+        for contents in (b"", b"\0", b"\x08", b"JFIF\0", b"ICC_PROFILE\0", b"MPF\0", b"Exif\0\0", bytes(17), bytes(65)):
+            yield whole[:2] + bytes((0xFF, marker, 0, 2 + len(contents))) + contents + whole[2:]
+
+
 def test_the_quick_look_at_a_jpeg_says_what_pillow_says(monkeypatch):
     quick = images._size_of_common_jpeg
     monkeypatch.setattr(images, "_size_of_common_jpeg", lambda data: None)
-    seen = [(size, probe(data)) for data in mutants(4000) if (size := quick(data))]
+    seen = [(size, probe(data)) for data in itertools.chain(mutants(4000), with_segments()) if (size := quick(data))]
     assert len(seen) > 500 and len(set(seen)) > 5
     assert all(one == other for one, other in seen)
 

@@ -341,6 +341,18 @@ def test_launches_begin_early_from_hopper_on(compiled):
     assert {row["arch"] for row in compiled["rows"] if row["early"]} == {"sm_90", "sm_100"}
 
 
+@pytest.mark.parametrize(
+    ("capability", "hip", "able"), [((9, 0), None, 1), ((10, 0), None, 1), ((8, 9), None, 0), ((9, 4), "6", 0)]
+)
+def test_gpus_before_hopper_and_amds_do_not_begin_early(monkeypatch, capability, hip, able):
+    from msbreg.kernels import tiles
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert tiles.begins_early.__wrapped__(torch.device("cuda", 0)) == able
+    assert not tiles.begins_early(torch.device("cpu"))
+
+
 def test_launches_choose_what_versions_of_triton_choose_differently(compiled):
     assert all("enable_fp_fusion" in options and "num_warps" in options for options in compiled["options"])
 
