@@ -195,7 +195,7 @@ class Worker:
         self.gpu_memory_mb: float | None = None
 
     def build(self) -> None:
-        """Has it built and checked. Its process imports what it needs since it was started, all at the same time."""
+        """Has it built and checked. Its process imports torch since it was started, all at the same time."""
         self.gpu_memory_mb = self._ask()["gpu_memory_mb"]
 
     def turn(self, seconds: float, steps: int) -> dict[str, Any]:
@@ -318,7 +318,8 @@ def measure(names: list[str], setting: Setting, *, rounds: int, seconds: float, 
         return {"rows": compared(rows), "left_out": left_out, "failed": failed}
 
     try:
-        workers.update({name: Worker(name, setting) for name in names})
+        for name in names:
+            workers[name] = Worker(name, setting)
         for name in names:
             began = time.perf_counter()
             try:

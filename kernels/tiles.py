@@ -15,7 +15,8 @@ __all__ = [
 EPS = tl.constexpr(1e-12)
 """Rows no longer than this have no direction."""
 FEW = 2**21
-"""Numbers that a kernel reads or writes, below which it takes a GPU few microseconds, and how it is launched counts."""
+"""Numbers below which a kernel takes a GPU few microseconds: then it counts how it is launched, and that each processor
+has a tile."""
 
 
 @triton.jit
@@ -100,7 +101,7 @@ def early(device: torch.device, numbers: int) -> dict[str, bool]:
 
     Args:
         device: that it is launched on.
-        numbers: that it reads or writes.
+        numbers: of the rows, matrices or sums that it is about, by which it takes long or not.
     """
     return {"EARLY": True, "launch_pdl": True} if numbers < FEW and begins_early(device) else {"EARLY": False}
 

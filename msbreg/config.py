@@ -244,8 +244,8 @@ def require_type(name: str, value: Any, kind: Any) -> None:
         raise MSBRegError(f"{name} is {value!r}, but must be one of {', '.join(words)}.")
     kinds = get_args(kind) or ((int, float) if kind is float else (kind,))
     if type(value) not in kinds:
-        expected = {int: "a whole number", float: "a number", bool: "true or false"}.get(kind, "text")
-        expected = f"true, false or {words[0]}" if words else expected
+        called = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        expected = ", or ".join([called[each] for each in (get_args(kind) or (kind,)) if each in called] + words)
         of = "" if type(value).__module__ == "builtins" else f" of {type(value).__module__}"
         raise MSBRegError(f"{name} is {value!r}{of}, but must be {expected}.")
     require_text(name, value)

@@ -719,7 +719,7 @@ def test_a_thread_may_train(tmp_path, swatches):
         ("data.batch_size", "64", "a whole number"), ("optim.lr", "fast", "a number"), ("data.views", 2.5, "a whole"),
         ("optim.lr", np.float64(0.1), "a number"), ("method.name", np.str_("msbreg"), "one of msbreg"),
         ("data.views", True, "a whole number"), ("model.cuda_graph", 1, "true or false"), ("data.path", 3, "text"),
-        ("model.compile", 1, "true, false or auto"), ("model.compile", "gpu", "true, false or auto"),
+        ("model.compile", 1, "true or false, or auto"), ("model.compile", "gpu", "true or false, or auto"),
     ],
 )  # fmt: skip
 def test_a_config_made_in_python_is_checked_as_the_command_line_is(option, value, words):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -27,7 +28,7 @@ from msbreg.data.images import UndecodableError
 from msbreg.data.reader import Reader, Sample
 from msbreg.data.recipes import Recipe
 from msbreg.data.source import Source
-from msbreg.data.threads import Gate, Threads
+from msbreg.data.threads import Threads
 from msbreg.errors import DataError, MSBRegError
 from msbreg.machine import usable_cores
 
@@ -38,7 +39,7 @@ T = TypeVar("T")
 READING_THREADS = 8
 """At the most; those that wait for disks and networks do not compute, so they are not counted by cores."""
 WORTH_A_THREAD = 1e-4
-"""Seconds of an image. From memory one takes half of that, from a network milliseconds."""
+"""Seconds of an image. From memory one takes a third of that, from a network milliseconds."""
 LARGE = 96
 """Side of the views from which on Pillow and numpy are faster on a CPU than DALI: 1.4 times as fast at 224, 1.1 at 96,
 where at 32 DALI is 2.4 to 2.9 times as fast (bench/README.md, "On two cores")."""
@@ -147,8 +148,8 @@ class ViewLoader:
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(images, seed=seed, epoch=epoch))
         self.threads = threads or usable_cores()
         self._backend = _open_backend(backend, recipe, min(batch_size, images), self.device, self.threads)
-        self._reading, self._drawing = Threads(READING_THREADS, "read"), Threads(1, "draw")
-        self._gate = Gate(READING_THREADS, WORTH_A_THREAD)
+        self._reading = Threads(READING_THREADS, "read", WORTH_A_THREAD)
+        self._drawing, self._ordering = Threads(1, "draw"), Threads(1, "order")
         self._stream: Generator[Batch, None, None] | None = None
 
     @property
@@ -188,8 +189,8 @@ class ViewLoader:
         if self._stream is not None:
             with contextlib.suppress(ValueError):  # it is at work for that thread: then it ends where it fails
                 self._stream.close()
-        self._reading.close()
-        self._drawing.close()
+        for threads in (self._reading, self._drawing, self._ordering):
+            threads.close()
         self._backend.close()
 
     def _run(self, steps: Iterator[int]) -> Generator[Batch, None, None]:
@@ -226,10 +227,9 @@ class ViewLoader:
     def _read(self, step: int) -> Future[_Work]:
         """Starts to read the images of a step; its draws are made as soon as their sizes are known."""
         indices = self._indices(step).tolist()
-        size = READ_TOGETHER if self._gate.limit > 1 else len(indices)
+        size = READ_TOGETHER if self._reading.limit > 1 else len(indices)
         chunks = [
-            self._reading.submit(self._gate.work, self._reader.sample, indices[first : first + size])
-            for first in range(0, len(indices), size)
+            self._reading.submit(self._samples, indices[first : first + size]) for first in range(0, len(indices), size)
         ]
         return self._drawing.submit(
             lambda: self._drawn(step, [sample for chunk in chunks for sample in chunk.result()])
@@ -241,9 +241,19 @@ class ViewLoader:
             return np.arange(step * self.batch_size, min((step + 1) * self.batch_size, len(self.source)))
         epoch, step = divmod(step, self.steps_per_epoch)
         if step == 0:
-            self._reading.submit(self._order, epoch + 1)  # a second's work for a million images
+            self._ordering.submit(self._order, epoch + 1)  # a second's work for a million images
         first = step * self.global_batch + self.rank * self.batch_size
         return self._order(epoch)[first : first + self.batch_size]
+
+    def _samples(self, indices: list[int]) -> list[Sample]:
+        samples, seconds = [], []
+        for index in indices:
+            began = time.perf_counter()
+            samples.append(self._reader.sample(index))
+            seconds.append(time.perf_counter() - began)
+        # The median: of a few images Pillow has to read the pixels, and for a few others compute in the meantime.
+        self._reading.took(sorted(seconds)[len(seconds) // 2])
+        return samples
 
     def _drawn(self, step: int, samples: list[Sample]) -> _Work:
         ordinals = step * self.global_batch + self.rank * self.batch_size + np.arange(len(samples))

@@ -1,47 +1,55 @@
-"""Threads that never hold up the end of a process, and how many of them work at the same time."""
+"""Threads that never hold up the end of a process, as many at a time as it is worth."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
-import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
-from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
-__all__ = ["Gate", "Threads"]
+__all__ = ["Threads"]
 
-S = TypeVar("S")
 T = TypeVar("T")
 
 EVERY = 512
-"""So often a gate is passed until a thread is let in alone again."""
+"""Tasks after which one is let alone again, to see how long it takes."""
 
 
 class Threads:
-    """Threads that work off what is submitted.
+    """Threads that work off what is submitted, in its order.
 
     A disk that never answers holds up neither `close` nor the interpreter's end, as it does with ThreadPoolExecutor.
 
+    Python computes in one thread at a time. Threads that read small files from memory do little else, and pass this
+    right on at every call of the operating system: on two cores eight of them take twice as long as one. Threads that
+    wait for a disk or a network do not. So with `worth` now and then one works alone, and tells by `took` what an item
+    takes it; that decides how many work together from then on.
+
     Args:
-        count: how many.
+        count: how many threads.
         name: of the threads, for debuggers.
+        worth: seconds of an item for each of which a thread works; None: all do.
     """
 
-    def __init__(self, count: int, name: str) -> None:
-        self._tasks: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None] = SimpleQueue()
+    def __init__(self, count: int, name: str, worth: float | None = None) -> None:
+        self._crew = _Crew(count, worth)
         for number in range(count):
-            threading.Thread(target=_work_off, args=(self._tasks,), name=f"{name}_{number}", daemon=True).start()
-        self._process, self._lock = os.getpid(), threading.Lock()
-        self._dismiss = weakref.finalize(self, _dismiss, self._tasks, count)
+            threading.Thread(target=_work_off, args=(self._crew,), name=f"{name}_{number}", daemon=True).start()
+        self._process = os.getpid()
+        self._dismiss = weakref.finalize(self, self._crew.dismiss)
 
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return not self._dismiss.alive
+        return self._crew.dismissed
+
+    @property
+    def limit(self) -> int:
+        """How many work together."""
+        return self._crew.limit
 
     def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
         """Lets a thread call a function."""
@@ -51,62 +59,76 @@ class Threads:
                 "process that uses it"
             )
         future: Future[T] = Future()
-        with self._lock:
-            if self.closed:
-                raise RuntimeError("the loader is closed")
-            self._tasks.put((future, function, arguments))
+        self._crew.take_on((future, function, arguments))
         return future
+
+    def took(self, seconds: float) -> None:
+        """What an item takes, said by the function that a thread calls: it counts where that thread is alone."""
+        self._crew.took(seconds)
 
     def close(self) -> None:
         """Cancels what has not begun, and lets the threads end."""
-        with self._lock:  # so that nothing is submitted that no thread is left for
-            self._dismiss()
+        self._dismiss()
 
 
-class Gate:
-    """Lets as many threads work at the same time as wait for something other than each other.
+class _Crew:
+    """What threads share. They hold no reference to their `Threads`, which so may be forgotten instead of closed."""
 
-    Python computes in one thread at a time. Threads that read small files from memory do little else, and pass this
-    right on at every call of the operating system: on two cores eight of them take twice as long as one. Threads that
-    wait for a disk or a network do not. So how long one takes for an item, alone, decides how many may work together
-    until it is measured again.
+    def __init__(self, count: int, worth: float | None) -> None:
+        self.count, self.worth, self.limit, self.dismissed = count, worth, count, False
+        self._allowed = count  # the limit, or 1 while somebody is to be alone
+        self._at_work = self._begun = 0
+        self._tasks: deque[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._changed = threading.Condition()  # whose lock a thread may take twice: dismissed by the garbage collector
 
-    Args:
-        most: threads.
-        worth: seconds of an item for each of which a thread is let in.
-    """
+    def take_on(self, task: tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]) -> None:
+        with self._changed:  # so that nothing is taken on that no thread is left for
+            if self.dismissed:
+                raise RuntimeError("the loader is closed")
+            self._tasks.append(task)
+            self._changed.notify()
 
-    def __init__(self, most: int, worth: float) -> None:
-        self.limit = most
-        """How many may work together."""
-        self._most, self._worth = most, worth
-        self._passed = self._inside = 0
-        self._changed = threading.Condition()
-
-    def work(self, function: Callable[[S], T], items: Sequence[S]) -> list[T]:
-        """What the function makes of each item, in this thread, once it is let in."""
+    def next_task(self, *, first: bool) -> tuple[Future[Any], Callable[..., Any], tuple[Any, ...]] | None:
+        """Waits for a task and for room; None: there will be none. All but a thread's first call end its last task."""
         with self._changed:
-            if self._passed % EVERY == 0:
-                self.limit = 1
-            self._passed += 1
-            while self._inside >= self.limit:
+            self._at_work -= not first
+            while not self.dismissed:
+                if self._tasks:
+                    if self.worth is not None and self._begun % EVERY == 0:
+                        self._allowed = 1
+                    if self._at_work < self._allowed:
+                        break
                 self._changed.wait()
-            self._inside += 1
-            alone = self.limit == 1
-        began = time.perf_counter()
-        try:
-            return [function(item) for item in items]
-        finally:
-            seconds = (time.perf_counter() - began) / max(1, len(items))
-            with self._changed:
-                self._inside -= 1
-                if alone:
-                    self.limit = min(self._most, max(1, round(seconds / self._worth)))
-                self._changed.notify(max(0, self.limit - self._inside))
+            try:
+                task = self._tasks.popleft()
+            except IndexError:  # dismissed
+                return None
+            self._at_work += 1
+            self._begun += 1
+            if self._tasks and self._at_work < self._allowed:
+                self._changed.notify()  # whoever begins wakes the next one, as long as there is work and room
+            return task
+
+    def took(self, seconds: float) -> None:
+        with self._changed:
+            if self.worth is not None and self._allowed == 1:
+                self.limit = self._allowed = min(self.count, max(1, round(seconds / self.worth)))
+                self._changed.notify()
+
+    def dismiss(self) -> None:
+        with self._changed:
+            self.dismissed = True
+            while self._tasks:
+                future = self._tasks.popleft()[0]
+                future.cancel()
+                future.set_running_or_notify_cancel()  # without which whoever waits for it would wait on
+            self._changed.notify_all()
 
 
-def _work_off(tasks: SimpleQueue) -> None:
-    while (task := tasks.get()) is not None:
+def _work_off(crew: _Crew) -> None:
+    first = True
+    while (task := crew.next_task(first=first)) is not None:
+        first = False
         future, function, arguments = task
         if future.set_running_or_notify_cancel():
             try:
@@ -114,13 +136,3 @@ def _work_off(tasks: SimpleQueue) -> None:
             except BaseException as error:  # it belongs to whoever waits for the result
                 future.set_exception(error)
         del task, future, function, arguments  # or an idle thread would keep a batch alive
-
-
-def _dismiss(tasks: SimpleQueue, count: int) -> None:
-    with contextlib.suppress(Empty):
-        while True:
-            future = tasks.get_nowait()[0]
-            future.cancel()
-            future.set_running_or_notify_cancel()  # without which whoever waits for it would wait on
-    for _ in range(count):
-        tasks.put(None)
