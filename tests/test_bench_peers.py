@@ -399,6 +399,7 @@ def test_workers_that_would_have_no_room_for_their_batches_are_not_started(swatc
 
 def answer(name, wanted):
     here, there = multiprocessing.Pipe()
+    here.send({})
     peers.serve(name, wanted, there)
     return here.recv()
 
