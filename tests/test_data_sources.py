@@ -410,8 +410,15 @@ def mutants(count: int) -> Iterator[bytes]:
 
 
 def with_segments() -> Iterator[bytes]:
-    """JPEG files with one more segment: of every kind, empty, short, or of contents that parsers look for."""
+    """JPEG files with one more segment: of every kind, empty, short, or of contents that parsers look for.
+
+    And some with a frame that is too short or too long.
+    """
     whole = encoded((20, 30))
+    frame = whole.index(b"\xff\xc0")
+    for length in range(20):
+        contents = whole[frame + 4 : frame + 4 + length]
+        yield whole[: frame + 2] + bytes((0, 2 + length)) + contents + whole[tables_at(whole) :]
     for marker in range(0xC0, 0xFF):
         for contents in (b"", b"\0", b"\x08", b"JFIF\0", b"ICC_PROFILE\0", b"MPF\0", b"Exif\0\0", bytes(17), bytes(65)):
             yield whole[:2] + bytes((0xFF, marker, 0, 2 + len(contents))) + contents + whole[2:]
@@ -420,7 +427,8 @@ def with_segments() -> Iterator[bytes]:
 def test_the_quick_look_at_a_jpeg_says_what_pillow_says(monkeypatch):
     quick = images._size_of_common_jpeg
     monkeypatch.setattr(images, "_size_of_common_jpeg", lambda data: None)
-    seen = [(size, probe(data)) for data in itertools.chain(mutants(4000), with_segments()) if (size := quick(data))]
+    files = itertools.chain(mutants(4000), with_segments())
+    seen = [(size, probe(data)) for data in files if (size := quick(data))]
     assert len(seen) > 500 and len(set(seen)) > 5
     assert all(one == other for one, other in seen)
 

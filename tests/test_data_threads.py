@@ -19,12 +19,13 @@ class Crowd:
 
     def __init__(self, pool, seconds, *, each_waits_for_all=False):
         self.pool, self.seconds, self.each_waits_for_all = pool, seconds, each_waits_for_all
-        self.most, self.begun, self._inside, self._lock = 0, [], 0, threading.Lock()
+        self.most, self.begun, self.limits, self._inside, self._lock = 0, [], [], 0, threading.Lock()
 
     def __call__(self, number):
         began = time.perf_counter()
         with self._lock:
             self.begun.append(number)
+            self.limits.append(self.pool.limit)
             self._inside += 1
             self.most = max(self.most, self._inside)
         time.sleep(self.seconds * (self._inside if self.each_waits_for_all else 1))
@@ -81,12 +82,8 @@ def test_what_becomes_quick_or_slow_is_noticed(crowd, monkeypatch):
 
 def test_while_one_is_alone_to_be_measured_the_limit_is_what_it_was(crowd, monkeypatch):
     monkeypatch.setattr(threads, "EVERY", 8)
-    slow, limits = crowd(5e-3, 0.05), []
-    passed(slow, 2)
-    for number in range(40):
-        slow.pool.submit(slow, number).add_done_callback(lambda _: limits.append(slow.pool.limit))
-    passed(slow, 1)
-    assert set(limits) == {MOST}
+    slow = crowd(5e-3, 0.05)
+    assert passed(slow, 40) == MOST and set(slow.limits) == {MOST}
 
 
 def test_a_failure_lets_the_next_ones_work(crowd):

@@ -351,6 +351,9 @@ def test_gpus_before_hopper_and_amds_do_not_begin_early(monkeypatch, capability,
     monkeypatch.setattr(torch.version, "hip", hip)
     assert tiles.begins_early.__wrapped__(torch.device("cuda", 0)) == able
     assert not tiles.begins_early(torch.device("cpu"))
+    monkeypatch.setattr(tiles, "begins_early", lambda device: bool(able))
+    early = [tiles.early(torch.device("cuda", 0), numbers) for numbers in (tiles.FEW - 1, tiles.FEW)]
+    assert early == [{"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}, {"EARLY": False}]
 
 
 def test_launches_choose_what_versions_of_triton_choose_differently(compiled):

@@ -63,7 +63,7 @@ class Threads:
         return future
 
     def took(self, seconds: float) -> None:
-        """What an item takes, said by the function that a thread calls: it counts where that thread is alone."""
+        """What an item takes, said by the function that a thread calls, at its end: it counts where it is alone."""
         self._crew.took(seconds)
 
     def close(self) -> None:
@@ -113,7 +113,6 @@ class _Crew:
         with self._changed:
             if self.worth is not None and self._allowed == 1:
                 self.limit = self._allowed = min(self.count, max(1, round(seconds / self.worth)))
-                self._changed.notify()
 
     def dismiss(self) -> None:
         with self._changed:
