@@ -89,7 +89,7 @@ SHARED_BYTES = {  # that a program may have
 
 
 class Case(NamedTuple):
-    """A call: forward and backward of the losses of embeddings (K, B, D), or the noise alone."""
+    """A call: forward and backward of the losses of embeddings (K, B, D), or the noise alone, or views of images."""
 
     views: int
     batch: int
@@ -97,8 +97,8 @@ class Case(NamedTuple):
     dtype: torch.dtype
     options: tuple[str, ...] = ()
     """Of `leave_one_out`, `per_view`, `each` (the centroid loss of each row) and `whitening`; or one alone of
-    `directions`, `root` (the inverse root of K matrices (D, D) in one launch), and `matrix` (the Gram matrices of any
-    matrices, and a product with them)."""
+    `directions`, `root` (the inverse root of K matrices (D, D) in one launch), `matrix` (the Gram matrices of any
+    matrices, and a product with them), and `pixels` (K views of B images, of D x D pixels)."""
 
     def __str__(self) -> str:
         return " ".join([f"{self.views}x{self.batch}x{self.dim}", TYPES[self.dtype], *self.options])
@@ -136,6 +136,8 @@ CASES = (
     Case(8, 4096, 2048, BF16),
     Case(2, 100, 130, BF16),
     Case(2, 64, 64, FP64),
+    Case(4, 256, 224, BF16, ("pixels",)),
+    Case(4, 512, 32, FP16, ("pixels",)),
 )
 QUICK = (
     Case(8, 512, 256, BF16),
@@ -207,9 +209,15 @@ def recorded(call: Callable[[], object]) -> list[Launch]:
 def calls(case: Case) -> dict[str, list[Launch]]:
     """The launches of the forward and the backward pass of a case."""
     from msbreg import ops
-    from msbreg.kernels import gram, inverse_root, product
+    from msbreg.kernels import gram, inverse_root, pixels, product
     from msbreg.kernels.philox import brownian_directions
 
+    if "pixels" in case.options:
+        crops = torch.empty(case.views, case.batch, case.dim, case.dim, 3, dtype=torch.uint8)
+        drawn, views = torch.empty(case.views, case.batch, 16), torch.empty(crops.shape, dtype=case.dtype)
+        colour, normal = drawn[:, :, :12].unflatten(2, (3, 4)), {"scale": (0.02,) * 3, "shift": (-2.0,) * 3}
+        parts = list(zip(crops, colour, drawn[:, :, 12], drawn[:, :, 13], views, strict=True))
+        return {"pixels": recorded(lambda: [pixels.pixelwise(*part, **normal) for part in parts])}
     shape, whitening = (case.views, case.batch, case.dim), "whitening" in case.options
     z = torch.empty(shape, dtype=case.dtype, requires_grad=True)
     t = torch.empty(shape, dtype=case.dtype)
@@ -398,6 +406,8 @@ def cost_of(case: Case, call: str, launches: Sequence[Launch]) -> dict[str, Any]
     )
     rows = case.dim if call == "root" else case.batch
     once = round(views * case.views * rows * case.dim * case.dtype.itemsize)
+    if call == "pixels":
+        once = case.views * case.batch * case.dim**2 * 3 * (1 + case.dtype.itemsize)
     return {
         "call": call,
         "case": str(case),

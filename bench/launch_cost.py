@@ -211,11 +211,19 @@ def brownian_directions(*, output_pointer, seed_pointer, views, batch, BLOCK_ROW
     return 16 * cdiv(views * batch, BLOCK_ROWS), size(output_pointer), 0
 
 
+def pixelwise(
+    *, crops_pointer, colour_pointer, solarize_pointer, flip_pointer, output_pointer, pixels, BLOCK, **_: Any
+) -> tuple[int, int, int]:  # fmt: skip
+    """Each byte once, and what is drawn for an image by each of its programs."""
+    drawn = size(colour_pointer) + size(solarize_pointer) + size(flip_pointer)
+    return size(crops_pointer) + cdiv(pixels, BLOCK) * drawn, size(output_pointer), 0
+
+
 FORMULAS: dict[str, Callable[..., tuple[int, ...]]] = {
     f"{formula.__name__}_kernel": formula
     for formula in (
         rows_forward, image_gradient, gram, unit_gram, split, first_factors, step, root, product, unit_product,
-        spectral_sums, totals, brownian_directions,
+        spectral_sums, totals, brownian_directions, pixelwise,
     )
 }  # fmt: skip
 """Bytes loaded, bytes stored, operations, and where there are any, operations on halves."""

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from msbreg.config import Config
 from msbreg.console import say
@@ -33,6 +34,12 @@ def share_of_batch(config: Config, processes: Processes) -> int:
             "processes cannot share evenly."
         )
     return config.data.batch_size // processes.world
+
+
+def input_dtype(config: Config, processes: Processes) -> torch.dtype:
+    """What the networks compute in, and their inputs come in: bfloat16 or float32."""
+    precision, gpu = config.model.precision, processes.device.type == "cuda"
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and gpu) else torch.float32
 
 
 def recipe_of(config: Config) -> Recipe:
@@ -64,6 +71,7 @@ def open_loader(config: Config, processes: Processes, source: Source) -> ViewLoa
         rank=processes.rank,
         world_size=processes.world,
         device=processes.device,
+        dtype=input_dtype(config, processes),
         backend=config.data.backend,
         threads=config.data.threads or processes.share_of_cores(),
         prefetch=config.data.prefetch,

@@ -20,7 +20,7 @@ from msbreg.cuda_graph import RecordedPass
 from msbreg.data import Batch
 from msbreg.errors import MSBRegError
 from msbreg.evaluation import OnlineProbe
-from msbreg.inputs import share_of_batch
+from msbreg.inputs import input_dtype, share_of_batch
 from msbreg.methods import StepOutput, build_method
 from msbreg.optim import build_optimizer
 from msbreg.preflight import require_sizes
@@ -56,8 +56,8 @@ class TrainingStep:
         self.steps, self.warmup_steps = steps, warmup_steps
         self.batch = share_of_batch(config, processes)
         self.peak_lr = scaled_lr(config.optim.lr, config.data.batch_size)
-        bf16 = config.model.precision == "bf16" or (config.model.precision == "auto" and self.device.type == "cuda")
-        self.input_dtype = torch.bfloat16 if bf16 else torch.float32
+        self.input_dtype = input_dtype(config, processes)
+        bf16 = self.input_dtype == torch.bfloat16
         self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
 
         if config.run.threads:

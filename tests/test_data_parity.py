@@ -248,16 +248,18 @@ def _chroma_turn(linear):
     return turned[1, 2], turned[1, 1]
 
 
-@needs_dali
 @needs_gpu
 @pytest.mark.gpu
-def test_views_made_on_a_gpu_are_those_made_on_the_cpu(pictures):
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["torchvision", pytest.param("dali", marks=needs_dali)])
+def test_views_made_on_a_gpu_are_those_made_on_the_cpu(pictures, backend, dtype):
     recipe = (*byol(2, 64), View(size=32))
-    ours = ViewLoader(pictures, recipe, 8, device="cuda", threads=2)
+    ours = ViewLoader(pictures, recipe, 8, device="cuda", backend=backend, threads=2, dtype=dtype)
     batches = [next(ours.batches(step)) for step in (0, 1)]
     ours.close()
-    assert all(views.dtype == torch.float16 and views.is_cuda for batch in batches for views in batch.views)
-    assert all(views.is_contiguous(memory_format=torch.channels_last) for batch in batches for views in batch.views)
+    views = [views for batch in batches for views in batch.views]
+    assert all(each.dtype == (dtype or torch.float16) and each.is_cuda for each in views)
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in views)
     theirs = ViewLoader(pictures, recipe, 8, device="cpu", backend="torchvision", threads=2)
     for batch, expected in zip(batches, theirs.batches(0, 2), strict=True):
         assert torch.equal(batch.index, expected.index)

@@ -17,6 +17,7 @@ from msbreg.kernels.gram import gram, unit_gram  # noqa: E402
 from msbreg.kernels.halves import split  # noqa: E402
 from msbreg.kernels.inverse_root import inverse_root  # noqa: E402
 from msbreg.kernels.philox import brownian_directions  # noqa: E402
+from msbreg.kernels.pixels import pixelwise  # noqa: E402
 from msbreg.kernels.product import product, unit_product  # noqa: E402
 from msbreg.kernels.rows import row_losses  # noqa: E402
 
@@ -153,6 +154,15 @@ def test_steps_of_the_inverse_root(launches, side, dtype, weights):
 def test_directions(launches, views):
     brownian_directions(9, 130, seed=torch.tensor(1), step=torch.tensor(2), views=views)
     agree(launches, "brownian_directions")
+
+
+@interprets
+def test_views(launches):
+    crops, drawn = torch.zeros(3, 40, 33, 3, dtype=torch.uint8), torch.zeros(3, 14)
+    views = torch.empty(crops.shape, dtype=torch.bfloat16)
+    colour = drawn[:, :12].unflatten(1, (3, 4))
+    pixelwise(crops, colour, drawn[:, 12], drawn[:, 13], views, scale=(1.0,) * 3, shift=(0.0,) * 3)
+    agree(launches, "pixelwise")
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """Decoding and augmentation by NVIDIA DALI, on the CPU or on a GPU, from one graph.
 
 DALI has no part in reading, order or randomness: it is handed encoded images and the draws of `msbreg.data.draws`,
-and is a pure function of them. Each image is decoded once and cropped once per view.
+and is a pure function of them. Each image is decoded once and cropped once per view. On a GPU it makes no more than
+crops and blurs them; the rest is one kernel of ours.
 
 https://docs.nvidia.com/deeplearning/dali
 """
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from msbreg.data.draws import Draw
 from msbreg.data.images import UndecodableError
+from msbreg.data.pixels import joined_views, packed
 from msbreg.data.recipes import MEAN, STD, Recipe, View, size_groups
 
 if TYPE_CHECKING:
-    from nvidia.dali import Pipeline
+    from nvidia.dali import Pipeline, types
     from nvidia.dali.data_node import DataNode
 
 __all__ = ["DaliBackend", "gaussian_row"]
@@ -37,15 +39,19 @@ class DaliBackend:
         batch_size: most images of a batch, B.
         device: where images are decoded (on a GPU: by nvJPEG) and views lie.
         threads: CPU threads.
+        dtype: of the views.
 
     Raises:
         ImportError: DALI is not installed.
     """
 
-    def __init__(self, recipe: Recipe, batch_size: int, device: torch.device, threads: int) -> None:
+    def __init__(self, recipe: Recipe, batch_size: int, device: torch.device, threads: int, dtype: torch.dtype) -> None:
         import nvidia.dali  # noqa: F401 - a missing DALI is to be noticed here, not at the first batch
 
-        self.recipe, self.batch_size, self.device, self.threads = recipe, batch_size, device, threads
+        self.recipe, self.batch_size, self.threads = recipe, batch_size, threads
+        self.device, self.dtype = device, dtype
+        self._ends_with_crops = device.type == "cuda"
+        """Whether DALI hands out bytes, and `pixelwise` does the rest."""
         self._groups = size_groups(recipe)
         self._pipeline: Any = None
         self._pending: deque[list[Bytes]] = deque()
@@ -58,21 +64,28 @@ class DaliBackend:
             draws: one per view, each of B.
         """
         if self._pipeline is None:
-            self._pipeline = views_pipeline(self.recipe, self.batch_size, self.device, self.threads)
+            self._pipeline = views_pipeline(
+                self.recipe, self.batch_size, self.device, self.threads, ends_with_crops=self._ends_with_crops
+            )
             # DALI reads from the arrays without a copy, so they must live as long as a pipeline that may be at work.
             self._pipeline.encoded = self._pending = deque()
         self._pending.append(encoded)
         self._pipeline.feed_input("encoded", encoded)
         for number, (view, draw) in enumerate(zip(self.recipe, draws, strict=True)):
-            for name, values in _inputs(view, draw, self.device).items():
+            for name, values in _crop_inputs(view, draw, self.device).items():
                 self._pipeline.feed_input(f"{name}{number}", values)
+            if not self._ends_with_crops:
+                for name, values in _finish_inputs(view, draw).items():
+                    self._pipeline.feed_input(f"{name}{number}", values)
+        if self._ends_with_crops:
+            self._pipeline.feed_input("drawn", packed(draws))
         self._pipeline.schedule_run()
 
     def receive(self) -> tuple[Tensor, ...]:
         """Waits for the earliest batch.
 
         Returns:
-            One channels_last tensor (K_g B, 3, H_g, W_g) per view size, view by view; float16 on a GPU, else float32.
+            One channels_last tensor (K_g B, 3, H_g, W_g) per view size, view by view.
 
         Raises:
             UndecodableError: images of the batch cannot be decoded. All batches under way are forgotten.
@@ -90,7 +103,14 @@ class DaliBackend:
         views = [torch.from_dlpack(output.as_tensor()) for output in outputs]  # each (B, H, W, 3)
         self._pipeline.release_outputs()
         self._pending.popleft()
-        return tuple(_joined([views[number] for number in group]) for group in self._groups)
+        if self._ends_with_crops:
+            *crops, numbers = views
+            drawn = numbers.unbind(1)  # K of (B, 16)
+            return tuple(
+                joined_views([crops[number] for number in group], [drawn[number] for number in group], self.dtype)
+                for group in self._groups
+            )
+        return tuple(_joined([views[number] for number in group]).to(self.dtype) for group in self._groups)
 
     def discard(self) -> None:
         """Forgets all batches under way."""
@@ -114,12 +134,25 @@ class DaliBackend:
         return True
 
 
-def views_pipeline(recipe: Recipe, batch_size: int, device: torch.device, threads: int) -> Pipeline:
-    """The graph: decode, then per view crop and resize, colours, blur, solarize, flip and normalise."""
+def views_pipeline(
+    recipe: Recipe, batch_size: int, device: torch.device, threads: int, *, ends_with_crops: bool
+) -> Pipeline:
+    """The graph: decode, then per view crop, resize and blur; then colours, solarize, flip and normalise.
+
+    One that ends with crops hands out bytes, and last the input `drawn` (K, 16), which it brings to their device.
+    """
+    from nvidia.dali import fn, types
+
     pipeline = _pipeline(batch_size, device, threads)
     with pipeline:
         images = _decode(device)
-        pipeline.set_outputs(*(_view(view, number, images, device) for number, view in enumerate(recipe)))
+        views = [_crop(view, number, images, device) for number, view in enumerate(recipe)]
+        if ends_with_crops:
+            drawn = fn.external_source(name="drawn", dtype=types.FLOAT, ndim=2)
+            views.append(drawn.gpu() if device.type == "cuda" else drawn)
+        else:
+            views = [_finish(view, number, x) for number, (view, x) in enumerate(zip(recipe, views, strict=True))]
+        pipeline.set_outputs(*views)
     return pipeline
 
 
@@ -147,20 +180,25 @@ def _decode(device: torch.device) -> DataNode:
     )
 
 
-def _inputs(view: View, draw: Draw, device: torch.device) -> dict[str, np.ndarray | list[np.ndarray]]:
-    """The arguments of a view's operators, by name; `_view` declares the same ones."""
+def _crop_inputs(view: View, draw: Draw, device: torch.device) -> dict[str, np.ndarray | list[np.ndarray]]:
+    """The arguments of a crop's operators, by name; `_crop` declares the same ones."""
     box = draw.box.astype(np.float32)
     inputs: dict[str, np.ndarray | list[np.ndarray]] = {
         "start": np.ascontiguousarray(box[:, :2]),
         "end": box[:, :2] + box[:, 2:],
-        "flip": draw.flip.astype(np.int32),
     }
-    if view.changes_colour:
-        inputs["colour"] = draw.colour
     if view.blur > 0 and device.type == "cuda":
         inputs["sigma"], inputs["window"] = draw.sigma, 2 * draw.radius + 1
     elif view.blur > 0:
         inputs["blur"] = [gaussian_row(*each) for each in zip(draw.sigma.tolist(), draw.radius.tolist(), strict=True)]
+    return inputs
+
+
+def _finish_inputs(view: View, draw: Draw) -> dict[str, np.ndarray]:
+    """The arguments of `_finish`, likewise."""
+    inputs: dict[str, np.ndarray] = {"flip": draw.flip.astype(np.int32)}
+    if view.changes_colour:
+        inputs["colour"] = draw.colour
     if view.solarize > 0:
         inputs["solarize"] = 255 * draw.solarize.astype(np.uint8)
     return inputs
@@ -173,39 +211,50 @@ def gaussian_row(sigma: float, radius: int) -> NDArray[np.float32]:
     return (weights / weights.sum()).astype(np.float32)[None]
 
 
-def _view(view: View, number: int, images: DataNode, device: torch.device) -> DataNode:
-    """One view of each image, (size, size, 3), normalised."""
+def _argument(name: str, number: int, dtype: types.DALIDataType, ndim: int) -> DataNode:
+    """What is fed for the view of that number."""
+    from nvidia.dali import fn
+
+    return fn.external_source(name=f"{name}{number}", dtype=dtype, ndim=ndim)
+
+
+def _crop(view: View, number: int, images: DataNode, device: torch.device) -> DataNode:
+    """The crop of each image that a view shows, blurred: (size, size, 3), bytes."""
     from nvidia.dali import fn, types
 
-    def argument(name: str, dtype: types.DALIDataType, ndim: int) -> DataNode:
-        return fn.external_source(name=f"{name}{number}", dtype=dtype, ndim=ndim)
-
-    gpu = device.type == "cuda"
     x: Any = fn.resize(
         images,
         size=[view.size, view.size],
-        roi_start=argument("start", types.FLOAT, 1),
-        roi_end=argument("end", types.FLOAT, 1),
+        roi_start=_argument("start", number, types.FLOAT, 1),
+        roi_end=_argument("end", number, types.FLOAT, 1),
         interp_type=types.INTERP_CUBIC if view.interpolation == "cubic" else types.INTERP_LINEAR,
         antialias=True,
     )
-    if view.changes_colour:
-        x = fn.coord_transform(x, MT=argument("colour", types.FLOAT, 2), dtype=types.UINT8)
     # A window of one pixel leaves the others as they are.
-    if view.blur > 0 and gpu:
-        x = fn.gaussian_blur(x, sigma=argument("sigma", types.FLOAT, 0), window_size=argument("window", types.INT32, 0))
+    if view.blur > 0 and device.type == "cuda":
+        sigma, window = _argument("sigma", number, types.FLOAT, 0), _argument("window", number, types.INT32, 0)
+        x = fn.gaussian_blur(x, sigma=sigma, window_size=window)
     elif view.blur > 0:  # on a CPU `fn.filter` is OpenCV's, about eight times as fast as `fn.gaussian_blur`
-        row = argument("blur", types.FLOAT, 2)
+        row = _argument("blur", number, types.FLOAT, 2)
         x = fn.filter(fn.filter(x, row), fn.transpose(row, perm=[1, 0]))
+    return x
+
+
+def _finish(view: View, number: int, x: Any) -> DataNode:
+    """What `pixelwise` does, by DALI's operators on a CPU: (size, size, 3), float32."""
+    from nvidia.dali import fn, types
+
+    if view.changes_colour:
+        x = fn.coord_transform(x, MT=_argument("colour", number, types.FLOAT, 2), dtype=types.UINT8)
     if view.solarize > 0:
-        inverted = argument("solarize", types.UINT8, 0)  # 255 ^ x = 255 - x
-        x = x ^ (fn.cast(x >= 128, dtype=types.UINT8) * (inverted.gpu() if gpu else inverted))
+        # 255 ^ x = 255 - x
+        x = x ^ (fn.cast(x >= 128, dtype=types.UINT8) * _argument("solarize", number, types.UINT8, 0))
     return fn.crop_mirror_normalize(
         x,
-        mirror=argument("flip", types.INT32, 0),
+        mirror=_argument("flip", number, types.INT32, 0),
         mean=[255 * value for value in MEAN],
         std=[255 * value for value in STD],
-        dtype=types.FLOAT16 if gpu else types.FLOAT,
+        dtype=types.FLOAT,
         output_layout="HWC",  # which is channels_last once its axes are named NCHW
     )
 

@@ -5,8 +5,9 @@ change no pixel, and both backends receive the same crop, the same colours and t
 
 How this differs from torchvision's transforms: crops follow RandomResizedCrop exactly (ten attempts, then the centre).
 Colours do not follow ColorJitter: brightness, contrast, saturation, hue and grayscale are always applied in this order
-and as one affine map of RGB, clipped once at the end; contrast turns about 128 instead of the view's mean grey; hue
-turns the chroma plane of YIQ instead of the HSV circle. NVIDIA DALI's `color_twist` makes the same choices.
+and as one affine map of RGB, after the blur, clipped once at the end; contrast turns about 128 instead of the view's
+mean grey; hue turns the chroma plane of YIQ instead of the HSV circle. NVIDIA DALI's `color_twist` makes the same
+choices.
 """
 
 from __future__ import annotations

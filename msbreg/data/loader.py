@@ -52,8 +52,8 @@ class Batch(NamedTuple):
 
     views: tuple[Tensor, ...]
     """Per view size, in the order of the recipe, one channels_last tensor (K_g B, 3, H_g, W_g) on the loader's device:
-    all B images of its first view, then of its second, and so on. Normalised by ImageNet's mean and standard deviation;
-    float16 on a GPU, float32 on a CPU. No later batch writes to it."""
+    all B images of its first view, then of its second, and so on. Normalised by ImageNet's mean and standard deviation.
+    No later batch writes to it."""
     labels: Tensor
     """(B,) int64 on the CPU, -1 where unknown."""
     index: Tensor  # type: ignore[assignment]  # tuples have a method of this name, which nobody needs here
@@ -102,6 +102,7 @@ class ViewLoader:
         rank: which process this is, over all machines.
         world_size: how many there are.
         device: where the views are made.
+        dtype: of the views; None: float16 on a GPU, float32 on a CPU.
         backend: "dali", "torchvision", or "auto": DALI where it is installed, but torchvision on a CPU for views of 96
             pixels and more, of which it makes more there.
         threads: CPU threads that decode and augment; None: the cores this process may use.
@@ -125,6 +126,7 @@ class ViewLoader:
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
         backend: Literal["auto", "dali", "torchvision"] = "auto",
         threads: int | None = None,
         prefetch: int = 2,
@@ -147,7 +149,8 @@ class ViewLoader:
         self._reader = Reader(source)
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(images, seed=seed, epoch=epoch))
         self.threads = threads or usable_cores()
-        self._backend = _open_backend(backend, recipe, min(batch_size, images), self.device, self.threads)
+        self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
+        self._backend = _open_backend(backend, recipe, min(batch_size, images), self.device, self.threads, self.dtype)
         self._reading = Threads(READING_THREADS, "read", WORTH_A_THREAD)
         self._drawing, self._ordering = Threads(1, "draw"), Threads(1, "order")
         self._stream: Generator[Batch, None, None] | None = None
@@ -315,7 +318,9 @@ def whole_batches(images: int, batch_size: int, world_size: int = 1, *, of: obje
     return batches
 
 
-def _open_backend(name: str, recipe: Recipe, batch_size: int, device: torch.device, threads: int) -> Backend:
+def _open_backend(
+    name: str, recipe: Recipe, batch_size: int, device: torch.device, threads: int, dtype: torch.dtype
+) -> Backend:
     if name not in ("auto", "dali", "torchvision"):
         raise ValueError(f'backend is "auto", "dali" or "torchvision", not {name!r}')
     if name == "auto" and device.type == "cpu" and max(view.size for view in recipe) >= LARGE:
@@ -324,7 +329,7 @@ def _open_backend(name: str, recipe: Recipe, batch_size: int, device: torch.devi
         from msbreg.data.dali_backend import DaliBackend
 
         try:
-            return DaliBackend(recipe, batch_size, device, threads)
+            return DaliBackend(recipe, batch_size, device, threads, dtype)
         except ImportError as error:
             if name == "dali":
                 raise MSBRegError(
@@ -334,4 +339,4 @@ def _open_backend(name: str, recipe: Recipe, batch_size: int, device: torch.devi
             warnings.warn(f"DALI cannot be imported ({error}), {slower}", stacklevel=3)
     from msbreg.data.torchvision_backend import TorchvisionBackend
 
-    return TorchvisionBackend(recipe, device, threads)
+    return TorchvisionBackend(recipe, device, threads, dtype)
