@@ -5,8 +5,8 @@
 An operator is put several times side by side into a DALI pipeline, with the draws of msbreg's own recipe; its time is
 what that takes longer than a pipeline that is fed alike and computes nothing. The pipelines take turns, round after
 round, so that what else the machine does hits all alike. On a CPU DALI has one thread, and CPU time says more than the
-clock on a busy machine. On a GPU the clock counts, and decoding is tried with different shares of the images given to
-the hardware's decoder.
+clock on a busy machine. On a GPU the clock counts, decoding is tried with different shares of the images given to the
+hardware's decoder, and what follows the blur is what the package leaves to one kernel, see `pixels.py`.
 """
 
 import argparse
@@ -127,9 +127,9 @@ def operators(source: Source, view: View, batch: int, device: torch.device) -> l
         ),
         Operator("crop and resize", "resize, cubic", decoded, partial(resize, interpolation="CUBIC")),
         Operator("crop and resize", "resize, linear", decoded, partial(resize, interpolation="LINEAR")),
+        *(blurs if gpu else reversed(blurs)),
         Operator("colours", "coord_transform", views, matrix),
         Operator("colours", "color_twist", views, twist),
-        *(blurs if gpu else reversed(blurs)),
         Operator("solarize", "x ^ 255", views, solarize),
         Operator("flip and normalise", "crop_mirror_normalize", views, normalise),
     ]

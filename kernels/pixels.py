@@ -42,17 +42,20 @@ def pixelwise_kernel(
 
     One program makes BLOCK pixels of one image.
     """
-    image = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(pixels, BLOCK)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    place = first.to(tl.int32) + tl.arange(0, BLOCK)
     inside = place < pixels
     row, column = place // WIDTH, place % WIDTH
     mirrored = tl.load(flip_pointer + image * flip_stride) != 0
     column = tl.where(mirrored, WIDTH - 1 - column, column)
     source = crops_pointer + image * image_stride
     source += row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
+    to_green = tl.full([], channel_stride, tl.int64)
     red = tl.load(source, mask=inside, other=0).to(tl.float32)
-    green = tl.load(source + channel_stride, mask=inside, other=0).to(tl.float32)
-    blue = tl.load(source + 2 * channel_stride, mask=inside, other=0).to(tl.float32)
+    green = tl.load(source + to_green, mask=inside, other=0).to(tl.float32)
+    blue = tl.load(source + 2 * to_green, mask=inside, other=0).to(tl.float32)
     least_inverted = tl.where(tl.load(solarize_pointer + image * solarize_stride) != 0, 128.0, 256.0)
     colour = colour_pointer + image * colour_stride
     for channel in tl.static_range(3):
@@ -91,7 +94,7 @@ def pixelwise(
         return
     block = 1024
     with torch.cuda.device_of(output):
-        pixelwise_kernel[(images, cdiv(height * width, block))](
+        pixelwise_kernel[(images * cdiv(height * width, block),)](
             crops, colour, solarize, flip, output, height * width, width, *crops.stride(), colour.stride(0),
             solarize.stride(0), flip.stride(0), SCALE=scale, SHIFT=shift, BLOCK=block, num_warps=8,
             enable_fp_fusion=True,

@@ -9,7 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import msbreg
+from msbreg import kernels
+from msbreg.functional import centroid_loss
 from msbreg.machine import usable_cores
+from msbreg.reference import centroids, unit_rows
 
 __all__ = ["report"]
 
@@ -71,6 +74,23 @@ def _gpus() -> list[str]:
         facts = torch.cuda.get_device_properties(index)
         lines.append(
             f"GPU {index}: {facts.name}, compute capability {facts.major}.{facts.minor}, "
-            f"{facts.total_memory / 2**30:.0f} GiB, bf16 {'yes' if facts.major >= 8 else 'slow'}"
+            f"{facts.total_memory / 2**30:.0f} GiB, bf16 {'yes' if facts.major >= 8 else 'slow'}, "
+            + _kernels(torch.device("cuda", index))
         )
     return lines
+
+
+def _kernels(device: torch.device) -> str:
+    """Whether Triton can compile and run a kernel of ours there: it needs a C compiler, and a folder for its cache."""
+    if device.type != kernels.DEVICE_TYPE:
+        return "losses in plain torch, since there is no Triton"
+    x = torch.linspace(-1, 1, 48).sin().view(2, 3, 8)
+    y = x.flip(2)
+    try:
+        loss = centroid_loss(x.to(device), y.to(device))
+    except Exception as error:  # as above
+        first_line = str(error).strip().partition("\n")[0]
+        return f"the fused kernels fail ({type(error).__name__}: {first_line})"
+    x_hat, centroid = unit_rows(x)[0], centroids(y, leave_one_out=False)
+    expected = (x_hat - centroid).square().sum(-1).mean()
+    return "the fused kernels run" if torch.allclose(loss.cpu(), expected, atol=1e-5) else "the fused kernels are wrong"

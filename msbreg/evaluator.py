@@ -88,6 +88,7 @@ class Evaluator:
                 min(256, len(chosen)),
                 shuffle=False,
                 device=device,
+                dtype=torch.float32,
                 backend=config.data.backend,
                 threads=threads,
                 timeout=config.data.timeout,
@@ -153,7 +154,7 @@ class Images:
         self._kept, size = [], 0
         for batch in self.loader.batches():
             moved = batch._replace(
-                views=tuple(view.to(self.device, torch.float32) for view in batch.views),
+                views=tuple(view.to(self.device) for view in batch.views),
                 labels=batch.labels.to(self.device),
             )
             size += moved.views[0].nbytes

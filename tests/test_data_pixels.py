@@ -93,6 +93,7 @@ def test_the_kernel_takes_any_strides():
     truth = pixelwise(crops, colour, solarize, flip, dtype=torch.float32)
     planar = crops.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     every_other = torch.stack([crops, 255 - crops], dim=2)[:, :, 0]
+    halves = [value.half() for value in (solarize, flip)]
     table = torch.cat([colour.flatten(1), solarize[:, None], flip[:, None]], dim=1)
     transposed = colour.transpose(1, 2).contiguous().transpose(1, 2)
     for given in (
@@ -100,6 +101,7 @@ def test_the_kernel_takes_any_strides():
         (every_other, colour, solarize, flip),
         (crops, table[:, :12].unflatten(1, (3, 4)), table[:, 12], table[:, 13]),
         (crops, transposed, solarize, flip),
+        (crops, colour, *halves),
     ):
         assert torch.equal(pixelwise(*given, dtype=torch.float32), truth)
 
@@ -198,6 +200,8 @@ def test_a_loader_whose_backend_ends_with_crops_makes_the_same_views(pictures, b
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_views_come_in_the_dtype_that_is_asked_for(pictures, backend):
+    with pytest.raises(ValueError, match=r"a floating dtype for views, got torch\.uint8"):
+        ViewLoader(pictures, cifar(2, 24), 4, backend=backend, dtype=torch.uint8)
     streams = []
     for dtype in (None, torch.bfloat16):
         loader = ViewLoader(pictures, cifar(2, 24), 4, backend=backend, threads=1, dtype=dtype)

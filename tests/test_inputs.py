@@ -5,13 +5,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("PIL", reason="this needs the extra [train]")
 
 from msbreg.config import Config
 from msbreg.data import ImageFolder
 from msbreg.errors import MSBRegError
-from msbreg.inputs import has_labels, open_images, open_loader, set_aside, share_of_batch
+from msbreg.inputs import has_labels, input_dtype, open_images, open_loader, set_aside, share_of_batch
 from msbreg.processes import Processes
 
 
@@ -56,6 +57,22 @@ def test_the_seed_orders_the_images(config, swatches):
             loader.close()
 
     assert order(0) == order(0) != order(1)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("auto", torch.float32), ("bf16", torch.bfloat16)])
+def test_views_come_in_what_the_networks_take(config, swatches, precision, dtype):
+    config.model.precision = precision
+    loader = open_loader(config, Processes("cpu"), ImageFolder(swatches / "train"))
+    assert next(loader.batches(stop=1)).views[0].dtype == loader.dtype == dtype
+    loader.close()
+
+
+def test_a_gpu_computes_in_bfloat16_unless_asked_otherwise(config):
+    processes = Processes("cpu")
+    processes.device = torch.device("cuda")
+    assert input_dtype(config, processes) == torch.bfloat16
+    config.model.precision = "fp32"
+    assert input_dtype(config, processes) == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,10 @@ import triton.language as tl  # noqa: E402
 from triton.language.extra.cuda import gdc_wait  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton's compilers come with its Linux wheels alone")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="Triton's compilers come with its Linux wheels alone"),
+    pytest.mark.timeout(900),  # a minute or two on a machine of one's own
+]
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 SPECTRAL = tuple(f"{name}_kernel" for name in ("gram", "unit_gram", "step", "root", "product", "unit_product"))
@@ -160,6 +163,8 @@ def compile_all() -> dict:
 
     import compile_report as report
 
+    from msbreg.kernels.pixels import pixelwise
+
     rows = []
     for name in ("90", "80", "100", "gfx942"):
         cases = report.QUICK if name == "90" else report.QUICK[:2]
@@ -174,7 +179,11 @@ def compile_all() -> dict:
     large = report.calls(report.Case(2, 1024, 1024, torch.float64, ("matrix",)))["matrix"][1:]
     wide = report.calls(report.Case(2, 64, 2048, torch.float64, ("leave_one_out",)))
     wide = [wide["forward"][0], wide["backward"][-1]]
+    crops, flags = torch.empty(2, 3, 40, 37, dtype=torch.uint8).permute(0, 2, 3, 1), torch.empty(2, dtype=torch.bool)
+    views, normal = torch.empty(2, 40, 37, 3), {"scale": (1.0,) * 3, "shift": (0.0,) * 3}
+    planar = report.recorded(lambda: pixelwise(crops, torch.empty(2, 3, 4), flags, flags, views, **normal))
     return {
+        "planar": [report.compiled(launch, report.target_of("90")).faults for launch in planar],
         "rows": [dataclasses.asdict(row) for row in rows],
         "twins": twins,
         "one": {launch.kernel.__name__: report.compiled(launch, report.target_of("90")).faults for launch in one},
@@ -234,7 +243,7 @@ def compiled() -> dict:
     environment["PYTHONPATH"] = os.pathsep.join(folders)
     program = "import json, test_kernels_compile as t; print(json.dumps(t.compile_all()))"
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=280, cwd=ROOT
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=880, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -261,7 +270,7 @@ def test_all_kernels_compile_without_fault(compiled, architecture):
     if architecture in ("sm_80", "gfx942"):
         expected -= {"root"}
     if architecture == "sm_90":
-        expected |= {"spectral_sums", "split", "gram", "product", "brownian_directions"}
+        expected |= {"spectral_sums", "split", "gram", "product", "brownian_directions", "pixelwise"}
     assert kernels == {f"{name}_kernel" for name in expected}
     assert {f"{row['kernel']} {fault}" for row in rows for fault in row["faults"]} == set()
     assert all(row["spilled_bytes"] == 0 and row["registers"] <= 255 for row in rows)
@@ -364,6 +373,10 @@ def test_sizes_of_one_compile(compiled):
     """Which Triton puts in as constants, without the methods of a tensor."""
     names = "rows_forward", "unit_gram", "spectral_sums", "split", "totals"
     assert compiled["one"] == {f"{name}_kernel": [] for name in names}
+
+
+def test_images_of_one_channel_after_another_and_of_odd_sizes_compile(compiled):
+    assert compiled["planar"] == [[]]
 
 
 def test_parts_of_long_sums_are_added_outside_of_tensor_cores(compiled):

@@ -464,12 +464,6 @@ def test_eval_takes_options_that_the_run_did_not_have(undisturbed, monkeypatch, 
     assert (7 * float(knn) / 100) % 1 == pytest.approx(0, abs=0.01) or float(knn) > 99
 
 
-def test_doctor_names_versions_and_devices(capsys):
-    assert main(["doctor"]) == 0
-    report = capsys.readouterr().out
-    assert f"torch {torch.__version__}" in report and "GPU" in report and "nvidia.dali" in report
-
-
 def test_a_tilde_is_the_home_folder(monkeypatch, swatches):
     monkeypatch.setenv("HOME", str(swatches.parent))
     config = Config()

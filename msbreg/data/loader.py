@@ -112,7 +112,7 @@ class ViewLoader:
     Raises:
         DataError: the global batch is larger than the source, or the source is empty.
         MSBRegError: backend "dali" is asked for and not installed.
-        ValueError: a number is out of range, or `shuffle=False` with more than one process.
+        ValueError: a number is out of range, a dtype that is not floating, or `shuffle=False` with several processes.
     """
 
     def __init__(
@@ -136,6 +136,8 @@ class ViewLoader:
             raise ValueError(
                 f"expected batch_size, prefetch and views of 1 or more, got {batch_size}, {prefetch}, {len(recipe)}"
             )
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"expected a floating dtype for views, got {dtype}")
         if not 0 <= rank < world_size or (world_size > 1 and not shuffle):
             raise ValueError(
                 f"expected a rank below world_size, and one process where not shuffled; got {rank} of {world_size}"

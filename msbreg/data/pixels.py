@@ -88,7 +88,9 @@ def pixelwise(
 
 def normalisation(mean: Channels = MEAN, std: Channels = STD) -> tuple[Channels, Channels]:
     """Scale and shift of each channel that normalise a byte."""
-    scale, shift = zip(*((1 / (255 * s), -m / s) for m, s in zip(mean, std, strict=True)), strict=True)
+    scale, shift = zip(
+        *((1 / (255 * float(s)), -float(m) / float(s)) for m, s in zip(mean, std, strict=True)), strict=True
+    )
     return scale, shift
 
 
@@ -101,7 +103,7 @@ def pixelwise_plain(
     channels = []
     for channel in range(3):
         row = colour[:, channel, :, None, None].unbind(1)  # 4 of (N, 1, 1)
-        x = row[0] * red + row[1] * green + row[2] * blue + row[3]
+        x = (row[0] * red + row[1] * green) + (row[2] * blue + row[3])
         x = (x.clamp(0, 255) + 0.5).floor()
         x = torch.where(inverted & (x >= 128), 255 - x, x)
         channels.append(scale[channel] * x + shift[channel])

@@ -28,7 +28,7 @@ LARGEST = 1000.0
 
 @dataclass(frozen=True)
 class View:
-    """One view: where it is cut from the image and what is done to its colours, in this order, but the blur first.
+    """One view: where it is cut from the image and what is done to it, in this order; a blur follows the crop.
 
     The defaults are the first block of BYOL (Grill et al. 2020, appendix B).
 
