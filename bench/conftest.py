@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import pytest
 import shapes
@@ -137,6 +138,16 @@ def pytest_benchmark_update_json(output_json: dict) -> None:
     """Without the time of every round: its quartiles stay."""
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Says so where threads had to wait for cores: torch's spin meanwhile, which costs losses differently."""
+    wanted, threads, cores = config.stash[SETTINGS], torch.get_num_threads(), usable_cores()
+    if wanted.device.type == "cpu" and wanted.load[0] + threads > cores + 0.5:
+        terminalreporter.write_line(
+            f"{wanted.load[0]:.1f} processes ran before this with {threads} threads on {cores} cores: the ratios are "
+            "not to be trusted. On a busy machine set OMP_NUM_THREADS=1, or OMP_WAIT_POLICY=PASSIVE."
+        )
 
 
 def versions() -> dict[str, str | None]:

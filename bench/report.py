@@ -213,7 +213,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the page and the plots; default: that of the JSON")
     parser.add_argument("--short", action="store_true", help="print forward and backward together, write nothing")
     options = parser.parse_args()
-    run = json.loads(options.json.read_text())
+    try:
+        run = json.loads(options.json.read_text())
+    except (OSError, ValueError) as error:
+        parser.error(
+            f"{options.json} cannot be read ({error}); pytest bench/ --benchmark-json {options.json} writes it"
+        )
+    if not (isinstance(run, dict) and "load_before" in run.get("machine_info", {})):
+        parser.error(f"{options.json} is not what pytest bench/ --benchmark-json writes")
     if options.short:
         print(tables([figure for figure in figures(run) if figure.mode == "both"], SHORT))
         return

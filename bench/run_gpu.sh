@@ -18,7 +18,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-python=${PYTHON:-python3}
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 part=${1:-losses}
 shift $(($# > 0))
 case $part in losses | training | loader | peers | tiles | alternatives) ;; *)
@@ -27,7 +27,11 @@ case $part in losses | training | loader | peers | tiles | alternatives) ;; *)
     ;;
 esac
 gpu=$("$python" -c '
-import re, torch
+import re, sys
+try:
+    import torch
+except ImportError:
+    sys.exit(f"bench/run_gpu.sh runs {sys.executable}, which has no torch; PYTHON=... names one that has.")
 if torch.cuda.is_available():
     print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"))
 ') || exit

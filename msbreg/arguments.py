@@ -12,8 +12,20 @@ from msbreg.derivatives import refuse_transforms
 from msbreg.reference import Spectrum
 
 __all__ = [
-    "Views", "batch_size", "check_choice", "check_embedding", "check_number", "check_precision", "check_smoothing",
-    "check_spectral", "check_targets", "full_precision", "raised", "raised_dtype", "stacked",
+    "Views",
+    "batch_size",
+    "check_choice",
+    "check_embedding",
+    "check_number",
+    "check_precision",
+    "check_smoothing",
+    "check_spectral",
+    "check_targets",
+    "check_weight",
+    "full_precision",
+    "raised",
+    "raised_dtype",
+    "stacked",
 ]  # fmt: skip
 
 Views = Tensor | Sequence[Tensor]
@@ -111,6 +123,14 @@ def check_number(name: str, value: Any) -> None:
         return  # before hasattr, which torch.compile of torch 2.11 cannot ask of a number that changes
     if isinstance(value, (Tensor, str)) or not hasattr(value, "__float__"):
         raise TypeError(f"expected {name} to be a number, got {type(value).__name__}")
+
+
+def check_weight(name: str, value: Any) -> None:
+    """As `check_number`; ValueError for a weight that is infinite or NaN."""
+    check_number(name, value)
+    # Not while torch.compile traces: a number that changes is a symbol there.
+    if not torch.compiler.is_compiling() and not math.isfinite(value):
+        raise ValueError(f"expected {name} to be finite, got {value}")
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:

@@ -1,10 +1,12 @@
 """The command line: pretrain, eval, export, bench, doctor."""
 
 import argparse
+import difflib
 import functools
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +145,15 @@ def configs_first(arguments: list[str]) -> list[str]:
     """Puts --config before the other options, so that these win, and the file of a packaged config for its name."""
     command, options = arguments[:1], iter(arguments[1:])
     packaged, groups = packaged_configs(), {f"--{name}" for name in vars(Config())}
+    known = known_options(command[0]) if command else ()
     configs, rest = [], []
     for option in options:
         flag, separator, name = option.partition("=")
         if flag in groups:
             raise MSBRegError(f"{flag} is a group of options; give {flag}.OPTION VALUE, or --config FILE for a file.")
         if flag != "--config":
+            if flag.startswith("--") and known and flag not in known and (meant := meant_by(flag, known)):
+                raise MSBRegError(f"there is no option {flag}; did you mean {meant}?")
             rest.append(option)
             continue
         value = name if separator else next(options, None)
@@ -163,6 +168,21 @@ def configs_first(arguments: list[str]) -> list[str]:
             require_groups(value)
         configs.append(flag if value is None else f"{flag}={value}")
     return command + configs + rest
+
+
+def known_options(command: str) -> tuple[str, ...]:
+    """Of a command that takes options of a run; none of others."""
+    if command == "eval":
+        return tuple(f"--{name}" for name in EVALUATED_WITH)
+    own = {"pretrain": "--dry-run", "bench": "--steps"}
+    return ("--config", "--help", own[command], *(f"--{name}" for name in option_types())) if command in own else ()
+
+
+def meant_by(flag: str, known: Sequence[str]) -> str | None:
+    """The option that was probably meant: of the same last name, else of one that is spelled much alike."""
+    last = flag.lstrip("-").replace("-", "_").rpartition(".")[2]
+    same = [option for option in known if option.lstrip("-").replace("-", "_").rpartition(".")[2] == last]
+    return next(iter(same or difflib.get_close_matches(flag, known, 1, 0.75)), None)
 
 
 def require_groups(file: str) -> None:
@@ -304,7 +324,7 @@ EVALUATED_WITH = {
     "data.cache": "folder for rendered images and listings of tar shards; unset: as in the run",
     "eval.k": "neighbours in the weighted kNN vote; unset: as in the run",
     "eval.temperature": "temperature of the vote's weights; unset: as in the run",
-    "eval.bank": "labelled images the neighbours come from, at the most; unset: as in the run",
+    "eval.bank": "labelled images that vote and that the probe is fitted to, at the most; unset: as in the run",
     "eval.queries": "held-out images that are classified, at the most; unset: as in the run",
     "run.device": "cpu, cuda, cuda:N or auto; unset: auto",
 }

@@ -1,6 +1,6 @@
 """Every option of a run: typed, with its default, unit and meaning.
 
-The defaults are the embedded default run: images that the package renders, a small network, two minutes on two CPU
+The defaults are the embedded default run: images that the package renders, a small network, a few minutes on two CPU
 cores. `msbreg/configs/*.yaml` hold others; `--config NAME` loads one and dotted options override it.
 """
 
@@ -119,7 +119,7 @@ class ModelConfig:
     """Views that go through backbone and projector together, recomputed in the backward pass so that many views fit in
     memory, each chunk with its own batch statistics; 0: all at once, as the predictor has them."""
     compile: bool | Literal["auto"] = False
-    """torch.compile the networks, block by block; auto: on a GPU. The first step takes a minute then."""
+    """true, false or auto (on a GPU): torch.compile the networks block by block. The first step takes a minute then."""
     cuda_graph: bool = False
     """Record forward and backward pass as one CUDA graph, for networks too small to keep a GPU busy; one process."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -143,7 +143,7 @@ class MethodConfig:
     disperse: Literal["projector", "predictor"] = "projector"
     """Whose output the singular value and Brownian losses act on."""
     spectrum: functional.Spectrum = functional.SPECTRUM
-    """Form of the singular value loss."""
+    """Form of the singular value loss; whitening wants about a tenth of lambda_s."""
     tau: float = 0.9
     """Momentum of the EMA network at the start, rising to 1 by a cosine. 0.9 suits a few hundred steps; BYOL has 0.99
     for 100 epochs of ImageNet and 0.996 for 1000."""
@@ -178,11 +178,12 @@ class EvalConfig:
     temperature: float = 0.1
     """Temperature of the kNN vote's weights."""
     bank: int = 5000
-    """Labelled training images the neighbours come from, at the most."""
+    """Labelled training images that vote and that the linear probe is fitted to, at the most."""
     queries: int = 2000
     """Held-out images that are classified, at the most."""
     linear: bool = True
-    """Also train a linear probe on frozen features at the end, and one alongside training."""
+    """Also fit a linear probe to frozen features at the end, and train one alongside. Neither is ImageNet's published
+    protocol, which trains on all images with augmentation."""
 
 
 @dataclass

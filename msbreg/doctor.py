@@ -19,7 +19,7 @@ __all__ = ["report"]
 OPTIONAL = {
     "torchvision": ("torchvision", "most backbones and the torchvision backend", "pip install 'msbreg[train]'"),
     "nvidia.dali": ("nvidia-dali-cuda130", "the DALI backend", "pip install 'msbreg[train]'"),
-    "jsonargparse": ("jsonargparse", "the other commands", "pip install 'msbreg[train]'"),
+    "jsonargparse": ("jsonargparse", "all commands but doctor", "pip install 'msbreg[train]'"),
     "tqdm": ("tqdm", "training", "pip install 'msbreg[train]'"),
     "matplotlib": ("matplotlib", "curves.png", "pip install 'msbreg[train]'"),
     "safetensors": ("safetensors", "exported backbones", "pip install 'msbreg[train]'"),

@@ -17,11 +17,11 @@ from msbreg.arguments import (
     Views,
     check_choice,
     check_embedding,
-    check_number,
     check_precision,
     check_smoothing,
     check_spectral,
     check_targets,
+    check_weight,
     stacked,
 )
 from msbreg.linalg import Solver
@@ -126,7 +126,7 @@ def msbreg_loss(
     check_spectral(spectrum, smoothing)
     check_choice("per", per, Per)
     for name, weight in (("lambda_m", lambda_m), ("lambda_s", lambda_s), ("lambda_b", lambda_b)):
-        check_number(name, weight)
+        check_weight(name, weight)
     check_noise(seed, step, first_image)
 
     dispersion = spectrum if lambda_s != 0 else None

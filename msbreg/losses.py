@@ -1,5 +1,6 @@
 """The losses as modules. `MSBRegLoss` is the whole method; the others are its parts."""
 
+import warnings
 from typing import TypedDict
 
 import torch
@@ -7,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from msbreg import functional
-from msbreg.arguments import Views, batch_size, check_choice, check_number, check_spectral
+from msbreg.arguments import Views, batch_size, check_choice, check_spectral, check_weight
 from msbreg.distributed import Shared, rank
 from msbreg.functional import (
     LAMBDA_B,
@@ -47,8 +48,25 @@ class Loss(nn.Module):
     def group(self, group: dist.ProcessGroup | None) -> None:
         self._shared = Shared(group)
 
+    def _over(self) -> dist.ProcessGroup | None:
+        """The group that singular values are taken over; a warning where processes run together and none was given.
+
+        torch's `group.WORLD` is None until `init_process_group`, so that a module made before it has none.
+        """
+        if self.group is None and not torch.compiler.is_compiling() and _several_processes():
+            warnings.warn(
+                f"{type(self).__name__} sees the embeddings of its own process alone: for those of all, give it a "
+                "group, such as torch.distributed.group.WORLD once init_process_group has been called",
+                stacklevel=2,
+            )
+        return self.group
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.options)
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class _Noise(TypedDict):
@@ -125,7 +143,8 @@ class MSBRegLoss(_NoisyLoss):
         seed: of the noise; any int64. The same in all processes, another one for another module of the same model.
         group: process group over which a batch is spread, as many images in each process. None for local singular
             values. Images are numbered by the rank in the group, without one by the global rank, times B: so processes
-            get different noise, as long as they have as many images each, and two groups the same.
+            get different noise, as long as they have as many images each, and two groups the same. A module that
+            runs beside others without a group warns once.
 
     Example:
         >>> criterion = MSBRegLoss(lambda_s=0.004, lambda_b=0.5)
@@ -152,7 +171,7 @@ class MSBRegLoss(_NoisyLoss):
     ) -> None:
         super().__init__(seed, group)
         for name, weight in (("lambda_s", lambda_s), ("lambda_b", lambda_b), ("lambda_m", lambda_m)):
-            check_number(name, weight)
+            check_weight(name, weight)
         check_spectral(spectrum, smoothing)
         check_choice("solver", solver, Solver)
         check_choice("per", per, Per)
@@ -188,7 +207,7 @@ class MSBRegLoss(_NoisyLoss):
             smoothing=self.smoothing,
             solver=self.solver,
             per=self.per,
-            group=self.group,
+            group=self._over() if self.lambda_s != 0 else None,
             **self._noise(online, step),
         )
         self._advance(step)
@@ -246,7 +265,7 @@ class SingularValueLoss(Loss):
     def forward(self, embeddings: Views) -> Tensor:
         """(K, N, D), a sequence of (N, D), or one (N, D), to a scalar."""
         return functional.singular_value_loss(
-            embeddings, spectrum=self.spectrum, smoothing=self.smoothing, solver=self.solver, group=self.group
+            embeddings, spectrum=self.spectrum, smoothing=self.smoothing, solver=self.solver, group=self._over()
         )
 
 

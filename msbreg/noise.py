@@ -107,11 +107,11 @@ def check_noise(seed: int | Tensor, step: int | Tensor, first_image: int) -> Non
                     f"{tuple(value.shape)}"
                 )
         elif not _is_integer(value):
-            raise TypeError(f"expected {name} to be an int or an int64 tensor, got {type(value)}")
+            raise TypeError(f"expected {name} to be an int or an int64 tensor, got {type(value).__name__}")
         elif type(value) is int and not -(2**63) <= value < 2**63:
             raise ValueError(f"expected {name} to be an int of 64 bits, got {value}")
     if isinstance(first_image, Tensor) or not _is_integer(first_image):
-        raise TypeError(f"expected first_image to be an int, got {type(first_image)}")
+        raise TypeError(f"expected first_image to be an int, got {type(first_image).__name__}")
 
 
 def _is_integer(value: object) -> bool:

@@ -19,9 +19,9 @@ from msbreg import reference
 from msbreg.arguments import (
     Views,
     check_choice,
-    check_number,
     check_precision,
     check_targets,
+    check_weight,
     full_precision,
     raised,
     stacked,
@@ -64,7 +64,7 @@ class MMCRLoss(Loss):
         self, local_weight: float = 0.0, *, solver: Solver = SOLVER, group: dist.ProcessGroup | None = None
     ) -> None:
         super().__init__(group)
-        check_number("local_weight", local_weight)
+        check_weight("local_weight", local_weight)
         check_choice("solver", solver, Solver)
         self.local_weight = local_weight
         self.solver = solver
@@ -91,7 +91,7 @@ class MMCRLoss(Loss):
             centroids = (centroids + _UnitRows.apply(t.detach()).mean(0).to(z_hat.dtype)) / 2
         elif z.shape[0] < 2:
             raise ValueError("expected at least two views of each image, or a target view, got one view")
-        loss = -nuclear_norm(centroids, solver=self.solver, group=self.group)
+        loss = -nuclear_norm(centroids, solver=self.solver, group=self._over())
         if self.local_weight != 0:
             loss = loss + self.local_weight * nuclear_norm(z_hat.transpose(0, 1), solver=self.solver).mean()
         return loss
@@ -123,7 +123,7 @@ class SVMaxLoss(Loss):
 
     def __init__(self, weight: float = 1.0, *, solver: Solver = SOLVER, group: dist.ProcessGroup | None = None) -> None:
         super().__init__(group)
-        check_number("weight", weight)
+        check_weight("weight", weight)
         check_choice("solver", solver, Solver)
         self.weight = weight
         self.solver = solver
@@ -142,7 +142,7 @@ class SVMaxLoss(Loss):
         rows, dim = z_hat.shape[1] * world_size(self.group), z_hat.shape[2]
         r = min(rows, dim)
         lower, upper = rows**0.5, (rows * r) ** 0.5  # of r s_μ
-        norms = nuclear_norm(z_hat, solver=self.solver, group=self.group)
+        norms = nuclear_norm(z_hat, solver=self.solver, group=self._over())
         falls = (upper - norms) / (upper - lower) if r > 1 else 0.0 * norms
         return self.weight * falls.exp().mean()
 
@@ -178,8 +178,8 @@ class CodingRateLoss(Loss):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(group)
-        check_number("similarity_weight", similarity_weight)
-        check_number("rate_weight", rate_weight)
+        check_weight("similarity_weight", similarity_weight)
+        check_weight("rate_weight", rate_weight)
         check_precision(precision)
         self.similarity_weight = similarity_weight
         self.rate_weight = rate_weight
@@ -198,7 +198,7 @@ class CodingRateLoss(Loss):
         z_hat = _UnitRows.apply(stacked(embeddings, "embeddings"))
         # For unit rows mean_k <ẑ[k], z̄> / |z̄| is |z̄|² / |z̄|.
         similarity = torch.linalg.vector_norm(z_hat.mean(0), dim=-1).mean()
-        rate = coding_rate(z_hat, precision=self.precision, group=self.group).mean()
+        rate = coding_rate(z_hat, precision=self.precision, group=self._over()).mean()
         return -self.similarity_weight * similarity - self.rate_weight * rate
 
 

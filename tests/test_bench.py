@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -277,6 +278,32 @@ def test_the_report_draws_a_run(suite, tmp_path):
     assert done.stdout.strip() in text
     short = subprocess.run([*command[:3], "--short"], capture_output=True, text=True, timeout=100).stdout
     assert "time / fused" in short and "| fused |" in short and "forward" not in short
+
+
+@pytest.mark.parametrize(("load", "threads", "warned"), [(3.0, 2, True), (0.0, 2, False), (1.0, 1, False)])
+def test_a_busy_machine_is_said_to_be_one(monkeypatch, load, threads, warned):
+    spec = importlib.util.spec_from_file_location("conftest_of_bench", ROOT / "bench" / "conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, conftest)  # where its dataclass looks for its module
+    spec.loader.exec_module(conftest)
+    lines, stash = [], {conftest.SETTINGS: SimpleNamespace(device=CPU, load=(load, 0.0, 0.0))}
+    monkeypatch.setattr(conftest, "usable_cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    conftest.pytest_terminal_summary(SimpleNamespace(write_line=lines.append), SimpleNamespace(stash=stash))
+    assert bool(lines) == warned and all("not to be trusted" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "cannot be read"), ("{", "cannot be read"), ("{}", "is not what")]
+)
+def test_the_report_says_what_is_wrong_with_its_file(monkeypatch, capsys, tmp_path, content, said):
+    file = tmp_path / "losses.json"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["report.py", str(file)])
+    with pytest.raises(SystemExit) as ended:
+        report.main()
+    assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
 def benchmark_of(provider, seconds, **info):

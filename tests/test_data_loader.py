@@ -234,6 +234,29 @@ def test_a_cpu_has_the_backend_that_is_faster_there(pictures, asked, recipe, mad
     assert type(loader._backend).__name__ == made_by
 
 
+def test_a_loader_says_what_it_was_to_be_given(pictures):
+    with pytest.raises(TypeError, match=r"got a path: use open_source\('photos'\)"):
+        ViewLoader("photos", cifar(2, 24), 4)
+    with pytest.raises(TypeError, match=r"got 'byol': use load_recipe\('byol', views, size\)"):
+        ViewLoader(pictures, "byol", 4)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match=r"cannot be made on cuda, since torch sees no GPU here"):
+            ViewLoader(pictures, cifar(2, 24), 4, device="cuda")
+
+
+def test_a_loader_closes_itself_behind_a_block(pictures):
+    with ViewLoader(pictures, cifar(2, 24), 4, threads=1) as loader:
+        next(loader.batches())
+    with pytest.raises(RuntimeError, match="the loader is closed"):
+        loader.batches()
+
+
+def test_without_its_extra_the_data_package_says_how_to_get_it():
+    program = "import sys; sys.modules['PIL'] = None; import msbreg.data"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert "ImportError: msbreg.data needs PIL: pip install 'msbreg[train]'" in done.stderr
+
+
 ODD_HEADER = """
 import sys
 from msbreg.data import ImageFolder, ViewLoader, evaluation

@@ -122,13 +122,24 @@ def test_none_make_none():
     assert pixelwise(*(value[:0] for value in arguments(device=DEVICE))).shape == (0, 3, 37, 37)
 
 
-def test_colours_are_clipped_before_they_are_solarized():
-    crops = torch.tensor([0, 100, 200], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 1, 3)
-    doubled = torch.cat([2 * torch.eye(3), torch.zeros(3, 1)], dim=1).expand(3, 3, 4)
-    asked, not_asked = torch.ones(3), torch.zeros(3)
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("scale", "values", "solarize", "expected"),
+    [
+        (2.0, [0, 100, 200], 0, [0, 200, 255]),
+        (2.0, [0, 100, 200], 1, [0, 55, 0]),  # clipped first
+        (-1.0, [0, 100, 200], 0, [0, 0, 0]),
+        (0.5, [3, 4, 7], 0, [2, 2, 4]),  # rounded
+        (1.0, [127, 128, 255], 1, [127, 127, 0]),
+        (0.5, [254, 255, 253], 1, [127, 127, 127]),  # rounded first
+    ],
+)
+def test_colours_are_rounded_and_clipped_and_then_solarized(scale, values, solarize, expected):
+    crops = torch.tensor(values, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 1, 3)
+    colour = torch.cat([scale * torch.eye(3), torch.zeros(3, 1)], dim=1).expand(3, 3, 4)
     options = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3, "dtype": torch.float32}
-    assert pixelwise(crops, doubled, not_asked, not_asked, **options)[:, 0, 0, 0].tolist() == [0, 200, 255]
-    assert pixelwise(crops, doubled, asked, not_asked, **options)[:, 0, 0, 0].tolist() == [0, 55, 0]
+    views = pixelwise(crops, colour, torch.full((3,), solarize), torch.zeros(3), **options)
+    assert views[:, 0, 0, 0].round(decimals=3).tolist() == expected
 
 
 OK = arguments(count=2)

@@ -2,6 +2,7 @@
 
 import copy
 import multiprocessing
+import warnings
 from unittest import mock
 
 import pytest
@@ -10,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from msbreg import BrownianLoss, MSBRegLoss, SingularValueLoss, functional, plain
+from msbreg import BrownianLoss, MMCRLoss, MSBRegLoss, SingularValueLoss, functional, plain
 from msbreg.batch_norm import convert_sync_batchnorm
 from msbreg.distributed import all_reduce_sum, rank, world_size
 from msbreg.functional import nuclear_norm
@@ -111,7 +112,27 @@ def everything(group):
             results["twin without scale"] = loss_and_gradient(group, group, **CASES["eigh"])
         results["twin without synchronisation"] = batch_norm(group, convolutional=True, convert=lambda model, _: model)
         results["sum"] = all_reduce_sum(torch.tensor([1.0, rank(group)]), group)
+        results["warned"] = {name: warned(call) for name, call in modules(group).items()}
     return results
+
+
+def modules(group):
+    """Calls of modules, and of some that see their own rows alone."""
+    z = gaussian(2, 8, 4, seed=0)
+    return {
+        "alone": lambda: SingularValueLoss()(z),
+        "alone, all losses": lambda: MSBRegLoss()(z, z),
+        "alone, MMCR": lambda: MMCRLoss()(z),
+        "with a group": lambda: SingularValueLoss(group=group)(z),
+        "without singular values": lambda: MSBRegLoss(lambda_s=0.0)(z, z),
+    }
+
+
+def warned(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(warning.message) for warning in caught if "sees the embeddings" in str(warning.message)]
 
 
 def worker(number, world, folder):
@@ -161,6 +182,13 @@ def test_values(processes, alone, case):
 @pytest.mark.parametrize("twin", ["twin without scale", "local spectrum"])
 def test_the_check_catches_wrong_gradients(processes, alone, twin):
     assert not torch.allclose(processes[0][twin]["weight"], alone["eigh"]["weight"], rtol=1e-2)
+
+
+def test_a_module_that_sees_its_own_rows_alone_says_so(processes):
+    counts = {name: len(messages) for name, messages in processes[0]["warned"].items()}
+    assert counts == {name: int(name.startswith("alone")) for name in counts}
+    assert "MMCRLoss sees the embeddings of its own process alone" in processes[0]["warned"]["alone, MMCR"][0]
+    assert not any(map(warned, modules(None).values()))  # this process is the only one
 
 
 def test_noise_has_global_image_numbers_without_a_group_too(processes, alone):

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from msbreg import doctor, kernels
-from msbreg.cli import main
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def test_doctor_names_versions_and_devices(capsys):
+    pytest.importorskip("jsonargparse", reason="this needs the extra [train]")
+    from msbreg.cli import main
+
     assert main(["doctor"]) == 0
     report = capsys.readouterr().out
     assert f"torch {torch.__version__}" in report and "GPU" in report and "nvidia.dali" in report

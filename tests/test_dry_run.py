@@ -99,8 +99,9 @@ def test_hours_are_those_of_the_whole_batch(swatches, monkeypatch):
     rows = table(dry_run(config))
     with_images = PIXELS_ON_A_CPU // (4 * 64**2)
     assert rows["images a step, of all processes"] == f"200, measured with {with_images}"
-    assert (rows["first step, s"], rows["step 2, s"]) == ("4.0", "3.000")
-    assert rows["loading a batch of 64-pixel images, s"] == "0.250"
+    part = f", measured with {with_images}"
+    assert (rows[f"first step{part}, s"], rows[f"step 2{part}, s"]) == ("4.0", "3.000")
+    assert rows[f"loading a batch of 64-pixel images{part}, s"] == "0.250"
     projected = rows["hours of the run, projected from the sum of step and loading"].replace(",", "")
     assert float(projected) == pytest.approx(5000 * 3.25 * 200 / with_images / 3600, abs=0.05)
     assert config.data.batch_size == 200

@@ -663,6 +663,8 @@ REFUSED = [
     (lambda: msbreg_loss(OK, OK, per="batch", **NOISE), ValueError, "per to be one of 'image', 'view'"),
     (lambda: msbreg_loss(OK, OK, seed=0.5, step=0), TypeError, "seed to be an int"),
     (lambda: msbreg_loss(OK, OK, lambda_s=torch.ones(()), **NOISE), TypeError, "lambda_s to be a number, got Tensor"),
+    (lambda: MSBRegLoss(lambda_s=math.nan), ValueError, "lambda_s to be finite, got nan"),
+    (lambda: msbreg_loss(OK, OK, lambda_b=math.inf, **NOISE), ValueError, "lambda_b to be finite, got inf"),
     (lambda: MSBRegLoss(lambda_b=None), TypeError, "lambda_b to be a number, got NoneType"),
     (lambda: MSBRegLoss("whitening"), TypeError, "lambda_s to be a number, got str"),
     (lambda: MSBRegLoss(spectrum="flat"), ValueError, "spectrum to be one of .*got 'flat'"),

@@ -478,12 +478,33 @@ def test_a_folder_does_not_hide_the_recipe_of_its_name(monkeypatch, tmp_path):
     assert configs_first(["pretrain", "--config", "cifar10-resnet18"])[1].endswith("cifar10-resnet18.yaml")
 
 
-@pytest.mark.parametrize("option", ["--conf", "--data.view", "--data.batch=4", "--dry"])
+@pytest.mark.parametrize("option", ["--conf", "--data.view", "--data.batch=4"])
 def test_parts_of_names_are_no_options(capsys, option):
     """`--conf` would be a file that wins over options, `--data.view` another way to write --data.views."""
+    assert main(["pretrain", *option.split("="), "3"]) == 2
+    assert f"there is no option {option.partition('=')[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "written", "meant"),
+    [
+        ("pretrain", "--batch_size", "--data.batch_size"), ("pretrain", "--data.batch-size=3", "--data.batch_size"),
+        ("pretrain", "--lr", "--optim.lr"), ("pretrain", "--dry_run", "--dry-run"), ("bench", "--stps", "--steps"),
+        ("bench", "--views", "--data.views"), ("eval", "--bank", "--eval.bank"),
+    ],
+)  # fmt: skip
+def test_an_option_that_there_is_not_is_taken_for_one_that_there_is(capsys, command, written, meant):
+    assert main([command, written, "3"]) == 2
+    assert f"did you mean {meant}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("pretrain", "--dry"), ("eval", "--method.lambda_s"), ("doctor", "--lr")]
+)
+def test_what_is_like_no_option_is_left_to_the_parser(capsys, command, option):
     with pytest.raises(SystemExit) as ended:
-        parse(["pretrain", *option.split("="), "3"])
-    assert ended.value.code == 2 and option.partition("=")[0] in capsys.readouterr().err
+        main([command, option, "3"])
+    assert ended.value.code == 2 and option in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -561,7 +582,7 @@ def test_an_unknown_backbone(tmp_path, small, capsys):
 
 
 def test_an_unknown_option_and_a_value_of_the_wrong_type(capsys):
-    for options, word in ((["--data.viewz", "2"], "--data.viewz"), (["--data.views", "two"], "data.views")):
+    for options, word in ((["--zz", "2"], "--zz"), (["--data.views", "two"], "data.views")):
         with pytest.raises(SystemExit) as exit_:
             pretrain(*options)
         assert exit_.value.code == 2

@@ -79,6 +79,15 @@ def test_the_gpu_script_says_what_is_wrong(part, said):
     assert done.returncode == 2 and said in done.stderr
 
 
+def test_the_gpu_script_says_that_its_python_has_no_torch(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')  # without site-packages
+    python.chmod(0o755)
+    command, environment = [ROOT / "bench" / "run_gpu.sh"], os.environ | {"PYTHON": str(python)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and "which has no torch; PYTHON=... names one that has" in done.stderr
+
+
 HIDDEN = """
 import importlib.abc
 import sys

@@ -1,5 +1,11 @@
 """Images in, batches of views out."""
 
+try:
+    import numpy  # noqa: F401
+    import PIL  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"msbreg.data needs {error.name}: pip install 'msbreg[train]'", name=error.name) from error
+
 from msbreg.data.folders import ImageFolder, IndexFile
 from msbreg.data.loader import Batch, ViewLoader
 from msbreg.data.opening import open_source, open_split, with_classes_of

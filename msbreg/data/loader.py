@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import time
 import warnings
 from collections import deque
@@ -112,7 +113,9 @@ class ViewLoader:
     Raises:
         DataError: the global batch is larger than the source, or the source is empty.
         MSBRegError: backend "dali" is asked for and not installed.
-        ValueError: a number is out of range, a dtype that is not floating, or `shuffle=False` with several processes.
+        TypeError: a path instead of a source, or a name instead of a recipe.
+        ValueError: a number is out of range, a dtype that is not floating, no GPU where one is asked for, or
+            `shuffle=False` with several processes.
     """
 
     def __init__(
@@ -132,6 +135,12 @@ class ViewLoader:
         prefetch: int = 2,
         timeout: float = 600.0,
     ) -> None:
+        if isinstance(source, (str, os.PathLike)):
+            raise TypeError(f"expected a source of images, got a path: use open_source({os.fspath(source)!r})")
+        if isinstance(recipe, str):
+            raise TypeError(f"expected a recipe of views, got {recipe!r}: use load_recipe({recipe!r}, views, size)")
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"views cannot be made on {device}, since torch sees no GPU here")
         if batch_size < 1 or prefetch < 1 or not recipe:
             raise ValueError(
                 f"expected batch_size, prefetch and views of 1 or more, got {batch_size}, {prefetch}, {len(recipe)}"
@@ -188,6 +197,12 @@ class ViewLoader:
             stop = self.steps_per_epoch if stop is None else min(stop, self.steps_per_epoch)
         self._stream = self._run(itertools.count(start) if stop is None else iter(range(start, stop)))
         return self._stream
+
+    def __enter__(self) -> ViewLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Ends the stream and frees threads and memory; so even while another thread waits for the next batch."""
