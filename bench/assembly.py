@@ -159,10 +159,15 @@ def float_atomics(ttir: str) -> int:
 
 
 def premature(ptx: str) -> bool:
-    """Whether a kernel does not wait for the last launch before it reads or writes global memory."""
+    """Whether a kernel may read or write global memory, or end, before it has waited for the last launch.
+
+    It must not end either: what is launched after it waits for its end, and takes all before it to have ended too.
+    """
+    ptx = re.sub(r"//.*|\.(?:loc|global)\b .*", "", ptx)  # constant tables too
     wait = re.search(r"\bgriddepcontrol\.wait\b", ptx)
-    access = re.search(r"\b(?:ld|st|atom|red)\b[\w.:]*\.global\b|\bcp\.async\.[bc]", ptx)
-    return wait is None or (access is not None and access.start() < wait.start())
+    # Before any branch it is on each way through the kernel.
+    other = re.search(r"\b(?:ld|st|atom|red)\b[\w.:]*\.global\b|\bcp\.async\.[bc]|\b(?:bra|ret|exit)\b", ptx)
+    return wait is None or (other is not None and other.start() < wait.start())
 
 
 def matrix_units(assembly: str) -> str | None:

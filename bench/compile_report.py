@@ -308,7 +308,7 @@ def compiled(launch: Launch, target: GPUTarget) -> Row:
         row.widest_load_bits = max((widest for _, widest in row.load_bits.values()), default=None)
     row.faults = faults(row, kernel.asm["ttir"], launch.arguments)
     if launch.options.get("launch_pdl") and premature(text):
-        row.faults.append("reads or writes before it has waited for the last launch")
+        row.faults.append("reads, writes or ends before it has waited for the last launch")
     if serialised(log.getvalue()):
         row.faults.append("has matrix products wait for each other")
     return row

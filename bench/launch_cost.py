@@ -13,8 +13,9 @@ __all__ = ["Cost", "h200_seconds", "of"]
 
 COPY = 4.3e12
 """Bytes a second: a large copy, measured on an H200; 4.8e12 is what its data sheet says."""
-LAUNCH = 3e-6
-"""Seconds from one kernel's begin to the next's, at least."""
+LAUNCH = 2.5e-6
+"""Seconds from one kernel's begin to the next's, at least, where launches begin early: 20 for small matrices take an
+H200 54.7 µs (`results/nvidia-h200/2026-11-28/early.json`, 8 x 128)."""
 TF32 = 495e12
 """Operations a second of an H200's tensor cores, dense, as its data sheet has them."""
 FP16 = 989e12
@@ -53,7 +54,7 @@ def of(kernel: str, arguments: Mapping[str, Any]) -> Cost:
 def unread(kernel: str, arguments: Mapping[str, Any]) -> tuple[str, ...]:
     """Tensors that are passed but not loaded or stored: those of other steps, and what is for atomics alone."""
     if kernel == "step_kernel" and not arguments["LAST"]:
-        return "squares_pointer", "gram_pointer"
+        return "root_scale_pointer", "gram_pointer"
     if kernel == "step_kernel" and arguments["sums_pointer"] is None:
         return ("gram_pointer",)
     return ("counter_pointer",) if kernel == "root_kernel" else ()
@@ -133,25 +134,25 @@ def split(*, matrix_pointer, split_pointer, **_: Any) -> tuple[int, int, int]:
 
 
 def first_factors(
-    *, gram_pointer, squares_pointer, a_pointer, t_pointer, side, width, count, BLOCK, **_: Any
-) -> tuple[int, int, int]:
+    *, gram_pointer, squares_pointer, a_pointer, t_pointer, root_scale_pointer, side, width, count, BLOCK, **_: Any
+) -> tuple[int, int, int]:  # fmt: skip
     """G once, and |G|² by each tile."""
     views, tiles = gram_pointer.numel() // side**2, cdiv(width, BLOCK)
     loaded = size(gram_pointer) + views * tiles**2 * count * squares_pointer.element_size()
-    return loaded, size(a_pointer) + size(t_pointer), 0
+    return loaded, size(a_pointer) + size(t_pointer) + size(root_scale_pointer), 0
 
 
 def step(
-    *, left_pointer, gram_pointer, squares_pointer, output_pointer, sums_pointer, views, width, output_width, count,
+    *, left_pointer, gram_pointer, root_scale_pointer, output_pointer, sums_pointer, views, width, output_width,
     LAST, BLOCK_P, BLOCK_Q, **_: Any,
 ) -> tuple[int, ...]:  # fmt: skip
-    """Of each product, both factors by each of the tiles of a side; in the last step |G|² by each tile, and G once."""
+    """Of each product, both factors by each of the tiles of a side; in the last step a number by each, and G once."""
     parts = parts_of(left_pointer)
     products = output_pointer.numel() // (parts_of(output_pointer) * output_width**2)
     tiles = cdiv(width, BLOCK_P)
     loaded = products * 2 * tiles * parts * width**2 * left_pointer.element_size()
     if LAST:
-        loaded += products * tiles**2 * count * squares_pointer.element_size()
+        loaded += products * tiles**2 * root_scale_pointer.element_size()
         loaded += 0 if sums_pointer is None else size(gram_pointer)
     flops = 2 * products * tiles**2 * BLOCK_P**2 * BLOCK_Q * cdiv(width, BLOCK_Q)
     return loaded, size(output_pointer) + size(sums_pointer), *by_parts(parts, flops)

@@ -156,14 +156,16 @@ def chosen(case: Case) -> dict[str, int]:
     """The launcher's tile."""
     tiles: list[dict[str, int]] = []
     choose = getattr(case.module, case.chooser)
-    with mock.patch.object(case.module, case.chooser, lambda *sizes: tiles.append(choose(*sizes)) or tiles[-1]):
+    with mock.patch.object(
+        case.module, case.chooser, lambda *sizes, **options: tiles.append(choose(*sizes, **options)) or tiles[-1]
+    ):
         case.call()
     return tiles[-1]
 
 
 def with_tile(case: Case, tile: Mapping[str, int]) -> Sequence[Tensor]:
     """The call with another tile."""
-    with mock.patch.object(case.module, case.chooser, side_effect=lambda *_: dict(tile)):
+    with mock.patch.object(case.module, case.chooser, side_effect=lambda *_, **__: dict(tile)):
         return case.call()
 
 

@@ -77,6 +77,7 @@ def unit_gram_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """As `gram_kernel`, of unit rows.
@@ -84,6 +85,7 @@ def unit_gram_kernel(
     z_hat_pointer: [views, parts, batch, width], split, ẑ of dim dimensions; see `halves`.
     gram_pointer: [views, dim, dim], or with ROWS [views, batch, batch], float32 or float64.
     squares_pointer: [views, tiles of the triangle], float64, which add up to |G|² of each view.
+    IN_PARTS, WHOLE: see `split_product`.
     """
     wait_for_last_launch(EARLY)
     if tl.program_id(1) > tl.program_id(0):
@@ -98,7 +100,7 @@ def unit_gram_kernel(
             left=m, left_low=low, left_stride_p=width, left_stride_q=1,
             right=m, right_low=low, right_stride_q=1, right_stride_r=width,
             p=p, p_count=batch, left_count=width, right_count=width, r=r, r_count=batch,
-            BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS,
+            BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS, WHOLE=WHOLE,
         )  # fmt: skip
         store_symmetric(gram_pointer + k * batch * batch, sums, p, r, batch)
     else:
@@ -106,7 +108,7 @@ def unit_gram_kernel(
             left=m, left_low=low, left_stride_p=1, left_stride_q=width,
             right=m, right_low=low, right_stride_q=width, right_stride_r=1,
             p=p, p_count=width, left_count=batch, right_count=batch, r=r, r_count=width,
-            BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS,
+            BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS, WHOLE=WHOLE,
         )  # fmt: skip
         store_symmetric(gram_pointer + k * dim * dim, sums, p, r, dim)
     let_next_launch_begin(EARLY)
@@ -174,6 +176,7 @@ def unit_gram(z_hat: Tensor, dim: int, *, smaller: bool) -> tuple[Tensor, Tensor
             width,
             ROWS=rows,
             IN_PARTS=in_parts(dim if rows else batch),
+            WHOLE=side % config["BLOCK_P"] == (width if rows else batch) % config["BLOCK_Q"] == 0,
             **config,
             **early(z_hat.device, output.numel()),
         )

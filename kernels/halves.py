@@ -73,6 +73,14 @@ def store_split(pointer, low, x, mask):
 
 
 @triton.jit
+def load_part(place, mask, WHOLE: tl.constexpr):
+    """A tile, zero where the mask is not; WHOLE: it is everywhere."""
+    if WHOLE:
+        return tl.load(place)
+    return tl.load(place, mask=mask, other=0.0)
+
+
+@triton.jit
 def split_product(
     left,
     left_low,
@@ -90,6 +98,7 @@ def split_product(
     r_count,
     BLOCK_Q: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """A tile [P, R] of L R for split matrices, float32, or float64 for such.
 
@@ -97,7 +106,7 @@ def split_product(
         int64.
     right and so on: R, [right_count, r_count], split. Where there are fewer than L has columns, those are zero.
     p, r: int32, which rows and columns.
-    IN_PARTS: see `in_parts`.
+    IN_PARTS: see `in_parts`. WHOLE: all of the matrices' tiles are inside them.
     """
     NUMBER: tl.constexpr = left.dtype.element_ty
     ACC: tl.constexpr = tl.float32 if tl.float16 == NUMBER else NUMBER
@@ -107,23 +116,31 @@ def split_product(
     block = tl.full([], BLOCK_Q, tl.int64)
     sums = tl.zeros([p.shape[0], r.shape[0]], ACC)
     sums_low = tl.zeros([p.shape[0], r.shape[0]], ACC)
+    THREE_SUMS: tl.constexpr = tl.float16 == NUMBER and not IN_PARTS and p.shape[0] * r.shape[0] <= 4096
+    if THREE_SUMS:
+        low_sums = tl.zeros([p.shape[0], r.shape[0]], ACC)
     for first in range(0, right_count, BLOCK_Q):
         x_mask = (p < p_count)[:, None] & (q < left_count - first)[None, :]
         y_mask = (q < right_count - first)[:, None] & (r < r_count)[None, :]
-        x, y = tl.load(x_place, mask=x_mask, other=0.0), tl.load(y_place, mask=y_mask, other=0.0)
+        x, y = load_part(x_place, x_mask, WHOLE), load_part(y_place, y_mask, WHOLE)
         if tl.float16 == NUMBER:
-            x_low = tl.load(x_place + left_low, mask=x_mask, other=0.0)
-            y_low = tl.load(y_place + right_low, mask=y_mask, other=0.0)
+            x_low, y_low = load_part(x_place + left_low, x_mask, WHOLE), load_part(y_place + right_low, y_mask, WHOLE)
         if tl.float16 != NUMBER:
             sums = tl.dot(x, y, sums, input_precision="ieee", out_dtype=ACC)
         elif IN_PARTS:  # one after the other, since registers hold no third tile of sums
             sums_low += tl.dot(x_low, y, tl.dot(x, y_low))  # low times low is below the last bit
             sums_low += tl.dot(x, y) * SCALE
+        elif THREE_SUMS:  # one for each product: with two in one, tensor cores wait for the first before the second
+            sums = tl.dot(x, y, sums)
+            sums_low = tl.dot(x, y_low, sums_low)
+            low_sums = tl.dot(x_low, y, low_sums)
         else:
             sums = tl.dot(x, y, sums)
             sums_low = tl.dot(x_low, y, tl.dot(x, y_low, sums_low))
         x_place += block * left_stride_q
         y_place += block * right_stride_q
+    if THREE_SUMS:
+        sums_low += low_sums
     return sums + sums_low / SCALE
 
 

@@ -2,8 +2,8 @@
 
 The iteration is in `newton_schulz`. Each product needs all tiles of the one before. In a sequence of launches, two a
 step, that is a matter of course; in one launch, the programs of a view wait for each other. Both make the same numbers,
-bit for bit. A GPU is a little faster with the sequence, but for small matrices the host takes longer to launch it than
-the GPU to compute it: so fewer than `FEW` numbers are one launch, unless it is recorded in a CUDA graph, or on a GPU
+bit for bit. A GPU is faster with the sequence, but for small matrices the host takes longer to launch it than the GPU
+to compute it: so fewer than `FEW` numbers are one launch, unless it is recorded in a CUDA graph, or on a GPU
 without `ample_shared_memory`.
 """
 
@@ -28,6 +28,7 @@ def first_factors_kernel(
     squares_pointer,
     a_pointer,
     t_pointer,
+    root_scale_pointer,
     side,
     width,
     count,
@@ -43,6 +44,7 @@ def first_factors_kernel(
     gram_pointer: [views, side, side], G, contiguous.
     squares_pointer: [views, count], float64, which add up to |G|² of each view.
     a_pointer, t_pointer: [views, parts, width, width], split.
+    root_scale_pointer: [views], float64, the square root of s, for the last step.
     a, b: of T = a I + b A.
     shift, floor: see `normalisation`.
 
@@ -52,6 +54,8 @@ def first_factors_kernel(
     k = tl.program_id(2).to(tl.int64)
     matrix = k * parts_of(a_pointer) * width * width
     s, h = normalisation(squares_pointer + k * count, count, shift, floor)
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        tl.store(root_scale_pointer + k, tl.sqrt(s))
     p, r = block(tl.program_id(0), BLOCK), block(tl.program_id(1), BLOCK)
     first_factors(gram_pointer + k * side * side, a_pointer + matrix, t_pointer + matrix, side, width, a, b, s, h, p, r)
 
@@ -63,24 +67,23 @@ def step_kernel(
     second_left_pointer,
     second_right_pointer,
     gram_pointer,
-    squares_pointer,
+    root_scale_pointer,
     output_pointer,
     sums_pointer,
     views,
     side,
     width,
     output_width,
-    count,
     identity: tl.float64,
     scale: tl.float64,
     shift: tl.float64,
-    floor: tl.float64,
     trace_weight: tl.float64,
     root_weight: tl.float64,
     LAST: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One or two batches of products, i I + s L R.
@@ -88,14 +91,14 @@ def step_kernel(
     left_pointer, right_pointer: [views, parts, width, width], split, L and R of the first batch.
     second_left_pointer, second_right_pointer: those of the second batch.
     gram_pointer: [views, side, side], G, contiguous, read for the sums alone.
-    squares_pointer: [views, count], float64, which add up to |G|² of each view, read with LAST alone.
+    root_scale_pointer: [views], float64, of `first_factors_kernel`, read with LAST alone.
     output_pointer: [1 or 2, views, parts, width, width], split; with LAST Z, split or as it is, [views, parts,
         output_width, output_width].
     sums_pointer: [views, tiles], float64, with LAST; None where they are not wanted.
     identity, scale: i and s.
     LAST: s is also multiplied by the square root of A's scale, which makes Z = (G + h I)^(-1/2), and
         w_t trace(G) + w_r <G + shift I, Z> is summed over each tile.
-    shift, floor: see `normalisation`.
+    shift: see `normalisation`.
     trace_weight, root_weight: w_t and w_r.
 
     One program makes a tile of one product; those from `views` on in the third grid axis are the second batch.
@@ -110,8 +113,8 @@ def step_kernel(
     right = tl.where(second, second_right_pointer, right_pointer) + k * matrix
     i, s = tl.full([], identity, tl.float64), tl.full([], scale, tl.float64)
     if LAST:
-        s *= tl.sqrt(normalisation(squares_pointer + k * count, count, shift, floor)[0])
-        z = affine_product(left, right, side, width, i, s, p, r, BLOCK_Q, IN_PARTS)
+        s *= tl.load(root_scale_pointer + k)
+        z = affine_product(left, right, side, width, i, s, p, r, BLOCK_Q, IN_PARTS, WHOLE)
         let_next_launch_begin(EARLY)
         size = tl.full([], parts_of(output_pointer), tl.int64) * output_width * output_width
         store_matrix(output_pointer + k * size, z, p, r, output_width)
@@ -120,7 +123,7 @@ def step_kernel(
             tile = (k * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
             tl.store(sums_pointer + tile, total)
     else:
-        x = affine_product(left, right, side, width, i, s, p, r, BLOCK_Q, IN_PARTS)
+        x = affine_product(left, right, side, width, i, s, p, r, BLOCK_Q, IN_PARTS, WHOLE)
         let_next_launch_begin(EARLY)
         store_matrix(output_pointer + batch * matrix, x, p, r, width)
 
@@ -148,11 +151,12 @@ def root_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     IN_PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """All steps at once.
 
-    gram_pointer, squares_pointer, output_pointer: as for `step_kernel` with LAST.
-    sums_pointer: [views, members], else as there.
+    gram_pointer, output_pointer: as for `step_kernel` with LAST. squares_pointer: as for `first_factors_kernel`.
+    sums_pointer: [views, members], else as for `step_kernel`.
     weights_pointer: [steps, 2], float64, a and b of each step; two steps or more.
     work_pointer: [5, views, parts, width, width], split: two pairs of Y and Z, which odd and even steps write in turn,
         then T, in whose place A is before the first product.
@@ -196,7 +200,7 @@ def root_kernel(
                 left = tl.where(first, new + batch, tl.where(second, y + batch, tl.where(mixing, y, t)))
                 right = tl.where(first | second, t, tl.where(mixing, y + batch, y))
                 p, r = block(tile % tiles // across, BLOCK_P), block(tile % across, BLOCK_P)
-                x = affine_product(left, right, side, width, identity, scale, p, r, BLOCK_Q, IN_PARTS)
+                x = affine_product(left, right, side, width, identity, scale, p, r, BLOCK_Q, IN_PARTS, WHOLE)
                 if last:
                     size = tl.full([], parts_of(output_pointer), tl.int64) * output_width * output_width
                     store_matrix(output_pointer + k * size, x, p, r, output_width)
@@ -276,7 +280,9 @@ def sequence(
     t = empty_split(gram, (views,), side, side, square=True)
     iterates = [empty_split(gram, (2, views), side, side, square=True) for _ in range(2)]
     width, count = t.shape[-1], squares.shape[1]
+    root_scale = torch.empty(views, device=gram.device, dtype=torch.float64)
     config, begins = tile(gram), early(gram.device, gram.numel())
+    whole = width % config["BLOCK_P"] == width % config["BLOCK_Q"] == 0
     tiles = cdiv(width, config["BLOCK_P"])
     sums = None if weights is None else torch.empty(views, tiles**2, device=gram.device, dtype=torch.float64)
 
@@ -285,23 +291,22 @@ def sequence(
     ) -> None:
         """i I + s L R for one or two (L, R)."""
         step_kernel[tiles, tiles, len(pairs) * views](
-            *pairs[0], *pairs[-1], gram, squares, made, sums if last else None, views, side, width, made.shape[-1],
-            count, i, s, shift, floor, *(weights or (0.0, 0.0)), LAST=last, **config, **begins,
+            *pairs[0], *pairs[-1], gram, root_scale, made, sums if last else None, views, side, width, made.shape[-1],
+            i, s, shift, *(weights or (0.0, 0.0)), LAST=last, WHOLE=whole, **config, **begins,
         )  # fmt: skip
 
-    # A is where T will be, and the first T is Z.
     y, z = iterates[0].unbind()
+    a, first_t = t, z  # A is where T will be, and the first T is Z
     first_factors_kernel[cdiv(width, 32), cdiv(width, 32), views](
-        gram, squares, t, z, side, width, count, *steps[0], shift, floor, BLOCK=32, num_warps=4, enable_fp_fusion=True,
-        **begins,
+        gram, squares, a, first_t, root_scale, side, width, count, *steps[0], shift, floor, BLOCK=32, num_warps=4,
+        enable_fp_fusion=True, **begins,
     )  # fmt: skip
-    multiply(y, (z, t))
-    for number, (a, b) in enumerate(steps[1:-1], start=1):
-        multiply(t, (y, z), i=a, s=b)
+    multiply(y, (first_t, a))
+    for number, (identity, scale) in enumerate(steps[1:-1], start=1):
+        multiply(t, (y, z), i=identity, s=scale)
         multiply(iterates[number % 2], (t, y), (z, t))
         y, z = iterates[number % 2].unbind()
-    a, b = steps[-1]
-    multiply(t, (y, z), i=a, s=b)
+    multiply(t, (y, z), i=steps[-1][0], s=steps[-1][1])
     multiply(output, (z, t), last=True)  # Y is not needed any more
     return sums
 
@@ -328,7 +333,8 @@ def one_launch(
     root_kernel[(members * min(views, programs // members),)](
         gram, squares, coefficients(steps).to(gram.device, non_blocking=True), work, output, sums,
         torch.zeros(views, 32, device=gram.device, dtype=torch.int32), views, members, side, width, output.shape[-1],
-        squares.shape[1], len(steps), shift, floor, *(weights or (0.0, 0.0)), **config,
+        squares.shape[1], len(steps), shift, floor, *(weights or (0.0, 0.0)),
+        WHOLE=width % config["BLOCK_P"] == width % config["BLOCK_Q"] == 0, **config,
     )  # fmt: skip
     return sums
 
@@ -345,7 +351,7 @@ def coefficients(steps: tuple[tuple[float, float], ...]) -> Tensor:
 
     The copy is not kept: it may be in the memory of a CUDA graph that is about to be recorded.
     """
-    return torch.tensor(steps, dtype=torch.float64, pin_memory=torch.cuda.is_available())
+    return torch.tensor(steps, dtype=torch.float64, device="cpu", pin_memory=torch.cuda.is_available())
 
 
 def tile(gram: Tensor) -> dict[str, int | bool]:

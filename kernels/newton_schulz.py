@@ -51,18 +51,21 @@ def first_factors(gram, a_output, t_output, side, width, a, b, s, h, p, r):
 
 
 @triton.jit
-def affine_product(left, right, side, width, identity, scale, p, r, BLOCK_Q: tl.constexpr, IN_PARTS: tl.constexpr):
+def affine_product(
+    left, right, side, width, identity, scale, p, r, BLOCK_Q: tl.constexpr, IN_PARTS: tl.constexpr, WHOLE: tl.constexpr
+):
     """A tile [P, R] of i I + s L R.
 
     left, right: [parts, width, width], split, L and R.
     identity, scale: i and s, float64. p, r: int32, rows and columns of the tile.
+    BLOCK_Q, IN_PARTS, WHOLE: see `split_product`.
     """
     low = tl.full([], width, tl.int64) * width
     product = split_product(
         left=left, left_low=low, left_stride_p=width, left_stride_q=1,
         right=right, right_low=low, right_stride_q=width, right_stride_r=1,
         p=p, p_count=width, left_count=width, right_count=width, r=r, r_count=width,
-        BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS,
+        BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS, WHOLE=WHOLE,
     )  # fmt: skip
     return affine(product, p, r, side, identity.to(product.dtype), scale.to(product.dtype))
 

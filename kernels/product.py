@@ -81,6 +81,7 @@ def unit_product_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    WHOLE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """As `product_kernel`, of unit rows.
@@ -88,6 +89,7 @@ def unit_product_kernel(
     z_hat_pointer: [views, parts, batch, width], split, ẑ of dim dimensions; see `halves`.
     weight_pointer: [views, parts, weight_width, weight_width], split, W.
     output_pointer: [views, batch, dim], float32 or float64, contiguous.
+    WHOLE: see `split_product`.
 
     Short sums are made in parts too: otherwise Triton 3.6 has each product of halves here wait for the one before.
     """
@@ -102,14 +104,14 @@ def unit_product_kernel(
             left=w, left_low=w_low, left_stride_p=weight_width, left_stride_q=1,
             right=m, right_low=low, right_stride_q=width, right_stride_r=1,
             p=i, p_count=batch, left_count=weight_width, right_count=batch, r=d, r_count=width,
-            BLOCK_Q=BLOCK_Q, IN_PARTS=True,
+            BLOCK_Q=BLOCK_Q, IN_PARTS=True, WHOLE=WHOLE,
         )  # fmt: skip
     else:
         sums = split_product(
             left=m, left_low=low, left_stride_p=width, left_stride_q=1,
             right=w, right_low=w_low, right_stride_q=weight_width, right_stride_r=1,
             p=i, p_count=batch, left_count=width, right_count=width, r=d, r_count=width,
-            BLOCK_Q=BLOCK_Q, IN_PARTS=True,
+            BLOCK_Q=BLOCK_Q, IN_PARTS=True, WHOLE=WHOLE,
         )  # fmt: skip
     let_next_launch_begin(EARLY)
     mask = (i < batch)[:, None] & (d < dim)[None, :]
@@ -156,6 +158,7 @@ def unit_product(z_hat: Tensor, weight: Tensor, dim: int, *, left: bool) -> Tens
     views, _, batch, width = z_hat.shape
     output = torch.empty(views, batch, dim, device=z_hat.device, dtype=sum_dtype(z_hat))
     config = unit_tile(batch, dim, output)
+    block_i, block_d, block_q = config["BLOCK_I"], config["BLOCK_D"], config["BLOCK_Q"]
     grid = (cdiv(batch, config["BLOCK_I"]), cdiv(dim, config["BLOCK_D"]), views)
     with torch.cuda.device_of(z_hat):
         unit_product_kernel[grid](
@@ -167,6 +170,7 @@ def unit_product(z_hat: Tensor, weight: Tensor, dim: int, *, left: bool) -> Tens
             width,
             weight.shape[-1],
             WEIGHT_LEFT=left,
+            WHOLE=batch % block_i == width % block_d == (batch if left else width) % block_q == 0,
             **config,
             **early(z_hat.device, output.numel()),
         )

@@ -219,22 +219,24 @@ def row_losses(
             *((0, 0, 0) if t is None else t.stride()),
             LEAVE_ONE_OUT=leave_one_out,
             PER_VIEW=per_view,
-            **tile(views, dim, norms.element_size()),
+            **tile(views, dim, norms.element_size(), half=z.element_size() == 2 and not leave_one_out and not per_view),
             **early(z.device, z.numel()),
         )
     return RowLosses(norms, made, centroid, attraction, images, key)
 
 
-def tile(views: int, dim: int, itemsize: int) -> dict[str, int | bool]:
+def tile(views: int, dim: int, itemsize: int, *, half: bool = False) -> dict[str, int | bool]:
     """The block sizes and warps for rows of D numbers: 512 numbers or a row, 16 a thread, 8 if D is no multiple of 16.
 
-    More a thread where 16 warps do not suffice for that, and fewer where a row is short. The next numbers are on their
-    way meanwhile, in shared memory, where there is room for them; AMD has registers for it.
+    32 a thread forward in half precision: with half as many warps an H200 took 4% less for rows of 2,048, and 4% more
+    back. More a thread where 16 warps do not suffice for that, and fewer where a row is short. The next numbers are on
+    their way meanwhile, in shared memory, where there is room for them; AMD has registers for it.
 
     Args:
         views: K.
         dim: D.
         itemsize: bytes of a number in the accumulator's dtype.
+        half: whether this is the way forward of numbers in half precision, with registers to spare.
     """
     block_d = max(16, next_power_of_2(dim))
     block_k = min(next_power_of_2(views), max(1, 512 // block_d))
@@ -243,6 +245,6 @@ def tile(views: int, dim: int, itemsize: int) -> dict[str, int | bool]:
         "BLOCK_D": block_d,
         "STAGES": 1 if block_k * block_d * itemsize > 8192 or torch.version.hip else 4,
         # Numbers that are loaded one by one have an address each, in a register.
-        "num_warps": min(16, max(1, block_k * block_d // (256 if dim % 16 else 512))),
+        "num_warps": min(16, max(1, block_k * block_d // (256 if dim % 16 else 1024 if half else 512))),
         "enable_fp_fusion": True,
     }

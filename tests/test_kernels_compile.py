@@ -126,6 +126,16 @@ def impatient(x, y, stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def hasty(x, y, stride, BLOCK: tl.constexpr):
+    """Some of its programs end without having waited."""
+    if tl.program_id(0) > 3:
+        return
+    gdc_wait()
+    place = tl.program_id(0).to(tl.int64) * stride + tl.arange(0, BLOCK)
+    tl.store(y + place, tl.load(x + place))
+
+
+@triton.jit
 def broken(x, y, stride, BLOCK: tl.constexpr):
     tl.store(y, tl.load(x + tl.arange(0, BLOCK)))
 
@@ -152,6 +162,7 @@ TWINS = {  # kernel, what is passed beside x, y and the stride, what is to be fo
     "summed_by_atomics": (summed_by_atomics, {"BLOCK": 512}, "adds by atomics"),
     "patient": (patient, {"BLOCK": 512, "launch_pdl": True}, None),
     "impatient": (impatient, {"BLOCK": 512, "launch_pdl": True}, "before it has waited"),
+    "hasty": (hasty, {"BLOCK": 512, "launch_pdl": True}, "before it has waited"),
     "never waits": (copy, {"BLOCK": 512, "launch_pdl": True}, "before it has waited"),
     "broken": (broken, {"BLOCK": 512}, "does not compile"),
 }  # fmt: skip

@@ -192,11 +192,11 @@ def test_a_wrong_formula_is_noticed(launches, monkeypatch):
 
 
 def test_the_time_on_an_h200_is_that_of_launches_and_the_longer_of_copying_and_multiplying():
-    assert launch_cost.h200_seconds(2, 0, 0) == pytest.approx(6e-6)
-    assert launch_cost.h200_seconds(1, 4_300_000_000, 10) == pytest.approx(1.003e-3)
-    assert launch_cost.h200_seconds(1, 10, 165 * 10**9) == pytest.approx(1.003e-3)
-    assert launch_cost.h200_seconds(1, 10, 67 * 10**9, double=True) == pytest.approx(1.003e-3)
-    assert launch_cost.h200_seconds(1, 10, 0, 989 * 10**9) == pytest.approx(1.003e-3)
+    assert launch_cost.h200_seconds(2, 0, 0) == pytest.approx(5e-6)
+    assert launch_cost.h200_seconds(1, 4_300_000_000, 10) == pytest.approx(1.0025e-3)
+    assert launch_cost.h200_seconds(1, 10, 165 * 10**9) == pytest.approx(1.0025e-3)
+    assert launch_cost.h200_seconds(1, 10, 67 * 10**9, double=True) == pytest.approx(1.0025e-3)
+    assert launch_cost.h200_seconds(1, 10, 0, 989 * 10**9) == pytest.approx(1.0025e-3)
 
 
 def test_the_formulas_need_neither_torch_nor_triton(monkeypatch):

@@ -70,8 +70,8 @@ def product(x, y):
     config = roots.tile(torch.empty(1, width, width))
     tiles = triton.cdiv(width, config["BLOCK_P"])
     roots.step_kernel[(tiles, tiles, 1)](
-        left, right, left, right, left, left, output, None, 1, width, width, width, 1, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0,
-        LAST=False, EARLY=False, **config,
+        left, right, left, right, left, left, output, None, 1, width, width, width, 0.0, 1.0, 0.0, 0.0, 0.0,
+        LAST=False, EARLY=False, WHOLE=width % config["BLOCK_P"] == width % config["BLOCK_Q"] == 0, **config,
     )  # fmt: skip
     return value(output.cpu())
 
@@ -262,7 +262,9 @@ def test_each_view_has_the_shift_or_what_the_floor_makes_it():
     assert torch.allclose(root.to("cpu", F64), exact, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((3, 60, 40), F32), ((2, 90, 70), F32), ((1, 40, 21), F64)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 60, 40), F32), ((2, 90, 70), F32), ((1, 150, 128), F32), ((1, 40, 21), F64)]
+)
 @pytest.mark.parametrize("weights", [None, (0.3, -2.0)])
 def test_one_launch_gives_the_bits_of_the_sequence(shape, dtype, weights):
     rows = shape[1]
@@ -280,6 +282,17 @@ def test_one_launch_gives_the_bits_of_the_sequence(shape, dtype, weights):
         assert sums is None and other_sums is None
     else:
         torch.testing.assert_close(sums.sum(1), other_sums.sum(1), rtol=1e-12, atol=1e-10)
+
+
+def test_coefficients_are_made_on_the_cpu_whatever_the_default_device():
+    roots.coefficients.cache_clear()
+    torch.set_default_device("meta")
+    try:
+        made = roots.coefficients(((1.5, -0.5), (1.6, -0.6)))
+    finally:
+        torch.set_default_device(None)
+        roots.coefficients.cache_clear()
+    assert made.device.type == "cpu" and made.tolist() == [[1.5, -0.5], [1.6, -0.6]]
 
 
 @pytest.mark.parametrize("views", [1, 3])
