@@ -798,7 +798,9 @@ def test_nuclear_norm_without_smoothing_takes_no_heed_of_what_is_zero():
     assert relative_error(gradient[0].cpu(), u[:, :2] @ vt[:2]) < 2e-2 and not gradient[1].any()
 
 
-@pytest.mark.parametrize("shape", [(2, 40, 70), (1, 75, 70), (1, 64, 128), (1, 128, 64), (1, 128, 70), (1, 70, 128)])
+@pytest.mark.parametrize(
+    "shape", [(2, 40, 70), (1, 75, 70), (1, 64, 128), (1, 128, 64), (1, 128, 70), (1, 70, 128), (1, 64, 70)]
+)
 def test_matrices_of_several_tiles(shape):
     """Gram matrices of both sides, and products from both sides, of rows whose numbers do not lie side by side."""
     z = gaussian(*reversed(shape), dtype=F32).permute(2, 1, 0)
