@@ -282,7 +282,7 @@ def sequence(
     width, count = t.shape[-1], squares.shape[1]
     root_scale = torch.empty(views, device=gram.device, dtype=torch.float64)
     config, begins = tile(gram), early(gram.device, gram.numel())
-    whole = width % config["BLOCK_P"] == width % config["BLOCK_Q"] == 0
+    whole = all_inside(width, config)
     tiles = cdiv(width, config["BLOCK_P"])
     sums = None if weights is None else torch.empty(views, tiles**2, device=gram.device, dtype=torch.float64)
 
@@ -334,9 +334,14 @@ def one_launch(
         gram, squares, coefficients(steps).to(gram.device, non_blocking=True), work, output, sums,
         torch.zeros(views, 32, device=gram.device, dtype=torch.int32), views, members, side, width, output.shape[-1],
         squares.shape[1], len(steps), shift, floor, *(weights or (0.0, 0.0)),
-        WHOLE=width % config["BLOCK_P"] == width % config["BLOCK_Q"] == 0, **config,
+        WHOLE=all_inside(width, config), **config,
     )  # fmt: skip
     return sums
+
+
+def all_inside(width: int, config: dict[str, int | bool]) -> bool:
+    """Whether no tile reaches beyond matrices of that width, so that none needs a mask."""
+    return width % config["BLOCK_P"] == width % config["BLOCK_Q"] == 0
 
 
 @functools.cache

@@ -71,7 +71,7 @@ def product(x, y):
     tiles = triton.cdiv(width, config["BLOCK_P"])
     roots.step_kernel[(tiles, tiles, 1)](
         left, right, left, right, left, left, output, None, 1, width, width, width, 0.0, 1.0, 0.0, 0.0, 0.0,
-        LAST=False, EARLY=False, WHOLE=width % config["BLOCK_P"] == width % config["BLOCK_Q"] == 0, **config,
+        LAST=False, EARLY=False, WHOLE=roots.all_inside(width, config), **config,
     )  # fmt: skip
     return value(output.cpu())
 
