@@ -12,7 +12,7 @@ demo: $(VENV)/.installed-train
 # first is done. Fails where either does. Most tests start processes of their own, so that four at a time are enough.
 test: $(VENV)/.installed-train,test
 	@status=0; log=$$(mktemp); \
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter >$$log 2>&1 & interpreted=$$!; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpreter -n 2 >$$log 2>&1 & interpreted=$$!; \
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile || status=$$?; \
 	wait $$interpreted || status=$$?; \
 	cat $$log; rm $$log; exit $$status

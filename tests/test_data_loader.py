@@ -201,6 +201,7 @@ def test_bad_images_among_good_ones_are_named_once_replaced_and_counted(tmp_path
     with pytest.warns(UserWarning, match="left out") as caught:
         batches = list(loader.batches(0, 6))
     messages = [str(warning.message) for warning in caught]
+    assert {warning.filename for warning in caught} == {__file__}  # who asks for batches is told where
     assert sorted(loader.unreadable) == sorted(bad)
     assert {type(number) for number in loader.unreadable} == {int}  # a checkpoint holds no numbers of NumPy's
     for number in bad:
@@ -570,6 +571,50 @@ def test_closing_a_stream_that_another_thread_goes_through(pictures, backend):
     loader.close()
     thread.join(60)
     assert not thread.is_alive() and errors == []
+
+
+def test_a_thread_that_asks_for_a_batch_of_a_stream_that_is_being_closed(pictures, monkeypatch):
+    loader = ViewLoader(pictures, cifar(1, 16), 8, backend="torchvision", threads=1)
+    batches, got, closing, asks = loader.batches(), [], threading.Event(), threading.Event()
+    next(batches)
+
+    def ask():
+        assert closing.wait(60)
+        asks.set()
+        try:
+            got.append(next(batches, None))
+        except BaseException as error:
+            got.append(error)
+
+    discard = loader._backend.discard
+
+    def discard_while_it_asks():
+        closing.set()
+        assert asks.wait(60)
+        asking.join(0.5)  # it asks by then, and has to wait
+        discard()
+
+    monkeypatch.setattr(loader._backend, "discard", discard_while_it_asks)
+    asking = threading.Thread(target=ask)
+    asking.start()
+    loader.close()
+    asking.join(60)
+    assert got == [None]
+
+
+def test_a_stream_is_not_taken_from_a_thread_that_waits_for_it(pictures):
+    source = Slow(pictures)
+    loader = ViewLoader(source, cifar(1, 16), 8, backend="torchvision", threads=1)
+    batches, got = loader.batches(), []
+    waiting = threading.Thread(target=lambda: got.append(next(batches)))
+    waiting.start()
+    assert source.asked.wait(60)
+    with pytest.raises(RuntimeError, match="another thread waits for a batch"):
+        loader.batches()
+    source.go.set()
+    waiting.join(60)
+    assert len(got) == 1
+    loader.close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")

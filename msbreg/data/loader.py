@@ -7,9 +7,9 @@ of threads changes them.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
+import threading
 import time
 import warnings
 from collections import deque
@@ -83,6 +83,27 @@ class _Work(NamedTuple):
     step: int
     samples: list[Sample]
     draws: list[Draw]
+
+
+class _Stream(Iterator[Batch]):
+    """The batches of a generator, which fails by itself where one thread closes it while another asks for the next."""
+
+    def __init__(self, batches: Generator[Batch, None, None]) -> None:
+        self._batches, self._in_use = batches, threading.Lock()
+
+    def __next__(self) -> Batch:
+        with self._in_use:
+            return next(self._batches)
+
+    def close(self) -> bool:
+        """Ends it, unless a thread waits for its next batch, which it tells by False."""
+        if not self._in_use.acquire(blocking=False):
+            return False
+        try:
+            self._batches.close()
+        finally:
+            self._in_use.release()
+        return True
 
 
 class ViewLoader:
@@ -164,7 +185,7 @@ class ViewLoader:
         self._backend = _open_backend(backend, recipe, min(batch_size, images), self.device, self.threads, self.dtype)
         self._reading = Threads(READING_THREADS, "read", WORTH_A_THREAD)
         self._drawing, self._ordering = Threads(1, "draw"), Threads(1, "order")
-        self._stream: Generator[Batch, None, None] | None = None
+        self._stream: _Stream | None = None
 
     @property
     def unreadable(self) -> dict[int, str]:
@@ -184,18 +205,18 @@ class ViewLoader:
 
         Raises:
             ValueError: `start` is below 0.
-            RuntimeError: the loader is closed.
+            RuntimeError: the loader is closed, or another thread waits for a batch of the stream before.
             DataError: while iterating, where too many images cannot be read, or reading takes longer than `timeout`.
         """
         if start < 0:
             raise ValueError(f"expected a first step of 0 or more, got {start}")
         if self._reading.closed:
             raise RuntimeError("the loader is closed")
-        if self._stream is not None:
-            self._stream.close()
+        if self._stream is not None and not self._stream.close():
+            raise RuntimeError("another thread waits for a batch of this loader, which serves one stream at a time")
         if not self.shuffle:
             stop = self.steps_per_epoch if stop is None else min(stop, self.steps_per_epoch)
-        self._stream = self._run(itertools.count(start) if stop is None else iter(range(start, stop)))
+        self._stream = _Stream(self._run(itertools.count(start) if stop is None else iter(range(start, stop))))
         return self._stream
 
     def __enter__(self) -> ViewLoader:
@@ -207,8 +228,7 @@ class ViewLoader:
     def close(self) -> None:
         """Ends the stream and frees threads and memory; so even while another thread waits for the next batch."""
         if self._stream is not None:
-            with contextlib.suppress(ValueError):  # it is at work for that thread: then it ends where it fails
-                self._stream.close()
+            self._stream.close()  # where a thread waits for its next batch, it ends as that fails
         for threads in (self._reading, self._drawing, self._ordering):
             threads.close()
         self._backend.close()
@@ -310,7 +330,7 @@ class ViewLoader:
     def _warn(self) -> None:
         """Names images found unreadable, from the caller's thread."""
         while self._reader.news:
-            warnings.warn(self._reader.news.pop(0), stacklevel=3)
+            warnings.warn(self._reader.news.pop(0), stacklevel=4)
 
 
 def whole_batches(images: int, batch_size: int, world_size: int = 1, *, of: object) -> int:
