@@ -93,6 +93,25 @@ def test_a_failure_lets_the_next_ones_work(crowd):
     assert pool.submit(abs, -1).result(10) == 1
 
 
+@pytest.mark.parametrize("before", [0, 3, 6, 50])
+@pytest.mark.parametrize("seconds", [0, 0.05])
+def test_all_but_what_stalls_go_on(crowd, monkeypatch, before, seconds):
+    """Alone to be measured, while it works beside others, and while one works at a time because all are quick."""
+    monkeypatch.setattr(threads, "EVERY", 8)
+    monkeypatch.setattr(threads, "PATIENCE", 0.2)
+    pool, stalled = (usual := crowd(0.01, seconds)).pool, threading.Event()
+    passed(usual, before)
+    first = pool.submit(stalled.wait)
+    others = [pool.submit(abs, -1) for _ in range(30)]
+    assert [future.result(10) for future in others] == [1] * 30
+    assert not first.done() and pool.limit == MOST
+    stalled.set()
+    assert first.result(10)
+    usual.seconds = 0
+    passed(usual, 20)
+    assert pool.limit == 1
+
+
 @pytest.mark.parametrize("forgotten", [False, True])
 def test_what_waits_for_a_stalled_task_ends_with_the_pool(forgotten):
     pool, stalled = Threads(MOST, "stalling", 1.0), threading.Event()

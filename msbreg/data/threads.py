@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -16,6 +17,8 @@ T = TypeVar("T")
 
 EVERY = 512
 """Tasks after which one is let alone again, to see how long it takes."""
+PATIENCE = 1.0
+"""Seconds without a task begun after which those that wait go on without whatever stalls."""
 
 
 class Threads:
@@ -26,7 +29,7 @@ class Threads:
     Python computes in one thread at a time. Threads that read small files from memory do little else, and pass this
     right on at every call of the operating system: on two cores eight of them take twice as long as one. Threads that
     wait for a disk or a network do not. So with `worth` now and then one works alone, and tells by `took` what an item
-    takes it; that decides how many work together from then on.
+    takes it; that decides how many work together from then on. Where one stalls meanwhile, all others go on.
 
     Args:
         count: how many threads.
@@ -77,7 +80,8 @@ class _Crew:
     def __init__(self, count: int, worth: float | None) -> None:
         self.count, self.worth, self.limit, self.dismissed = count, worth, count, False
         self._allowed = count  # the limit, or 1 while somebody is to be alone
-        self._at_work = self._begun = 0
+        self._at_work = self._begun = self._next_alone = 0
+        self._last_began = time.monotonic()
         self._tasks: deque[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = deque()
         self._changed = threading.Condition()  # whose lock a thread may take twice: dismissed by the garbage collector
 
@@ -94,20 +98,29 @@ class _Crew:
             self._at_work -= not first
             while not self.dismissed:
                 if self._tasks:
-                    if self.worth is not None and self._begun % EVERY == 0:
+                    if self.worth is not None and self._begun >= self._next_alone:
                         self._allowed = 1
                     if self._at_work < self._allowed:
                         break
-                self._changed.wait()
+                if not self._changed.wait(PATIENCE if self._tasks and self._allowed < self.count else None):
+                    self._go_on_without_what_stalls()
             try:
                 task = self._tasks.popleft()
             except IndexError:  # dismissed
                 return None
+            if self._begun >= self._next_alone:
+                self._next_alone = self._begun + EVERY
             self._at_work += 1
             self._begun += 1
+            self._last_began = time.monotonic()
             if self._tasks and self._at_work < self._allowed:
                 self._changed.notify()  # whoever begins wakes the next one, as long as there is work and room
             return task
+
+    def _go_on_without_what_stalls(self) -> None:
+        if self._tasks and time.monotonic() - self._last_began >= PATIENCE:
+            self.limit = self._allowed = self.count
+            self._next_alone = self._begun + EVERY
 
     def took(self, seconds: float) -> None:
         with self._changed:
