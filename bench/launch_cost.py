@@ -52,10 +52,8 @@ def of(kernel: str, arguments: Mapping[str, Any]) -> Cost:
 
 
 def unread(kernel: str, arguments: Mapping[str, Any]) -> tuple[str, ...]:
-    """Tensors that are passed but not loaded or stored: those of other steps, and what is for atomics alone."""
-    if kernel == "step_kernel" and not arguments["LAST"]:
-        return "root_scale_pointer", "gram_pointer"
-    if kernel == "step_kernel" and arguments["sums_pointer"] is None:
+    """Tensors that are passed but not loaded or stored: those for sums without sums, and what is for atomics alone."""
+    if kernel == "last_step_kernel" and arguments["sums_pointer"] is None:
         return ("gram_pointer",)
     return ("counter_pointer",) if kernel == "root_kernel" else ()
 
@@ -142,19 +140,24 @@ def first_factors(
     return loaded, size(a_pointer) + size(t_pointer) + size(root_scale_pointer), 0
 
 
-def step(
-    *, left_pointer, gram_pointer, root_scale_pointer, output_pointer, sums_pointer, views, width, output_width,
-    LAST, BLOCK_P, BLOCK_Q, **_: Any,
-) -> tuple[int, ...]:  # fmt: skip
-    """Of each product, both factors by each of the tiles of a side; in the last step a number by each, and G once."""
-    parts = parts_of(left_pointer)
-    products = output_pointer.numel() // (parts_of(output_pointer) * output_width**2)
-    tiles = cdiv(width, BLOCK_P)
+def step(*, left_pointer, output_pointer, width, BLOCK_P, BLOCK_Q, **_: Any) -> tuple[int, ...]:
+    """Of each product, both factors by each of the tiles of a side."""
+    parts, tiles = parts_of(left_pointer), cdiv(width, BLOCK_P)
+    products = output_pointer.numel() // (parts * width**2)
     loaded = products * 2 * tiles * parts * width**2 * left_pointer.element_size()
-    if LAST:
-        loaded += products * tiles**2 * root_scale_pointer.element_size()
-        loaded += 0 if sums_pointer is None else size(gram_pointer)
     flops = 2 * products * tiles**2 * BLOCK_P**2 * BLOCK_Q * cdiv(width, BLOCK_Q)
+    return loaded, size(output_pointer), *by_parts(parts, flops)
+
+
+def last_step(
+    *, left_pointer, root_scale_pointer, gram_pointer, output_pointer, sums_pointer, width, BLOCK_P,
+    BLOCK_Q, **_: Any,
+) -> tuple[int, ...]:  # fmt: skip
+    """As `step`; a scale by each tile, and for the sums G once."""
+    views, parts, tiles = root_scale_pointer.numel(), parts_of(left_pointer), cdiv(width, BLOCK_P)
+    loaded = views * 2 * tiles * parts * width**2 * left_pointer.element_size()
+    loaded += tiles**2 * size(root_scale_pointer) + (0 if sums_pointer is None else size(gram_pointer))
+    flops = 2 * views * tiles**2 * BLOCK_P**2 * BLOCK_Q * cdiv(width, BLOCK_Q)
     return loaded, size(output_pointer) + size(sums_pointer), *by_parts(parts, flops)
 
 
@@ -223,8 +226,8 @@ def pixelwise(
 FORMULAS: dict[str, Callable[..., tuple[int, ...]]] = {
     f"{formula.__name__}_kernel": formula
     for formula in (
-        rows_forward, image_gradient, gram, unit_gram, split, first_factors, step, root, product, unit_product,
-        spectral_sums, totals, brownian_directions, pixelwise,
+        rows_forward, image_gradient, gram, unit_gram, split, first_factors, step, last_step, root, product,
+        unit_product, spectral_sums, totals, brownian_directions, pixelwise,
     )
 }  # fmt: skip
 """Bytes loaded, bytes stored, operations, and where there are any, operations on halves."""

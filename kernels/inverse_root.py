@@ -19,7 +19,7 @@ from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, empty_spli
 from msbreg.kernels.newton_schulz import affine_product, first_factors, normalisation, spectral_sum, store_matrix
 from msbreg.kernels.tiles import FEW, cdiv, early, let_next_launch_begin, next_power_of_2, wait_for_last_launch
 
-__all__ = ["first_factors_kernel", "inverse_root", "root_kernel", "step_kernel"]
+__all__ = ["first_factors_kernel", "inverse_root", "last_step_kernel", "root_kernel", "step_kernel"]
 
 
 @triton.jit
@@ -66,20 +66,12 @@ def step_kernel(
     right_pointer,
     second_left_pointer,
     second_right_pointer,
-    gram_pointer,
-    root_scale_pointer,
     output_pointer,
-    sums_pointer,
     views,
     side,
     width,
-    output_width,
     identity: tl.float64,
     scale: tl.float64,
-    shift: tl.float64,
-    trace_weight: tl.float64,
-    root_weight: tl.float64,
-    LAST: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     IN_PARTS: tl.constexpr,
@@ -90,16 +82,8 @@ def step_kernel(
 
     left_pointer, right_pointer: [views, parts, width, width], split, L and R of the first batch.
     second_left_pointer, second_right_pointer: those of the second batch.
-    gram_pointer: [views, side, side], G, contiguous, read for the sums alone.
-    root_scale_pointer: [views], float64, of `first_factors_kernel`, read with LAST alone.
-    output_pointer: [1 or 2, views, parts, width, width], split; with LAST Z, split or as it is, [views, parts,
-        output_width, output_width].
-    sums_pointer: [views, tiles], float64, with LAST; None where they are not wanted.
+    output_pointer: [1 or 2, views, parts, width, width], split.
     identity, scale: i and s.
-    LAST: s is also multiplied by the square root of A's scale, which makes Z = (G + h I)^(-1/2), and
-        w_t trace(G) + w_r <G + shift I, Z> is summed over each tile.
-    shift: see `normalisation`.
-    trace_weight, root_weight: w_t and w_r.
 
     One program makes a tile of one product; those from `views` on in the third grid axis are the second batch.
     """
@@ -112,20 +96,56 @@ def step_kernel(
     left = tl.where(second, second_left_pointer, left_pointer) + k * matrix
     right = tl.where(second, second_right_pointer, right_pointer) + k * matrix
     i, s = tl.full([], identity, tl.float64), tl.full([], scale, tl.float64)
-    if LAST:
-        s *= tl.load(root_scale_pointer + k)
-        z = affine_product(left, right, side, width, i, s, p, r, BLOCK_Q, IN_PARTS, WHOLE)
-        let_next_launch_begin(EARLY)
-        size = tl.full([], parts_of(output_pointer), tl.int64) * output_width * output_width
-        store_matrix(output_pointer + k * size, z, p, r, output_width)
-        if sums_pointer is not None:
-            total = spectral_sum(gram_pointer + k * side * side, z, p, r, side, shift, trace_weight, root_weight)
-            tile = (k * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
-            tl.store(sums_pointer + tile, total)
-    else:
-        x = affine_product(left, right, side, width, i, s, p, r, BLOCK_Q, IN_PARTS, WHOLE)
-        let_next_launch_begin(EARLY)
-        store_matrix(output_pointer + batch * matrix, x, p, r, width)
+    x = affine_product(left, right, side, width, i, s, p, r, BLOCK_Q, IN_PARTS, WHOLE)
+    let_next_launch_begin(EARLY)
+    store_matrix(output_pointer + batch * matrix, x, p, r, width)
+
+
+@triton.jit
+def last_step_kernel(
+    left_pointer,
+    right_pointer,
+    root_scale_pointer,
+    gram_pointer,
+    output_pointer,
+    sums_pointer,
+    side,
+    width,
+    output_width,
+    shift: tl.float64,
+    trace_weight: tl.float64,
+    root_weight: tl.float64,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Z = sqrt(s) L R = (G + h I)^(-1/2), and w_t trace(G) + w_r <G + shift I, Z> over each tile.
+
+    left_pointer, right_pointer: [views, parts, width, width], split, L and R.
+    root_scale_pointer: [views], float64, of `first_factors_kernel`, the square root of A's scale s.
+    gram_pointer: [views, side, side], G, contiguous, read for the sums alone.
+    output_pointer: [views, parts, output_width, output_width], split, or as it is.
+    sums_pointer: [views, tiles], float64; None where they are not wanted.
+    shift: see `normalisation`.
+    trace_weight, root_weight: w_t and w_r.
+
+    One program makes a tile.
+    """
+    wait_for_last_launch(EARLY)
+    k = tl.program_id(2).to(tl.int64)
+    matrix = k * parts_of(left_pointer) * width * width
+    p, r = block(tl.program_id(0), BLOCK_P), block(tl.program_id(1), BLOCK_P)
+    i, s = tl.full([], 0.0, tl.float64), tl.load(root_scale_pointer + k)
+    z = affine_product(left_pointer + matrix, right_pointer + matrix, side, width, i, s, p, r, BLOCK_Q, IN_PARTS, WHOLE)
+    let_next_launch_begin(EARLY)
+    size = tl.full([], parts_of(output_pointer), tl.int64) * output_width * output_width
+    store_matrix(output_pointer + k * size, z, p, r, output_width)
+    if sums_pointer is not None:
+        total = spectral_sum(gram_pointer + k * side * side, z, p, r, side, shift, trace_weight, root_weight)
+        tile = (k * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(sums_pointer + tile, total)
 
 
 @triton.jit
@@ -155,8 +175,8 @@ def root_kernel(
 ):
     """All steps at once.
 
-    gram_pointer, output_pointer: as for `step_kernel` with LAST. squares_pointer: as for `first_factors_kernel`.
-    sums_pointer: [views, members], else as for `step_kernel`.
+    gram_pointer, output_pointer: as for `last_step_kernel`. squares_pointer: as for `first_factors_kernel`.
+    sums_pointer: [views, members], else as for `last_step_kernel`.
     weights_pointer: [steps, 2], float64, a and b of each step; two steps or more.
     work_pointer: [5, views, parts, width, width], split: two pairs of Y and Z, which odd and even steps write in turn,
         then T, in whose place A is before the first product.
@@ -281,19 +301,14 @@ def sequence(
     iterates = [empty_split(gram, (2, views), side, side, square=True) for _ in range(2)]
     width, count = t.shape[-1], squares.shape[1]
     root_scale = torch.empty(views, device=gram.device, dtype=torch.float64)
-    config, begins = tile(gram), early(gram.device, gram.numel())
-    whole = all_inside(width, config)
+    begins, config = early(gram.device, gram.numel()), tile(gram)
     tiles = cdiv(width, config["BLOCK_P"])
+    products = {"WHOLE": all_inside(width, config), **config, **begins}
     sums = None if weights is None else torch.empty(views, tiles**2, device=gram.device, dtype=torch.float64)
 
-    def multiply(
-        made: Tensor, *pairs: tuple[Tensor, Tensor], i: float = 0.0, s: float = 1.0, last: bool = False
-    ) -> None:
+    def multiply(made: Tensor, *pairs: tuple[Tensor, Tensor], i: float = 0.0, s: float = 1.0) -> None:
         """i I + s L R for one or two (L, R)."""
-        step_kernel[tiles, tiles, len(pairs) * views](
-            *pairs[0], *pairs[-1], gram, root_scale, made, sums if last else None, views, side, width, made.shape[-1],
-            i, s, shift, *(weights or (0.0, 0.0)), LAST=last, WHOLE=whole, **config, **begins,
-        )  # fmt: skip
+        step_kernel[tiles, tiles, len(pairs) * views](*pairs[0], *pairs[-1], made, views, side, width, i, s, **products)
 
     y, z = iterates[0].unbind()
     a, first_t = t, z  # A is where T will be, and the first T is Z
@@ -307,7 +322,9 @@ def sequence(
         multiply(iterates[number % 2], (t, y), (z, t))
         y, z = iterates[number % 2].unbind()
     multiply(t, (y, z), i=steps[-1][0], s=steps[-1][1])
-    multiply(output, (z, t), last=True)  # Y is not needed any more
+    last_step_kernel[tiles, tiles, views](  # Y is not needed any more
+        z, t, root_scale, gram, output, sums, side, width, output.shape[-1], shift, *(weights or (0.0, 0.0)), **products
+    )
     return sums
 
 

@@ -24,12 +24,16 @@ pytestmark = [
 ]
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-SPECTRAL = tuple(f"{name}_kernel" for name in ("gram", "unit_gram", "step", "root", "product", "unit_product"))
+SPECTRAL = tuple(
+    f"{name}_kernel" for name in ("gram", "unit_gram", "step", "last_step", "root", "product", "unit_product")
+)
 """Kernels that multiply matrices."""
 EARLY = {
     f"{name}_kernel"
-    for name in ("rows_forward", "unit_gram", "first_factors", "step", "totals", "unit_product", "image_gradient")
-}
+    for name in (
+        "rows_forward", "unit_gram", "first_factors", "step", "last_step", "totals", "unit_product", "image_gradient",
+    )
+}  # fmt: skip
 """Kernels of a step of training."""
 
 
@@ -205,7 +209,6 @@ def compile_all() -> dict:
             for made in report.calls(report.QUICK[0]).values()
             for launch in made
             if launch.kernel.__name__ in ("unit_gram_kernel", "step_kernel", "unit_product_kernel")
-            and not launch.arguments.get("LAST")  # whose first loop is another
         },
         "options": [sorted(launch.options) for launch in launches],
         "specialised": [(specialised(launch), by_triton(launch)) for launch in launches],
@@ -273,6 +276,7 @@ def test_all_kernels_compile_without_fault(compiled, architecture):
         "unit_gram",
         "first_factors",
         "step",
+        "last_step",
         "root",
         "totals",
         "unit_product",
@@ -310,10 +314,10 @@ def test_large_tensors_are_read_16_bytes_at_a_time(compiled, architecture):
             if f"{name}_pointer" in row["load_bits"]:
                 narrow = (row["kernel"], name) == ("product_kernel", "z")  # by Triton 3.6, see NARROW in the report
                 assert row["load_bits"][f"{name}_pointer"][1] >= (64 if narrow else 128), (row["kernel"], name)
-    for kernel, name in (("rows_forward", "z"), ("rows_forward", "t"), ("step", "left"), ("step", "right")):
-        for row in rows_of(compiled, architecture):
-            if row["kernel"] == f"{kernel}_kernel":
-                assert row["load_bits"][f"{name}_pointer"] == [128, 128]
+    whole = {"rows_forward": "zt", "step": ("left", "right"), "last_step": ("left", "right")}
+    for row in rows_of(compiled, architecture):
+        for name in whole.get(row["kernel"].removesuffix("_kernel"), ()):
+            assert row["load_bits"][f"{name}_pointer"] == [128, 128]
 
 
 def test_results_are_written_16_bytes_at_a_time(compiled):

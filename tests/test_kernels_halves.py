@@ -70,8 +70,8 @@ def product(x, y):
     config = roots.tile(torch.empty(1, width, width))
     tiles = triton.cdiv(width, config["BLOCK_P"])
     roots.step_kernel[(tiles, tiles, 1)](
-        left, right, left, right, left, left, output, None, 1, width, width, width, 0.0, 1.0, 0.0, 0.0, 0.0,
-        LAST=False, EARLY=False, WHOLE=roots.all_inside(width, config), **config,
+        left, right, left, right, output, 1, width, width, 0.0, 1.0,
+        EARLY=False, WHOLE=roots.all_inside(width, config), **config,
     )  # fmt: skip
     return value(output.cpu())
 
