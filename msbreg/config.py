@@ -109,6 +109,9 @@ class ModelConfig:
     """convnet (small, for CPUs), a torchvision model such as resnet50, or timm/NAME."""
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """First layers of a ResNet: imagenet, or cifar (3x3 convolution, stride 1, no pooling) for images of 32 pixels."""
+    weights: str | None = None
+    """File with weights that the backbone begins with: backbone.safetensors or backbone.pt of another run, or those of
+    torchvision or timm for the same network. Unset: random ones."""
     hidden: int = 256
     """Width of the hidden layer of projector and predictor."""
     dim: int = 128

@@ -1,7 +1,7 @@
 """Networks: backbones by name, and the small perceptron that serves as projector and predictor.
 
-Nothing pretrained is ever loaded: weights start from the current random state, as the library that defines the network
-draws them.
+Weights start from the current random state, as the library that defines the network draws them; see `msbreg.weights`
+for others.
 """
 
 import difflib

@@ -8,7 +8,7 @@ from msbreg.files import whole_file
 __all__ = ["draw_curves"]
 
 
-def draw_curves(rows: list[dict[str, Any]], path: Path, *, title: str, score: str) -> None:
+def draw_curves(rows: list[dict[str, Any]], path: Path, *, title: str, score: str, start: str) -> None:
     """Draws losses, accuracy, effective rank and spectrum.
 
     Args:
@@ -16,6 +16,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, *, title: str, score: st
         path: the PNG to write.
         title: a line above the panels.
         score: what the accuracy is the accuracy of.
+        start: what to call the network of the first evaluation.
     """
     import matplotlib
 
@@ -50,8 +51,8 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, *, title: str, score: st
     where = [row["step"] for row in evaluations]
     accuracy.plot(where, [row["knn_top1"] for row in evaluations], "o-", label=f"{score}, this run")
     if evaluations:
-        untrained, pixels = evaluations[0]["knn_top1"], evaluations[0]["knn_top1_pixels"]
-        accuracy.axhline(untrained, color="tab:gray", linestyle="--", label=f"{score}, untrained network")
+        before, pixels = evaluations[0]["knn_top1"], evaluations[0]["knn_top1_pixels"]
+        accuracy.axhline(before, color="tab:gray", linestyle="--", label=f"{score}, {start}")
         accuracy.axhline(pixels, color="tab:brown", linestyle=":", label=f"{score}, raw pixels")
     accuracy.set(title="Held-out accuracy", xlabel="step", ylim=(0, 1))
     accuracy.legend(fontsize=8)  # where it hides nothing

@@ -9,7 +9,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,9 @@ class Trainer:
             max(1, round(config.eval.every * self.loader.steps_per_epoch)) if config.eval.every else self.steps
         )
         classes = len(self.source.classes) if config.eval.linear and has_labels(self.source) else 0
-        self.step = TrainingStep(config, processes, steps=self.steps, warmup_steps=self.warmup_steps, classes=classes)
+        # Those of a run that goes on are in its checkpoint, and the file of its first ones may be gone.
+        begun = config if state is None else replace(config, model=replace(config.model, weights=None))
+        self.step = TrainingStep(begun, processes, steps=self.steps, warmup_steps=self.warmup_steps, classes=classes)
         self.bad_losses = torch.zeros(2, dtype=torch.int64, device=self.device)  # in a row now, and the longest row
         self.done, self.stopwatch = 0, Stopwatch(self.device)
         self.ask_every = 1
@@ -402,6 +404,7 @@ class Trainer:
                 self.folder / "curves.png",
                 title=title,
                 score=TASKS[self.evaluator.task],
+                start=start_of(self.config),
             )
             write_json(summary_file, finite(summary))
         self.progress.close()
@@ -434,7 +437,7 @@ class Trainer:
         task = TASKS[summary["task"]]
         rows = [
             (f"{task}, this run", f"{summary['knn_top1']:.1%}"),
-            (f"{task}, untrained network", f"{summary['knn_top1_untrained']:.1%}"),
+            (f"{task}, {start_of(self.config)}", f"{summary['knn_top1_untrained']:.1%}"),
             (f"{task}, raw pixels", f"{summary['knn_top1_pixels']:.1%}"),
         ]
         if "linear_top1" in summary:
@@ -453,6 +456,11 @@ class Trainer:
         table = markdown_table(rows, (f"{summary['method']}, {summary['backbone']}", "value"))
         done = "This run had finished already" if again else "Curves, metrics, checkpoint and backbone are"
         say(f"{table}\n\n{done} in {self.folder}/", sys.stdout)
+
+
+def start_of(config: Config) -> str:
+    """What the network is called as it was before the first step."""
+    return "untrained network" if config.model.weights is None else "weights it began with"
 
 
 @contextlib.contextmanager

@@ -139,7 +139,7 @@ def test_curves_show_what_they_are_called(tmp_path, monkeypatch):
         {"event": "eval", "step": step, "knn_top1": knn, "knn_top1_pixels": 0.1, "spectrum": spectrum}
         for step, knn, spectrum in scores
     ]
-    draw_curves([*train, *evaluations], tmp_path / "curves.png", title="a run", score="kNN")
+    draw_curves([*train, *evaluations], tmp_path / "curves.png", title="a run", score="kNN", start="untrained network")
     monkeypatch.undo()
     figure = drawn[-1]  # older matplotlib closes all that there is before
     plt.close(figure)
@@ -162,5 +162,5 @@ def test_curves_of_a_run_whose_metrics_were_deleted(tmp_path):
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", ".* deprecated - use ")  # pyparsing's, of older matplotlib
         for rows in ([row], []):
-            draw_curves(rows, tmp_path / "curves.png", title="a run", score="kNN")
+            draw_curves(rows, tmp_path / "curves.png", title="a run", score="kNN", start="untrained network")
             assert (tmp_path / "curves.png").exists()

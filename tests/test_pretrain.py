@@ -97,6 +97,25 @@ def test_a_run_leaves_what_the_readme_promises(undisturbed):
     assert [(row["step"], row["task"]) for row in rows if row["event"] == "eval"] == [(0, "labels"), (12, "labels")]
 
 
+def test_a_run_begins_with_the_weights_of_another_and_goes_on_without_their_file(undisturbed, small, tmp_path, capsys):
+    file, run = tmp_path / "first.safetensors", tmp_path / "run"
+    shutil.copy(undisturbed / "backbone.safetensors", file)
+    options = ("--run.dir", run, *small, "--run.keep_every", "8", "--model.weights", file)
+    assert pretrain(*options) == 0
+    assert "| kNN top-1, weights it began with" in capsys.readouterr().out
+    before, after = outcome(undisturbed)[1], outcome(run)[1]
+    assert after["knn_top1_untrained"] == before["knn_top1"] != before["knn_top1_untrained"]
+
+    shutil.copytree(run, again := tmp_path / "again")
+    (again / "checkpoint-8.pt").replace(again / "checkpoint.pt")
+    file.unlink()
+    assert pretrain("--run.dir", again, *options[2:]) == 0
+    assert "going on from step 8 of 12" in capsys.readouterr().err
+    assert_same_outcome(again, run)
+    text = refusal(capsys, *options[:-1], tmp_path / "other.pt")
+    assert f"--model.weights was {file} and is now {tmp_path / 'other.pt'}" in text
+
+
 def test_the_exported_backbone_is_the_trained_one(undisturbed):
     from safetensors.torch import load_file
 

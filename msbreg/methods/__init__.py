@@ -1,5 +1,7 @@
 """What a training step computes: MSBReg and the relatives it is compared with, one method a file."""
 
+from pathlib import Path
+
 import torch.distributed as dist
 from torch import nn
 
@@ -11,18 +13,24 @@ from msbreg.methods.msbreg import MSBReg
 from msbreg.methods.simsiam import SimSiam
 from msbreg.methods.step import StepOutput
 from msbreg.models import build_backbone, mlp_head
+from msbreg.weights import load_weights
 
 __all__ = ["BYOL", "Encoder", "MSBReg", "SimSiam", "StepOutput", "build_method"]
 
 
 def build_method(config: Config, group: dist.ProcessGroup | None = None) -> MSBReg:
-    """The networks and loss that a config names, freshly initialised from torch's current random state.
+    """The networks and loss that a config names, initialised from torch's current random state, or a file's weights.
 
     Args:
         config: the run's options.
         group: process group whose ranks share each batch, or None for one process.
+
+    Raises:
+        MSBRegError: the backbone is unknown, or its weights cannot be read or are another network's.
     """
     backbone = build_backbone(config.model.backbone, stem=config.model.stem)
+    if config.model.weights is not None:
+        load_weights(backbone, Path(config.model.weights).expanduser())
     projector = mlp_head(backbone.num_features, config.model.hidden, config.model.dim)
     online = Encoder(backbone, projector, view_chunk=config.model.view_chunk)
 
