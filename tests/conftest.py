@@ -4,12 +4,38 @@ import contextlib
 import os
 import resource
 import socket
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 # Tests compute little each: threads would only wait for each other. Subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def patch_once_a_launch() -> None:
+    """Halves what Triton's interpreter takes, which at every call of a function in a kernel looks through its language.
+
+    What it finds the first time it has replaced already; a launch puts all back at its end.
+    """
+    from triton.runtime import interpreter
+
+    launch, patch, patched = interpreter.GridExecutor.__call__, interpreter._patch_lang, set()
+
+    def launch_and_forget(*args, **kwargs):
+        patched.clear()
+        return launch(*args, **kwargs)
+
+    def patch_unless_done(function):
+        if function.__module__ not in patched:
+            patched.add(function.__module__)
+            return patch(function)
+
+    interpreter.GridExecutor.__call__, interpreter._patch_lang = launch_and_forget, patch_unless_done
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    patch_once_a_launch()
 
 
 @pytest.fixture
