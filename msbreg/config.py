@@ -110,8 +110,8 @@ class ModelConfig:
     stem: Literal["imagenet", "cifar"] = "imagenet"
     """First layers of a ResNet: imagenet, or cifar (3x3 convolution, stride 1, no pooling) for images of 32 pixels."""
     weights: str | None = None
-    """File with weights that the backbone begins with: backbone.safetensors or backbone.pt of another run, or those of
-    torchvision or timm for the same network. Unset: random ones."""
+    """File with weights that the backbone begins with: backbone.safetensors or backbone.pt of another run, or what
+    state_dict() of the same network of torchvision or timm gives, saved by torch.save. Unset: random ones."""
     hidden: int = 256
     """Width of the hidden layer of projector and predictor."""
     dim: int = 128
@@ -274,10 +274,13 @@ def flatten(config: "Config | dict[str, Any]") -> dict[str, Any]:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The config with the places of its images as they are to be found from any folder."""
-    paths = {name: getattr(config.data, name) for name in ("path", "eval_path")}
-    absolute = {name: path and os.path.abspath(os.path.expanduser(path)) for name, path in paths.items()}
-    return replace(config, data=replace(config.data, **absolute))
+    """The config with the places of its images and weights as they are to be found from any folder."""
+
+    def absolute(path: str | None) -> str | None:
+        return path and os.path.abspath(os.path.expanduser(path))
+
+    data = replace(config.data, path=absolute(config.data.path), eval_path=absolute(config.data.eval_path))
+    return replace(config, data=data, model=replace(config.model, weights=absolute(config.model.weights)))
 
 
 def config_of(state: dict[str, Any]) -> Config:

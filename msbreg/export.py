@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from msbreg.config import config_of
 from msbreg.errors import MSBRegError
 from msbreg.files import reason, whole_file
+from msbreg.weights import take_weights
 
 __all__ = ["backbone_of", "export_backbone"]
 
@@ -22,12 +23,14 @@ def backbone_of(state: dict[str, Any]) -> nn.Module:
     prefix = "online.backbone."
     weights = {name[len(prefix) :]: value for name, value in state["method"].items() if name.startswith(prefix)}
     try:
-        backbone.load_state_dict(weights)
-    except RuntimeError as error:
+        fits = take_weights(backbone, weights) == ([], [])
+    except RuntimeError:  # of shapes
+        fits = False
+    if not fits:
         raise MSBRegError(
             f"the checkpoint's weights do not fit a {config.model.backbone}; it was written by another version of "
             "msbreg or of the model's library."
-        ) from error
+        )
     return backbone.eval()
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from msbreg.config import Config, config_of, flatten
+from msbreg.config import Config, config_of, flatten, with_absolute_paths
 from msbreg.errors import MSBRegError
 from msbreg.processes import Processes
 
@@ -54,7 +54,7 @@ def forget_results(folder: Path) -> None:
 
 def refuse_other_config(state: dict[str, Any], config: Config, folder: Path) -> None:
     """A run goes on only as it began: options that shape its result may not change in the middle."""
-    before, now = flatten(config_of(state)), flatten(config)
+    before, now = flatten(config_of(state)), flatten(with_absolute_paths(config))
     changed = [name for name in now if name not in FREE_TO_CHANGE and before[name] != now[name]]
     if changed:
         differences = "; ".join(f"--{name} was {before[name]} and is now {now[name]}" for name in changed)

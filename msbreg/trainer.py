@@ -419,6 +419,7 @@ class Trainer:
             "finished": True,
             "method": self.config.method.name,
             "backbone": self.config.model.backbone,
+            "weights": with_absolute_paths(self.config).model.weights,
             "step": self.done,
             "images": len(self.source),
             "task": task,

@@ -24,7 +24,10 @@ def patch_once_a_launch() -> None:
 
     def launch_and_forget(*args, **kwargs):
         patched.clear()
-        return launch(*args, **kwargs)
+        try:
+            return launch(*args, **kwargs)
+        finally:
+            patched.clear()
 
     def patch_unless_done(function):
         if function.__module__ not in patched:

@@ -546,11 +546,12 @@ def test_closing_from_another_thread_ends_the_stream_and_frees_all(pictures, bac
     waiting.start()
     assert source.asked.wait(60)
     loader.close()
+    waiting.join(10)  # though the image that it waits for still stalls
+    assert ended == [None]
     source.go.set()
     for thread in set(threading.enumerate()) - before:
         thread.join(10)
         assert not thread.is_alive()
-    assert ended == [None]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -631,6 +632,30 @@ def test_a_loader_of_another_process_is_an_error(pictures):
         finally:
             os._exit(3)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    loader.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_nor_does_a_fork_wait_for_a_thread_that_it_does_not_have(pictures):
+    source = Slow(pictures)
+    loader = ViewLoader(source, cifar(1, 16), 8, backend="torchvision", threads=1)
+    batches = loader.batches()
+    waiting = threading.Thread(target=lambda: next(batches))
+    waiting.start()
+    assert source.asked.wait(60)
+    child = os.fork()
+    if child == 0:
+        said = 0
+        for ask in (lambda: next(batches), loader.batches):
+            try:
+                ask()
+            except RuntimeError as error:
+                said += "make it in the process that uses it" in str(error)
+        os._exit(said)
+    source.go.set()
+    waiting.join(60)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
     loader.close()
 
 

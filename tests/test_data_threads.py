@@ -112,6 +112,12 @@ def test_all_but_what_stalls_go_on(crowd, monkeypatch, before, seconds):
     assert pool.limit == 1
 
 
+def test_quick_tasks_that_take_long_together_are_no_stall(crowd, monkeypatch):
+    monkeypatch.setattr(threads, "PATIENCE", 0.2)
+    assert passed(quick := crowd(0.1, 0.02), 60) == quick.pool.limit == 1  # 1.2 s, one after another
+    assert set(quick.limits[1:]) == {1}
+
+
 @pytest.mark.parametrize("forgotten", [False, True])
 def test_what_waits_for_a_stalled_task_ends_with_the_pool(forgotten):
     pool, stalled = Threads(MOST, "stalling", 1.0), threading.Event()

@@ -97,7 +97,9 @@ def test_a_run_leaves_what_the_readme_promises(undisturbed):
     assert [(row["step"], row["task"]) for row in rows if row["event"] == "eval"] == [(0, "labels"), (12, "labels")]
 
 
-def test_a_run_begins_with_the_weights_of_another_and_goes_on_without_their_file(undisturbed, small, tmp_path, capsys):
+def test_a_run_begins_with_the_weights_of_another_and_goes_on_without_their_file(
+    undisturbed, small, tmp_path, monkeypatch, capsys
+):
     file, run = tmp_path / "first.safetensors", tmp_path / "run"
     shutil.copy(undisturbed / "backbone.safetensors", file)
     options = ("--run.dir", run, *small, "--run.keep_every", "8", "--model.weights", file)
@@ -105,11 +107,13 @@ def test_a_run_begins_with_the_weights_of_another_and_goes_on_without_their_file
     assert "| kNN top-1, weights it began with" in capsys.readouterr().out
     before, after = outcome(undisturbed)[1], outcome(run)[1]
     assert after["knn_top1_untrained"] == before["knn_top1"] != before["knn_top1_untrained"]
+    assert after["weights"] == str(file) and before["weights"] is None
 
     shutil.copytree(run, again := tmp_path / "again")
     (again / "checkpoint-8.pt").replace(again / "checkpoint.pt")
     file.unlink()
-    assert pretrain("--run.dir", again, *options[2:]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert pretrain("--run.dir", again, *options[2:-1], file.name) == 0
     assert "going on from step 8 of 12" in capsys.readouterr().err
     assert_same_outcome(again, run)
     text = refusal(capsys, *options[:-1], tmp_path / "other.pt")

@@ -1,6 +1,8 @@
 """Weights that a backbone begins with, from files of every kind, and what is said of those that do not fit."""
 
+import dataclasses
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torchvision
 
 from msbreg.config import Config
 from msbreg.errors import MSBRegError
-from msbreg.export import export_backbone
+from msbreg.export import backbone_of, export_backbone
 from msbreg.methods import build_method
 from msbreg.models import build_backbone
 from msbreg.weights import load_weights
@@ -42,7 +44,7 @@ def test_what_a_run_exports_is_what_another_begins_with_in_both_networks(tmp_pat
     assert_same(method.target.backbone.state_dict(), trained.state_dict())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "googlenet", "vit_b_32"])
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "googlenet", "vit_b_32", "mnasnet0_5"])
 def test_weights_of_torchvision_fit_without_their_classifier(tmp_path, name):
     options = {"init_weights": False} if name == "googlenet" else {}
     whole = random(torchvision.models.get_model(name, weights=None, **options)).state_dict()
@@ -60,6 +62,51 @@ def test_weights_of_timm_fit_without_their_classifier(tmp_path, name):
     backbone = build_backbone(f"timm/{name}")
     load_weights(backbone, tmp_path / "weights.pth")
     assert_same(backbone.state_dict(), {own: whole[own] for own in backbone.state_dict()})
+
+
+def test_names_that_a_network_renames_itself_fit(tmp_path):
+    """torchvision's file for its vision transformers has other names than its networks."""
+    whole = random(torchvision.models.vit_b_32()).state_dict()
+    old = type(whole)((re.sub(r"mlp\.([03])\.", lambda layer: f"mlp.linear_{1 + int(layer[1]) // 3}.", name), value)
+                      for name, value in whole.items())  # fmt: skip
+    assert "encoder.layers.encoder_layer_0.mlp.linear_2.weight" in old
+    old._metadata = {name: {"version": 1} for name in whole._metadata}
+    torch.save(old, tmp_path / "weights.pth")
+    backbone = build_backbone("vit_b_32")
+    load_weights(backbone, tmp_path / "weights.pth")
+    assert_same(backbone.state_dict(), {own: whole[own] for own in backbone.state_dict()})
+
+
+@pytest.mark.parametrize("name", ["backbone.pt", "backbone.safetensors"])
+def test_an_export_without_versions_fits(tmp_path, name):
+    trained = random(build_backbone("mnasnet0_5"))
+    export_backbone(trained, tmp_path)
+    backbone = build_backbone("mnasnet0_5")
+    load_weights(backbone, tmp_path / name)
+    assert_same(backbone.state_dict(), trained.state_dict())
+
+
+def test_a_checkpoints_backbone_is_found_whatever_its_network_asks():
+    config = Config()
+    config.model.backbone, config.method.name = "mnasnet0_5", "simsiam"
+    method = random(build_method(config))
+    state = {"config": dataclasses.asdict(config), "method": dict(method.state_dict())}
+    assert_same(backbone_of(state).state_dict(), method.online.backbone.state_dict())
+    del state["method"]["online.backbone.layers.0.weight"]
+    with pytest.raises(MSBRegError, match="do not fit a mnasnet0_5"):
+        backbone_of(state)
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+def test_too_little_memory_is_not_taken_for_damage(tmp_path, monkeypatch, name):
+    def load(*args, **kwargs):
+        raise MemoryError if name.endswith("safetensors") else RuntimeError("DefaultCPUAllocator: not enough memory")
+
+    monkeypatch.setattr(torch, "load", load)
+    monkeypatch.setattr("safetensors.torch.load", load)
+    (tmp_path / name).touch()
+    with pytest.raises(MSBRegError, match="this machine's memory does not suffice"):
+        load_weights(build_backbone("convnet"), tmp_path / name)
 
 
 def test_files_from_before_batches_were_counted_fit(tmp_path):
@@ -80,11 +127,13 @@ class Code:
 def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     backbone = build_backbone("convnet")
-    state = backbone.state_dict()
+    state = {name: value.clone() for name, value in backbone.state_dict().items()}
     torch.save({name: value for name, value in state.items() if name != "layers.0.weight"}, "lacking.pt")
     torch.save({f"module.{name}": value for name, value in state.items()}, "prefixed.pt")
     torch.save(state | {"layers.0.weight": torch.zeros(16, 3, 7, 7)}, "stem.pt")
     torch.save(state | {"layers.99.weight": torch.zeros(1)}, "longer.pt")
+    torch.save(state | {"layers.0.weight": torch.full((16, 3, 3, 3), torch.nan)}, "nan.pt")
+    torch.save({0: torch.zeros(1)}, "number.pt")
     torch.save({"step": 3, "method": state}, "checkpoint.pt")
     torch.save(torch.zeros(3), "tensor.pt")
     torch.save({}, "empty.pt")
@@ -100,18 +149,20 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path, monkeypatch):
         Path(f"cut_{name}").write_bytes(Path(name).read_bytes()[:-5000])
     said = {}
     for name in (
-        "lacking.pt", "prefixed.pt", "stem.pt", "longer.pt", "checkpoint.pt", "tensor.pt", "empty.pt", "code.pt",
+        "lacking.pt", "prefixed.pt", "stem.pt", "longer.pt", "nan.pt", "number.pt", "checkpoint.pt", "tensor.pt",
+        "empty.pt", "code.pt",
         "pickled.pt", "text.pt", "text.safetensors", "nothing.pt", "nothing.safetensors", "folder", "missing.pt",
         "missing.safetensors", "cut_backbone.pt", "cut_backbone.safetensors",
     ):  # fmt: skip
         with pytest.raises(MSBRegError, match=name) as refused:
             load_weights(backbone, Path(name))
         said[name] = str(refused.value)
-    assert ": it lacks layers.0.weight. Give those" in said["lacking.pt"]
+    assert ": it lacks layers.0.weight. Give what" in said["lacking.pt"]
     assert ": it lacks layers.0.weight, and 65 more" in said["prefixed.pt"]
     assert "layers.0.weight is (16, 3, 7, 7) there and (16, 3, 3, 3) here." in said["stem.pt"]
     assert ": layers.99.weight is unknown here." in said["longer.pt"]
-    for name in ("checkpoint.pt", "tensor.pt", "empty.pt"):
+    assert "are not finite: layers.0.weight has NaN or infinity." in said["nan.pt"]
+    for name in ("number.pt", "checkpoint.pt", "tensor.pt", "empty.pt"):
         assert "holds something else than a network's weights alone" in said[name]
     for name in ("missing.pt", "missing.safetensors"):
         assert "(--model.weights): No such file or directory." in said[name], said[name]
@@ -120,4 +171,3 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path, monkeypatch):
         if name.split(".")[0] in ("code", "pickled", "text", "nothing", "cut_backbone"):
             assert "it is no such file, or damaged" in said[name], said[name]
     assert not Path("executed").exists()
-    assert_same(backbone.state_dict(), state)

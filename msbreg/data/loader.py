@@ -14,10 +14,10 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -88,10 +88,11 @@ class _Work(NamedTuple):
 class _Stream(Iterator[Batch]):
     """The batches of a generator, which fails by itself where one thread closes it while another asks for the next."""
 
-    def __init__(self, batches: Generator[Batch, None, None]) -> None:
-        self._batches, self._in_use = batches, threading.Lock()
+    def __init__(self, batches: Generator[Batch, None, None], threads: Threads) -> None:
+        self._batches, self._threads, self._in_use = batches, threads, threading.Lock()
 
     def __next__(self) -> Batch:
+        self._threads.require_process()  # whose fork may have the lock locked, by a thread that it does not have
         with self._in_use:
             return next(self._batches)
 
@@ -186,6 +187,7 @@ class ViewLoader:
         self._reading = Threads(READING_THREADS, "read", WORTH_A_THREAD)
         self._drawing, self._ordering = Threads(1, "draw"), Threads(1, "order")
         self._stream: _Stream | None = None
+        self._closed: Future[None] = Future()
 
     @property
     def unreadable(self) -> dict[int, str]:
@@ -205,18 +207,21 @@ class ViewLoader:
 
         Raises:
             ValueError: `start` is below 0.
-            RuntimeError: the loader is closed, or another thread waits for a batch of the stream before.
+            RuntimeError: the loader is closed, or another process's, or another thread waits for a batch of the stream
+                before.
             DataError: while iterating, where too many images cannot be read, or reading takes longer than `timeout`.
         """
         if start < 0:
             raise ValueError(f"expected a first step of 0 or more, got {start}")
         if self._reading.closed:
             raise RuntimeError("the loader is closed")
+        self._reading.require_process()
         if self._stream is not None and not self._stream.close():
             raise RuntimeError("another thread waits for a batch of this loader, which serves one stream at a time")
         if not self.shuffle:
             stop = self.steps_per_epoch if stop is None else min(stop, self.steps_per_epoch)
-        self._stream = _Stream(self._run(itertools.count(start) if stop is None else iter(range(start, stop))))
+        steps = itertools.count(start) if stop is None else iter(range(start, stop))
+        self._stream = _Stream(self._run(steps), self._reading)
         return self._stream
 
     def __enter__(self) -> ViewLoader:
@@ -228,9 +233,11 @@ class ViewLoader:
     def close(self) -> None:
         """Ends the stream and frees threads and memory; so even while another thread waits for the next batch."""
         if self._stream is not None:
-            self._stream.close()  # where a thread waits for its next batch, it ends as that fails
+            self._stream.close()  # where a thread waits for its next batch, it ends once that fails
         for threads in (self._reading, self._drawing, self._ordering):
             threads.close()
+        if not self._closed.done():
+            self._closed.set_result(None)
         self._backend.close()
 
     def _run(self, steps: Iterator[int]) -> Generator[Batch, None, None]:
@@ -319,8 +326,12 @@ class ViewLoader:
                     self._submit(work)
 
     def _wait(self, future: Future[T]) -> T:
-        """What a thread has made, unless it takes longer than images may take."""
-        if not wait([future], self.timeout or None).done:
+        """What a thread has made, unless it takes longer than images may take, or the loader is closed meanwhile."""
+        either: list[Future[Any]] = [future, self._closed]
+        done = wait(either, self.timeout or None, return_when=FIRST_COMPLETED).done
+        if future not in done and self._closed in done:
+            raise RuntimeError("the loader is closed")
+        if not done:
             raise DataError(
                 f"{self._reader.longest} is still being read after {self.timeout:g} s (--data.timeout). See whether "
                 "its disk or network answers, then run the same command again to go on from the last checkpoint."

@@ -29,7 +29,7 @@ class Threads:
     Python computes in one thread at a time. Threads that read small files from memory do little else, and pass this
     right on at every call of the operating system: on two cores eight of them take twice as long as one. Threads that
     wait for a disk or a network do not. So with `worth` now and then one works alone, and tells by `took` what an item
-    takes it; that decides how many work together from then on. Where one stalls meanwhile, all others go on.
+    takes it; that decides how many work together from then on. Where none begins for a second, all go on.
 
     Args:
         count: how many threads.
@@ -56,14 +56,18 @@ class Threads:
 
     def submit(self, function: Callable[..., T], *arguments: object) -> Future[T]:
         """Lets a thread call a function."""
+        self.require_process()
+        future: Future[T] = Future()
+        self._crew.take_on((future, function, arguments))
+        return future
+
+    def require_process(self) -> None:
+        """Raises RuntimeError in a process that was forked from the one that has the threads."""
         if os.getpid() != self._process:
             raise RuntimeError(
                 f"the loader was made by process {self._process}, of whose threads a fork has none; make it in the "
                 "process that uses it"
             )
-        future: Future[T] = Future()
-        self._crew.take_on((future, function, arguments))
-        return future
 
     def took(self, seconds: float) -> None:
         """What an item takes, said by the function that a thread calls, at its end: it counts where it is alone."""
