@@ -89,8 +89,8 @@ class DataConfig:
     batch_size: int = 128
     """Images in a step, over all processes."""
     backend: Literal["auto", "dali", "torchvision"] = "auto"
-    """What decodes and augments; auto: DALI where it is installed, but torchvision on a CPU from views of 96 pixels on,
-    where it is faster."""
+    """What decodes and augments; auto: DALI where it is installed, but torchvision on a CPU from views of 128 pixels
+    on, where it is faster."""
     threads: int = 0
     """Threads that decode and augment in each process; 0: its cores, divided among the processes that may use them."""
     prefetch: int = 2

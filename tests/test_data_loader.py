@@ -223,8 +223,9 @@ def test_bad_images_among_good_ones_are_named_once_replaced_and_counted(tmp_path
     ("asked", "recipe", "made_by"),
     [
         ("auto", cifar(2, 32), "DaliBackend"),
-        ("auto", byol(2, 96), "TorchvisionBackend"),
-        ("auto", multi_crop(2, 2, size=96, local_size=32), "TorchvisionBackend"),
+        ("auto", byol(2, 127), "DaliBackend"),
+        ("auto", byol(2, 128), "TorchvisionBackend"),
+        ("auto", multi_crop(2, 2, size=128, local_size=32), "TorchvisionBackend"),
         ("dali", byol(2, 224), "DaliBackend"),
         ("torchvision", cifar(2, 32), "TorchvisionBackend"),
     ],

@@ -41,9 +41,9 @@ READING_THREADS = 8
 """At the most; those that wait for disks and networks do not compute, so they are not counted by cores."""
 WORTH_A_THREAD = 1e-4
 """Seconds of an image. From memory one takes a third of that, from a network milliseconds."""
-LARGE = 96
-"""Side of the views from which on Pillow and numpy are faster on a CPU than DALI: 1.4 times as fast at 224, 1.1 at 96,
-where at 32 DALI is 2.4 to 2.9 times as fast (bench/README.md, "On two cores")."""
+LARGE = 128
+"""Side of the views from which on Pillow and numpy take a CPU: at 224 they are 1.1 to 1.5 times as fast as DALI, at 96
+between 0.7 and 1.1 times, by the machine, and at 32 DALI is several times as fast (bench/README.md, "On two cores")."""
 READ_TOGETHER = 16
 """Images that one thread reads in a row, where several read."""
 
@@ -126,7 +126,7 @@ class ViewLoader:
         world_size: how many there are.
         device: where the views are made.
         dtype: of the views; None: float16 on a GPU, float32 on a CPU.
-        backend: "dali", "torchvision", or "auto": DALI where it is installed, but torchvision on a CPU for views of 96
+        backend: "dali", "torchvision", or "auto": DALI where it is installed, but torchvision on a CPU for views of 128
             pixels and more, of which it makes more there.
         threads: CPU threads that decode and augment; None: the cores this process may use.
         prefetch: batches that the backend works on ahead of the one asked for; as many again are read ahead of those.
