@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path, monkeypatch):
     torch.save(torch.zeros(3), "tensor.pt")
     torch.save({}, "empty.pt")
     torch.save(Code(), "code.pt")
-    Path("pickled.pt").write_bytes(pickle.dumps(Code()))
+    Path("pickled.pt").write_bytes(pickle.dumps(Code(), protocol=2))
     Path("text.pt").write_text("weights")
     Path("text.safetensors").write_text("weights")
     Path("nothing.pt").touch()
