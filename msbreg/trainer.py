@@ -41,6 +41,7 @@ from msbreg.processes import Processes
 from msbreg.run_folder import forget_results, refuse_other_config, run_folder
 from msbreg.signals import StopSignals
 from msbreg.step import TrainingStep
+from msbreg.weights import read_weights
 
 __all__ = ["Trainer", "pretrain"]
 
@@ -113,6 +114,10 @@ class Trainer:
                     "restore it to go on with the run, or choose another --run.dir to start anew."
                 )
 
+        # Those of a run that goes on are in its checkpoint, and the file of its first ones may be gone.
+        begun = config if state is None else replace(config, model=replace(config.model, weights=None))
+        if begun.model.weights is not None:
+            read_weights(Path(begun.model.weights).expanduser())  # now, since listing the images may take minutes
         self.source, self.held_out = open_images(config, processes)
         if state is not None and state["images"] != len(self.source):
             raise MSBRegError(
@@ -132,8 +137,6 @@ class Trainer:
             max(1, round(config.eval.every * self.loader.steps_per_epoch)) if config.eval.every else self.steps
         )
         classes = len(self.source.classes) if config.eval.linear and has_labels(self.source) else 0
-        # Those of a run that goes on are in its checkpoint, and the file of its first ones may be gone.
-        begun = config if state is None else replace(config, model=replace(config.model, weights=None))
         self.step = TrainingStep(begun, processes, steps=self.steps, warmup_steps=self.warmup_steps, classes=classes)
         self.bad_losses = torch.zeros(2, dtype=torch.int64, device=self.device)  # in a row now, and the longest row
         self.done, self.stopwatch = 0, Stopwatch(self.device)

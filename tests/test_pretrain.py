@@ -120,6 +120,12 @@ def test_a_run_begins_with_the_weights_of_another_and_goes_on_without_their_file
     assert f"--model.weights was {file} and is now {tmp_path / 'other.pt'}" in text
 
 
+def test_missing_weights_are_noticed_before_the_images_are_listed(tmp_path, small, monkeypatch, capsys):
+    monkeypatch.setattr("msbreg.trainer.open_images", lambda *_: pytest.fail("the images were listed first"))
+    text = refusal(capsys, "--run.dir", tmp_path / "run", *small, "--model.weights", tmp_path / "missing.pt")
+    assert f"cannot read weights from {tmp_path / 'missing.pt'} (--model.weights): No such file or directory" in text
+
+
 def test_the_exported_backbone_is_the_trained_one(undisturbed):
     from safetensors.torch import load_file
 
