@@ -179,13 +179,15 @@ def waves(lines):
 def looks(ruler, grain):
     """What the views of a block are like: each of them (N, 3, S, S)."""
     (across, steep), (down, _) = (waves(ruler.mean((1, axis))) for axis in (2, 3))
+    ratio = (across / down).log()
     colour = grain.mean((2, 3))
     coloured = (grain.amax(1) - grain.amin(1)).amax((1, 2)) > 0.02
     green = colour[:, 1] - (colour[:, 0] + colour[:, 2]) / 2
     return {
         "flipped": float((steep < 0).float().mean()),
         "area": float((across * down).mean() / RULER**2),
-        "spread of the ratio": float((across / down).log().std()),
+        # Not the deviation: the waves of a view that is nearly black are miscounted.
+        "spread of the ratio": float(ratio.quantile(0.75) - ratio.quantile(0.25)),
         "brightness": float(colour.mean()),
         "spread of brightness": float(colour.mean(1).std()),
         "spread of hue": float(green[coloured].std()),
@@ -195,7 +197,7 @@ def looks(ruler, grain):
     }
 
 
-TOLERANCE = {"flipped": 0.12, "area": 0.06, "spread of the ratio": 0.04, "grey": 0.1, "dark": 0.13}
+TOLERANCE = {"flipped": 0.12, "area": 0.06, "spread of the ratio": 0.07, "grey": 0.1, "dark": 0.13}
 TOLERANCE |= {"brightness": 0.04, "spread of brightness": 0.03, "spread of hue": 0.03, "sharpness": 0.35}
 """Some three standard deviations of what 384 views show; linear interpolation, which is lightly's, blurs by 0.27."""
 
