@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 __all__ = [
     "Access", "accesses", "amd_resources", "coarse_dots", "dots", "executed", "float_atomics", "instructions",
-    "matrix_units", "overflows", "premature", "ptxas_resources", "serialised",
+    "matrix_units", "overflows", "premature", "ptxas_resources", "serialised", "unfenced",
 ]  # fmt: skip
 
 MAX_BLOCK = 1024
@@ -174,6 +174,14 @@ def matrix_units(assembly: str) -> str | None:
     """The instruction by which matrices are multiplied, or None."""
     found = {next(filter(None, groups)) for groups in re.findall(MATRIX_UNITS, assembly)}
     return ", ".join(sorted(found)) or None
+
+
+def unfenced(ptx: str) -> bool:
+    """Whether Blackwell's tensor cores may read shared memory before what threads have copied there is visible to them.
+
+    PTX asks for a fence between the two. Hopper's do without: NVIDIA's CUTLASS has none in its loop of such copies.
+    """
+    return "tcgen05.mma" in ptx and "fence.proxy.async" not in ptx
 
 
 def ptxas_resources(log: str) -> tuple[int, int]:

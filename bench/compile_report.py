@@ -7,7 +7,8 @@ several calls share is compiled once, and Triton's cache keeps it for the next t
 minutes on one core. The exit status is 1 where a row has a fault: a kernel that does not compile, spills registers,
 needs more shared memory than there is, loads narrowly what could be loaded 16 bytes at a time, multiplies matrices
 without tensor cores or float32 ones by a single TF32 product, has these wait for each other where they could overlap,
-adds by atomics, computes addresses in 32 bits, or begins early and does not wait.
+adds by atomics, computes addresses in 32 bits, has no fence before Blackwell's tensor cores, or begins early and does
+not wait.
 
 A second table has what each call moves and multiplies, and how long an H200 would take for it at least.
 """
@@ -42,6 +43,7 @@ from assembly import (
     premature,
     ptxas_resources,
     serialised,
+    unfenced,
 )
 from records import provenance
 from torch import Tensor
@@ -72,9 +74,9 @@ NARROW = {  # smaller pieces, in bits, in which arguments may be loaded, and why
     "seed_pointer": (64, "one number"),
     "step_pointer": (64, "one number"),
     "key_pointer": (64, "two numbers"),
-    "image_pointer": (32, "its second half begins wherever the number of images puts it"),
+    "image_sums_pointer": (32, "its second half begins wherever the number of images puts it"),
     "squares_pointer": (64, "a few numbers, with a warp's loads side by side"),
-    "weights_pointer": (64, "two numbers"),
+    "coefficients_pointer": (64, "two numbers"),
     "counter_pointer": (32, "one number"),
     "spectral_pointer": (64, "a few kilobytes, with a warp's loads side by side"),
     "image_gradient centroid_pointer": (32, "one row for all threads of a program: one to four numbers for each"),
@@ -309,6 +311,8 @@ def compiled(launch: Launch, target: GPUTarget) -> Row:
     row.faults = faults(row, kernel.asm["ttir"], launch.arguments)
     if launch.options.get("launch_pdl") and premature(text):
         row.faults.append("reads, writes or ends before it has waited for the last launch")
+    if unfenced(text):
+        row.faults.append("has tensor cores read what is copied without a fence")
     if serialised(log.getvalue()):
         row.faults.append("has matrix products wait for each other")
     return row
@@ -391,7 +395,7 @@ def launches_on(target: GPUTarget, cases: Iterable[Case]) -> dict[Case, dict[str
     with (
         mock.patch.object(torch.version, "hip", "ahead of time" if target.backend == "hip" else None),
         mock.patch.object(halves, "shared_memory", return_value=SHARED_BYTES[named(target)]),
-        mock.patch.object(tiles, "begins_early", return_value=target.backend == "cuda" and target.arch >= 90),
+        mock.patch.object(tiles, "architecture", return_value=target.arch if target.backend == "cuda" else 0),
     ):
         # Elsewhere the inverse root is a sequence of launches.
         at_once = halves.ample_shared_memory(torch.device("cpu"))

@@ -74,7 +74,7 @@ def h200_seconds(launches: int, moved: int, flops: int, half_flops: int = 0, *, 
 
 def rows_forward(
     *, z_pointer, t_pointer, seed_pointer, norm_pointer, z_hat_pointer, centroid_pointer, attraction_pointer,
-    image_pointer, key_pointer, views, target_views, batch, dim, LEAVE_ONE_OUT, **_: Any,
+    image_sums_pointer, key_pointer, views, target_views, batch, dim, LEAVE_ONE_OUT, **_: Any,
 ) -> tuple[int, int, int]:  # fmt: skip
     """Each row once, with leave_one_out the targets twice, and the noise's seed and step by each image."""
     acc = norm_pointer.element_size()
@@ -85,7 +85,7 @@ def rows_forward(
         stored += batch * dim * acc
     if seed_pointer is not None:
         loaded += 16 * batch
-    stored += size(attraction_pointer) + size(image_pointer) + size(key_pointer)
+    stored += size(attraction_pointer) + size(image_sums_pointer) + size(key_pointer)
     return loaded, stored, 0
 
 
@@ -205,9 +205,9 @@ def spectral_sums(*, gram_pointer, sums_pointer, **_: Any) -> tuple[int, int, in
     return size(gram_pointer), size(sums_pointer), 0
 
 
-def totals(*, image_pointer, spectral_pointer, total_pointer, parts_pointer, **_: Any) -> tuple[int, int, int]:
+def totals(*, image_sums_pointer, spectral_pointer, total_pointer, terms_pointer, **_: Any) -> tuple[int, int, int]:
     """Each sum once."""
-    return size(image_pointer) + size(spectral_pointer), size(total_pointer) + size(parts_pointer), 0
+    return size(image_sums_pointer) + size(spectral_pointer), size(total_pointer) + size(terms_pointer), 0
 
 
 def brownian_directions(*, output_pointer, seed_pointer, views, batch, BLOCK_ROWS, **_: Any) -> tuple[int, int, int]:

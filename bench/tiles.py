@@ -2,10 +2,10 @@
 
     python bench/tiles.py --json bench/results/GPU/DATE/tiles.json
 
-A tile here is the block sizes, warps and stages that the launchers' `tile` functions return; the others differ from it
-in one or two of these. Times are of replayed CUDA graphs, all tiles in turn; large inputs come from memory, small ones
-from the cache, as in training. A tile whose results differ from the chosen one's by more than rounding, or that does
-not fit into the GPU, is refused with the reason. Needs a GPU.
+A tile here is the block sizes, warps and stages that the launchers' `launch_config` functions return; the others differ
+from it in one or two of these. Times are of replayed CUDA graphs, all tiles in turn; large inputs come from memory,
+small ones from the cache, as in training. A tile whose results differ from the chosen one's by more than rounding, or
+that does not fit into the GPU, is refused with the reason. Needs a GPU.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def cases(views: int, batch: int, dim: int, dtype: torch.dtype, device: torch.de
     z, t = torch.randn(2, views, batch, dim, device=device, generator=generator).to(dtype)
     noise = torch.zeros(2, dtype=torch.int64, device=device).unbind()
     one = torch.ones((), device=device)
-    made = rows.row_losses(z, t, noise, z_hat=True)
+    made = rows.row_losses(z, t, noise, want_z_hat=True)
     z_hat = made.z_hat
     g, squares = gram.unit_gram(z_hat, dim, smaller=True)
     weight, left = split(g / batch, 1.0), batch < dim
@@ -102,14 +102,24 @@ def cases(views: int, batch: int, dim: int, dtype: torch.dtype, device: torch.de
     def root() -> list[Tensor]:
         return [inverse_root.inverse_root(g, squares, shift, floor, steps, at_once=False)[0]]
 
-    yield Case("rows_forward", rows, "tile", lambda: present(rows.row_losses(z, t, noise)), ROWS)
-    yield Case("rows_forward, ẑ too", rows, "tile", lambda: present(rows.row_losses(z, t, noise, z_hat=True)), ROWS)
-    yield Case("image_gradient", gradient, "tile", backward, ROWS)
-    yield Case("unit_gram", gram, "unit_tile", lambda: gram.unit_gram(z_hat, dim, smaller=True)[:1], SQUARES)
+    yield Case("rows_forward", rows, "launch_config", lambda: present(rows.row_losses(z, t, noise)), ROWS)
     yield Case(
-        "unit_product", product, "unit_tile", lambda: [product.unit_product(z_hat, weight, dim, left=left)], PRODUCTS
+        "rows_forward, ẑ too",
+        rows,
+        "launch_config",
+        lambda: present(rows.row_losses(z, t, noise, want_z_hat=True)),
+        ROWS,
     )
-    yield Case("inverse root", inverse_root, "tile", root, SQUARES)
+    yield Case("image_gradient", gradient, "launch_config", backward, ROWS)
+    yield Case("unit_gram", gram, "unit_launch_config", lambda: gram.unit_gram(z_hat, dim, smaller=True)[:1], SQUARES)
+    yield Case(
+        "unit_product",
+        product,
+        "unit_launch_config",
+        lambda: [product.unit_product(z_hat, weight, dim, left=left)],
+        PRODUCTS,
+    )
+    yield Case("inverse root", inverse_root, "launch_config", root, SQUARES)
 
 
 def present(losses: rows.RowLosses) -> list[Tensor]:
@@ -195,7 +205,7 @@ def table(shape: str, found: Sequence[Mapping[str, Any]]) -> str:
         share = min(row["microseconds"]) / usual
         if share <= 1.1:
             lines.append([shape, name, tile, cell(spread(row["microseconds"]), 1), f"{share:.2f}"])
-    return markdown(["shape", "kernel", "tile", "µs", "of the chosen"], lines, text=3)
+    return markdown(["shape", "kernel", "launch_config", "µs", "of the chosen"], lines, text=3)
 
 
 def main() -> None:

@@ -10,25 +10,25 @@ from torch import Tensor
 
 from msbreg.kernels.philox import brownian_rows
 from msbreg.kernels.product import unit_product
-from msbreg.kernels.rows import centroid_of_others, tile
+from msbreg.kernels.rows import centroid_of_others, launch_config
 from msbreg.kernels.tiles import early, inverse_length, load_tile, offsets, wait_for_last_launch
 
 __all__ = ["image_gradient_kernel", "row_gradient", "row_losses_backward"]
 
 
 @triton.jit
-def row_gradient(z_hat, norm, c_hat, n_hat, w_hat, attraction, push):
+def row_gradient(z_hat, norm, c_hat, n_hat, w_hat, d_attraction, d_push):
     """dL/dz = (g - ẑ <ẑ, g>) / |z|, [R, D], where g adds up the gradients of the losses with respect to ẑ.
 
     z_hat: [R, D]. c_hat, n_hat: [R, D] or [1, D], or None. w_hat: [R, D], of the singular value loss, or None.
-    norm, attraction: [R]. push: a scalar.
+    norm: [R]. d_attraction, [R], and d_push, a scalar: the gradients of L with respect to |ẑ - ĉ|²/2 and <ẑ, n̂>.
     """
     g = tl.zeros_like(z_hat)
     if n_hat is not None:
-        g += push * n_hat
+        g += d_push * n_hat
     if c_hat is not None:
-        g -= attraction[:, None] * c_hat  # so far g is that of all rows with this n̂, ĉ and attraction
-        g += attraction[:, None] * z_hat  # radial, but without it rounding would leave of ĉ what is along ẑ
+        g -= d_attraction[:, None] * c_hat  # so far g is that of all rows with this n̂, ĉ and d_attraction
+        g += d_attraction[:, None] * z_hat  # radial, but without it rounding would leave of ĉ what is along ẑ
     if w_hat is not None:
         g += w_hat
     radial = tl.sum(z_hat * g, axis=1)
@@ -84,7 +84,7 @@ def image_gradient_kernel(
     d = tl.arange(0, BLOCK_D)
     d_total = tl.load(d_total_pointer)
     if centroid_pointer is not None:
-        total = tl.load(centroid_pointer + (i * dim + d), mask=d < dim, other=0.0)
+        centroid = tl.load(centroid_pointer + (i * dim + d), mask=d < dim, other=0.0)
     if key_pointer is not None:
         seed, step = tl.load(key_pointer), tl.load(key_pointer + 1)
         if not PER_VIEW:
@@ -96,14 +96,14 @@ def image_gradient_kernel(
         row = k.to(tl.int64) * batch + i
         norm = tl.load(norm_pointer + row, mask=k < views, other=1.0)
         z = load_tile(z_pointer + i * z_stride_i, k, views, z_stride_k, d, dim, z_stride_d, ACC)
-        attraction = tl.zeros([BLOCK_K], ACC) + 2 * tl.full([], attraction_weight, ACC) * d_total
+        d_attraction = tl.zeros([BLOCK_K], ACC) + 2 * tl.full([], attraction_weight, ACC) * d_total
         if d_attraction_pointer is not None:
-            attraction += 2 * tl.load(d_attraction_pointer + row, mask=k < views, other=0.0)
+            d_attraction += 2 * tl.load(d_attraction_pointer + row, mask=k < views, other=0.0)
         if LEAVE_ONE_OUT:
             t = load_tile(t_pointer + i * t_stride_i, k, views, t_stride_k, d, dim, t_stride_d, ACC)
-            c_hat, _ = centroid_of_others(total, t)
+            c_hat, _ = centroid_of_others(centroid, t)
         elif centroid_pointer is not None:
-            c_hat = total[None, :]
+            c_hat = centroid[None, :]
         else:
             c_hat = None
         if key_pointer is None:
@@ -119,7 +119,8 @@ def image_gradient_kernel(
             product = tl.load(product_pointer + place, mask=mask, other=0.0)
             w_hat = tl.full([], product_weight, ACC) * d_total * product
         z_hat = z * (1.0 / norm)[:, None]
-        dz = row_gradient(z_hat, norm, c_hat, n_hat, w_hat, attraction, tl.full([], push_weight, ACC) * d_total)
+        d_push = tl.full([], push_weight, ACC) * d_total
+        dz = row_gradient(z_hat, norm, c_hat, n_hat, w_hat, d_attraction, d_push)
         tl.store(dz_pointer + place, dz.to(dz_pointer.dtype.element_ty), mask=mask)
 
 
@@ -187,7 +188,7 @@ def row_losses_backward(
             *(t.stride() if leave_one_out and t is not None else (0, 0, 0)),
             LEAVE_ONE_OUT=leave_one_out,
             PER_VIEW=per_view,
-            **tile(views, dim, norms.element_size()),
+            **launch_config(views, dim, norms.element_size()),
             **early(z.device, z.numel()),
         )
     return dz

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.halves import STAGES, depth, in_parts, parts_of, split_product, sum_dtype
+from msbreg.kernels.halves import depth, in_parts, parts_of, split_product, sum_dtype
 from msbreg.kernels.tiles import (
     accumulator,
     cdiv,
@@ -15,6 +15,7 @@ from msbreg.kernels.tiles import (
     next_power_of_2,
     offsets,
     precision,
+    stages,
     wait_for_last_launch,
 )
 
@@ -93,20 +94,20 @@ def unit_gram_kernel(
     k = tl.program_id(2).to(tl.int64)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     r = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    low = tl.full([], batch, tl.int64) * width
-    m = z_hat_pointer + k * parts_of(z_hat_pointer) * low
+    plane = tl.full([], batch, tl.int64) * width
+    m = z_hat_pointer + k * parts_of(z_hat_pointer) * plane
     if ROWS:
         sums = split_product(
-            left=m, left_low=low, left_stride_p=width, left_stride_q=1,
-            right=m, right_low=low, right_stride_q=1, right_stride_r=width,
+            left=m, left_plane=plane, left_stride_p=width, left_stride_q=1,
+            right=m, right_plane=plane, right_stride_q=1, right_stride_r=width,
             p=p, p_count=batch, left_count=width, right_count=width, r=r, r_count=batch,
             BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS, WHOLE=WHOLE,
         )  # fmt: skip
         store_symmetric(gram_pointer + k * batch * batch, sums, p, r, batch)
     else:
         sums = split_product(
-            left=m, left_low=low, left_stride_p=1, left_stride_q=width,
-            right=m, right_low=low, right_stride_q=width, right_stride_r=1,
+            left=m, left_plane=plane, left_stride_p=1, left_stride_q=width,
+            right=m, right_plane=plane, right_stride_q=width, right_stride_r=1,
             p=p, p_count=width, left_count=batch, right_count=batch, r=r, r_count=width,
             BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS, WHOLE=WHOLE,
         )  # fmt: skip
@@ -136,7 +137,7 @@ def gram(z: Tensor, *, smaller: bool) -> Tensor:
     rows = smaller and batch < dim
     side = batch if rows else dim
     output = torch.empty(views, side, side, device=z.device, dtype=accumulator(z.dtype))
-    config = tile(side, output.element_size())
+    config = launch_config(side, output)
     tiles = cdiv(side, config["BLOCK_P"])
     with torch.cuda.device_of(z):
         gram_kernel[(tiles, tiles, views)](
@@ -163,7 +164,7 @@ def unit_gram(z_hat: Tensor, dim: int, *, smaller: bool) -> tuple[Tensor, Tensor
     rows = smaller and batch < dim
     side = batch if rows else dim
     output = torch.empty(views, side, side, device=z_hat.device, dtype=sum_dtype(z_hat))
-    config = unit_tile(side, output)
+    config = unit_launch_config(side, output)
     tiles = cdiv(side, config["BLOCK_P"])
     squares = torch.empty(views, tiles * (tiles + 1) // 2, device=z_hat.device, dtype=torch.float64)
     with torch.cuda.device_of(z_hat):
@@ -183,24 +184,28 @@ def unit_gram(z_hat: Tensor, dim: int, *, smaller: bool) -> tuple[Tensor, Tensor
     return output, squares
 
 
-def tile(side: int, itemsize: int) -> dict[str, int | bool]:
-    """The block sizes and warps: small tiles for float64, and while there are few, so that each processor has one."""
-    block = 32 if side <= 256 or itemsize == 8 else 64 if side < 1024 else 128
+def launch_config(side: int, like: Tensor) -> dict[str, int | bool]:
+    """The block sizes, warps and stages of sums like that tensor.
+
+    Small tiles for float64, and while there are few, so that each processor has one.
+    """
+    block = 32 if side <= 256 or like.dtype == torch.float64 else 64 if side < 1024 else 128
     return {
         "BLOCK_P": min(block, max(16, next_power_of_2(side))),
         "BLOCK_Q": 16 if block >= 64 else 32,  # more numbers a factor spill, 128 x 32 on sm_80, 64 x 32 on sm_100
         "num_warps": 8 if block == 128 else 4,
+        "num_stages": stages(like.device),
         "enable_fp_fusion": True,
     }
 
 
-def unit_tile(side: int, like: Tensor) -> dict[str, int | bool]:
-    """As `tile`, of split matrices like that tensor."""
+def unit_launch_config(side: int, like: Tensor) -> dict[str, int | bool]:
+    """As `launch_config`, of split matrices like that tensor."""
     block = 32 if like.dtype == torch.float64 else 64 if side < 1024 or side % 16 else 128  # numbers stored one by one
     return {
         "BLOCK_P": min(block, max(16, next_power_of_2(side))),
         "BLOCK_Q": min(depth(block, block, like), 32 if block == 128 else 64),  # 128 x 64 numbers spill on sm_100
         "num_warps": 8 if block == 128 else 4,
-        "num_stages": STAGES,
+        "num_stages": stages(like.device),
         "enable_fp_fusion": True,
     }

@@ -22,12 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.tiles import cdiv, load_tile, offsets
+from msbreg.kernels.tiles import STAGES, cdiv, load_tile, offsets
 
 __all__ = [
     "LARGEST",
     "SCALE",
-    "STAGES",
     "ample_shared_memory",
     "depth",
     "empty_split",
@@ -44,8 +43,6 @@ SCALE = tl.constexpr(2048.0)
 """Of the low half, which is then up to half as large as the high one."""
 LARGEST = 2.0**15
 """What entries may come to, well below the 65520 that no half holds."""
-STAGES = 3
-"""Tiles of each factor that are on their way to a processor, or there."""
 
 
 @triton.jit
@@ -62,19 +59,19 @@ def parts_of(pointer):
 
 
 @triton.jit
-def store_split(pointer, low, x, mask):
-    """Stores x as it is; where pointer has places of halves as a pair, whose low is `low` elements behind its high."""
+def store_split(pointer, plane, x, mask):
+    """Stores x as it is; where pointer has places of halves as a pair, low one plane of elements behind high."""
     if pointer.dtype.scalar.element_ty == tl.float16:
         x_high, x_low = halves(x)
         tl.store(pointer, x_high, mask=mask)
-        tl.store(pointer + low, x_low, mask=mask)
+        tl.store(pointer + plane, x_low, mask=mask)
     else:
         tl.store(pointer, x, mask=mask)
 
 
 @triton.jit
 def load_part(place, mask, WHOLE: tl.constexpr):
-    """A tile, zero where the mask is not; WHOLE: it is everywhere."""
+    """A tile, zero outside the mask; with WHOLE all of it is inside."""
     if WHOLE:
         return tl.load(place)
     return tl.load(place, mask=mask, other=0.0)
@@ -83,11 +80,11 @@ def load_part(place, mask, WHOLE: tl.constexpr):
 @triton.jit
 def split_product(
     left,
-    left_low,
+    left_plane,
     left_stride_p,
     left_stride_q,
     right,
-    right_low,
+    right_plane,
     right_stride_q,
     right_stride_r,
     p,
@@ -102,8 +99,8 @@ def split_product(
 ):
     """A tile [P, R] of L R for split matrices, float32, or float64 for such.
 
-    left, left_stride_p, left_stride_q: L, [p_count, left_count], split; left_low: from a high half to its low one,
-        int64.
+    left, left_stride_p, left_stride_q: L, [p_count, left_count], split; left_plane: elements of one part, which is how
+        far behind its high half a low one is, int64.
     right and so on: R, [right_count, r_count], split. Where there are fewer than L has columns, those are zero.
     p, r: int32, which rows and columns.
     IN_PARTS: see `in_parts`. WHOLE: all of the matrices' tiles are inside them.
@@ -114,34 +111,35 @@ def split_product(
     x_place = left + offsets(p, left_stride_p, q, left_stride_q)
     y_place = right + offsets(q, right_stride_q, r, right_stride_r)
     block = tl.full([], BLOCK_Q, tl.int64)
-    sums = tl.zeros([p.shape[0], r.shape[0]], ACC)
-    sums_low = tl.zeros([p.shape[0], r.shape[0]], ACC)
+    sums = tl.zeros([p.shape[0], r.shape[0]], ACC)  # high times high, but with IN_PARTS
+    cross = tl.zeros([p.shape[0], r.shape[0]], ACC)  # SCALE times all other products
     THREE_SUMS: tl.constexpr = tl.float16 == NUMBER and not IN_PARTS and p.shape[0] * r.shape[0] <= 4096
     if THREE_SUMS:
-        low_sums = tl.zeros([p.shape[0], r.shape[0]], ACC)
+        second_cross = tl.zeros([p.shape[0], r.shape[0]], ACC)
     for first in range(0, right_count, BLOCK_Q):
         x_mask = (p < p_count)[:, None] & (q < left_count - first)[None, :]
         y_mask = (q < right_count - first)[:, None] & (r < r_count)[None, :]
         x, y = load_part(x_place, x_mask, WHOLE), load_part(y_place, y_mask, WHOLE)
         if tl.float16 == NUMBER:
-            x_low, y_low = load_part(x_place + left_low, x_mask, WHOLE), load_part(y_place + right_low, y_mask, WHOLE)
+            x_low = load_part(x_place + left_plane, x_mask, WHOLE)
+            y_low = load_part(y_place + right_plane, y_mask, WHOLE)
         if tl.float16 != NUMBER:
             sums = tl.dot(x, y, sums, input_precision="ieee", out_dtype=ACC)
         elif IN_PARTS:  # one after the other, since registers hold no third tile of sums
-            sums_low += tl.dot(x_low, y, tl.dot(x, y_low))  # low times low is below the last bit
-            sums_low += tl.dot(x, y) * SCALE
+            cross += tl.dot(x_low, y, tl.dot(x, y_low))  # low times low is below the last bit
+            cross += tl.dot(x, y) * SCALE
         elif THREE_SUMS:  # one for each product: with two in one, tensor cores wait for the first before the second
             sums = tl.dot(x, y, sums)
-            sums_low = tl.dot(x, y_low, sums_low)
-            low_sums = tl.dot(x_low, y, low_sums)
+            cross = tl.dot(x, y_low, cross)
+            second_cross = tl.dot(x_low, y, second_cross)
         else:
             sums = tl.dot(x, y, sums)
-            sums_low = tl.dot(x_low, y, tl.dot(x, y_low, sums_low))
+            cross = tl.dot(x_low, y, tl.dot(x, y_low, cross))
         x_place += block * left_stride_q
         y_place += block * right_stride_q
     if THREE_SUMS:
-        sums_low += low_sums
-    return sums + sums_low / SCALE
+        cross += second_cross
+    return sums + cross / SCALE
 
 
 @triton.jit
@@ -160,9 +158,9 @@ def split_kernel(
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     x = load_tile(matrix_pointer + k * side * side, p, side, side, q, side, 1, ACC) * tl.full([], scale, ACC)
-    low = tl.full([], width, tl.int64) * width
-    place = split_pointer + k * parts_of(split_pointer) * low + offsets(p, width, q, 1)
-    store_split(place, low, x, (p < width)[:, None] & (q < width)[None, :])
+    plane = tl.full([], width, tl.int64) * width
+    place = split_pointer + k * parts_of(split_pointer) * plane + offsets(p, width, q, 1)
+    store_split(place, plane, x, (p < width)[:, None] & (q < width)[None, :])
 
 
 def split(matrix: Tensor, scale: float) -> Tensor:

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, empty_split, in_parts, parts_of
-from msbreg.kernels.newton_schulz import affine_product, first_factors, normalisation, spectral_sum, store_matrix
-from msbreg.kernels.tiles import FEW, cdiv, early, let_next_launch_begin, next_power_of_2, wait_for_last_launch
+from msbreg.kernels.halves import ample_shared_memory, depth, empty_split, in_parts, parts_of
+from msbreg.kernels.newton_schulz import affine_product, first_factors, loss_sum, normalisation, store_matrix
+from msbreg.kernels.tiles import FEW, cdiv, early, let_next_launch_begin, next_power_of_2, stages, wait_for_last_launch
 
 __all__ = ["first_factors_kernel", "inverse_root", "last_step_kernel", "root_kernel", "step_kernel"]
 
@@ -143,7 +143,7 @@ def last_step_kernel(
     size = tl.full([], parts_of(output_pointer), tl.int64) * output_width * output_width
     store_matrix(output_pointer + k * size, z, p, r, output_width)
     if sums_pointer is not None:
-        total = spectral_sum(gram_pointer + k * side * side, z, p, r, side, shift, trace_weight, root_weight)
+        total = loss_sum(gram_pointer + k * side * side, z, p, r, side, shift, trace_weight, root_weight)
         tile = (k * tl.num_programs(0) + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
         tl.store(sums_pointer + tile, total)
 
@@ -152,7 +152,7 @@ def last_step_kernel(
 def root_kernel(
     gram_pointer,
     squares_pointer,
-    weights_pointer,
+    coefficients_pointer,
     work_pointer,
     output_pointer,
     sums_pointer,
@@ -177,7 +177,7 @@ def root_kernel(
 
     gram_pointer, output_pointer: as for `last_step_kernel`. squares_pointer: as for `first_factors_kernel`.
     sums_pointer: [views, members], else as for `last_step_kernel`.
-    weights_pointer: [steps, 2], float64, a and b of each step; two steps or more.
+    coefficients_pointer: [steps, 2], float64, a and b of each step; two steps or more.
     work_pointer: [5, views, parts, width, width], split: two pairs of Y and Z, which odd and even steps write in turn,
         then T, in whose place A is before the first product.
     counter_pointer: [views, 32] int32, zero; see `wait_for_all`.
@@ -197,13 +197,16 @@ def root_kernel(
         work = work_pointer + k * matrix
         t = work + 4 * batch
         s, h = normalisation(squares_pointer + k * count, count, shift, floor)
-        a, b = tl.load(weights_pointer), tl.load(weights_pointer + 1)
+        a, b = tl.load(coefficients_pointer), tl.load(coefficients_pointer + 1)
         for tile in range(member, tiles, members):  # A is where T will be, and the first T is Z
             p, r = block(tile // across, BLOCK_P), block(tile % across, BLOCK_P)
             first_factors(gram, t, work + batch, side, width, a, b, s, h, p, r)
 
-        # The first step's Y = T A; then two phases to each step: T = a I + b Y Z, and both T Y and Z T, of which the
-        # last step has the second alone.
+        # phase                     makes
+        # 1, the first step's       Y = T A
+        # 2, 4, 6, ...: mixing      T = a I + b Y Z of the next step
+        # 3, 5, 7, ...              Y = T Y and, second, Z = Z T
+        # the last one              Z = sqrt(s) Z T alone, into the output
         total = tl.zeros([], tl.float64)
         for phase in range(1, phases):
             wait_for_all(counter, phase * members)
@@ -212,7 +215,8 @@ def root_kernel(
             y, new = work + (step + 1) % 2 * 2 * batch, work + step % 2 * 2 * batch  # Z comes behind Y
             identity, scale = tl.full([], 0.0, tl.float64), tl.full([], 1.0, tl.float64)
             if mixing:
-                identity, scale = tl.load(weights_pointer + 2 * step), tl.load(weights_pointer + 2 * step + 1)
+                place = coefficients_pointer + 2 * step
+                identity, scale = tl.load(place), tl.load(place + 1)
             if last:
                 scale = tl.sqrt(s)
             for tile in range(member, tl.where(first | mixing | last, tiles, 2 * tiles), members):
@@ -225,7 +229,7 @@ def root_kernel(
                     size = tl.full([], parts_of(output_pointer), tl.int64) * output_width * output_width
                     store_matrix(output_pointer + k * size, x, p, r, output_width)
                     if sums_pointer is not None:
-                        total += spectral_sum(gram, x, p, r, side, shift, trace_weight, root_weight)
+                        total += loss_sum(gram, x, p, r, side, shift, trace_weight, root_weight)
                 else:
                     store_matrix(tl.where(mixing, t, tl.where(second, new + batch, new)), x, p, r, width)
         if sums_pointer is not None:
@@ -301,7 +305,7 @@ def sequence(
     iterates = [empty_split(gram, (2, views), side, side, square=True) for _ in range(2)]
     width, count = t.shape[-1], squares.shape[1]
     root_scale = torch.empty(views, device=gram.device, dtype=torch.float64)
-    begins, config = early(gram.device, gram.numel()), tile(gram)
+    begins, config = early(gram.device, gram.numel()), launch_config(gram)
     tiles = cdiv(width, config["BLOCK_P"])
     products = {"WHOLE": all_inside(width, config), **config, **begins}
     sums = None if weights is None else torch.empty(views, tiles**2, device=gram.device, dtype=torch.float64)
@@ -341,7 +345,7 @@ def one_launch(
     views, side, _ = gram.shape
     work = empty_split(gram, (5, views), side, side, square=True)
     width = work.shape[-1]
-    config = tile(gram)
+    config = launch_config(gram)
     programs = processors(gram.device)
     members = min(2 * cdiv(width, config["BLOCK_P"]) ** 2, max(1, programs // views))  # T Y and Z T at a time
     sums = None if weights is None else torch.empty(views, members, device=gram.device, dtype=torch.float64)
@@ -376,7 +380,7 @@ def coefficients(steps: tuple[tuple[float, float], ...]) -> Tensor:
     return torch.tensor(steps, dtype=torch.float64, device="cpu", pin_memory=torch.cuda.is_available())
 
 
-def tile(gram: Tensor) -> dict[str, int | bool]:
+def launch_config(gram: Tensor) -> dict[str, int | bool]:
     """The block sizes, warps and stages: small tiles while there are few, so that each processor has one."""
     if gram.dtype == torch.float64 or gram.shape[1] <= 64:
         block_size, block_depth = 32, min(32, depth(32, 32, gram))
@@ -390,6 +394,6 @@ def tile(gram: Tensor) -> dict[str, int | bool]:
         "BLOCK_Q": block_depth,
         "IN_PARTS": in_parts(gram.shape[1]),
         "num_warps": 8 if block_size == 128 else 4,
-        "num_stages": STAGES,
+        "num_stages": stages(gram.device),
         "enable_fp_fusion": True,
     }

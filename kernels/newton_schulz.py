@@ -15,7 +15,7 @@ from msbreg.kernels.halves import split_product, store_split
 from msbreg.kernels.tiles import affine, load_tile, offsets
 from msbreg.kernels.totals import total_of
 
-__all__ = ["affine_product", "first_factors", "normalisation", "spectral_sum", "store_matrix"]
+__all__ = ["affine_product", "first_factors", "loss_sum", "normalisation", "store_matrix"]
 
 
 @triton.jit
@@ -60,10 +60,10 @@ def affine_product(
     identity, scale: i and s, float64. p, r: int32, rows and columns of the tile.
     BLOCK_Q, IN_PARTS, WHOLE: see `split_product`.
     """
-    low = tl.full([], width, tl.int64) * width
+    plane = tl.full([], width, tl.int64) * width
     product = split_product(
-        left=left, left_low=low, left_stride_p=width, left_stride_q=1,
-        right=right, right_low=low, right_stride_q=width, right_stride_r=1,
+        left=left, left_plane=plane, left_stride_p=width, left_stride_q=1,
+        right=right, right_plane=plane, right_stride_q=width, right_stride_r=1,
         p=p, p_count=width, left_count=width, right_count=width, r=r, r_count=width,
         BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS, WHOLE=WHOLE,
     )  # fmt: skip
@@ -71,7 +71,7 @@ def affine_product(
 
 
 @triton.jit
-def spectral_sum(gram, root, p, r, side, shift, trace_weight, root_weight):
+def loss_sum(gram, root, p, r, side, shift, trace_weight, root_weight):
     """w_t trace(G) + w_r <G + shift I, Z> over a tile, summed in float64 since the terms of the loss cancel.
 
     gram: [side, side], G, contiguous. root: [P, R], Z. p, r: int32, rows and columns of the tile.

@@ -210,7 +210,7 @@ def brownian_directions(
         number and its view alone.
     """
     output = torch.empty(views or 1, batch, dim, device=seed.device, dtype=dtype)
-    config = tile(dim)
+    config = launch_config(dim)
     with torch.cuda.device_of(output):
         brownian_directions_kernel[(cdiv((views or 1) * batch, config["BLOCK_ROWS"]),)](
             output, seed, step, views or 1, batch, dim, first_image, int(views is not None), **config
@@ -218,7 +218,7 @@ def brownian_directions(
     return output if views else output[0]
 
 
-def tile(dim: int) -> dict[str, int | bool]:
+def launch_config(dim: int) -> dict[str, int | bool]:
     """Whole rows, as many as make 1024 numbers; 4 or 8 numbers a thread, more where 16 warps do not suffice."""
     block = max(4, next_power_of_2(dim))
     rows = max(1, 1024 // block)

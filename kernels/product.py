@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.halves import STAGES, ample_shared_memory, depth, parts_of, split_product, sum_dtype
+from msbreg.kernels.halves import ample_shared_memory, depth, parts_of, split_product, sum_dtype
 from msbreg.kernels.tiles import (
     accumulator,
     cdiv,
@@ -15,6 +15,7 @@ from msbreg.kernels.tiles import (
     next_power_of_2,
     offsets,
     precision,
+    stages,
     wait_for_last_launch,
 )
 
@@ -97,19 +98,19 @@ def unit_product_kernel(
     k = tl.program_id(2).to(tl.int64)
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    low, w_low = tl.full([], batch, tl.int64) * width, tl.full([], weight_width, tl.int64) * weight_width
-    m, w = z_hat_pointer + k * parts_of(z_hat_pointer) * low, weight_pointer + k * parts_of(weight_pointer) * w_low
+    plane, w_plane = tl.full([], batch, tl.int64) * width, tl.full([], weight_width, tl.int64) * weight_width
+    m, w = z_hat_pointer + k * parts_of(z_hat_pointer) * plane, weight_pointer + k * parts_of(weight_pointer) * w_plane
     if WEIGHT_LEFT:
         sums = split_product(
-            left=w, left_low=w_low, left_stride_p=weight_width, left_stride_q=1,
-            right=m, right_low=low, right_stride_q=width, right_stride_r=1,
+            left=w, left_plane=w_plane, left_stride_p=weight_width, left_stride_q=1,
+            right=m, right_plane=plane, right_stride_q=width, right_stride_r=1,
             p=i, p_count=batch, left_count=weight_width, right_count=batch, r=d, r_count=width,
             BLOCK_Q=BLOCK_Q, IN_PARTS=True, WHOLE=WHOLE,
         )  # fmt: skip
     else:
         sums = split_product(
-            left=m, left_low=low, left_stride_p=width, left_stride_q=1,
-            right=w, right_low=w_low, right_stride_q=weight_width, right_stride_r=1,
+            left=m, left_plane=plane, left_stride_p=width, left_stride_q=1,
+            right=w, right_plane=w_plane, right_stride_q=weight_width, right_stride_r=1,
             p=i, p_count=batch, left_count=width, right_count=width, r=d, r_count=width,
             BLOCK_Q=BLOCK_Q, IN_PARTS=True, WHOLE=WHOLE,
         )  # fmt: skip
@@ -128,7 +129,7 @@ def product(z: Tensor, weight: Tensor) -> Tensor:
     views, batch, dim = z.shape
     side = weight.shape[-1]
     output = torch.empty(z.shape, device=z.device, dtype=accumulator(z.dtype))
-    config = tile(batch, dim, output.element_size())
+    config = launch_config(batch, dim, output)
     grid = (cdiv(batch, config["BLOCK_I"]), cdiv(dim, config["BLOCK_D"]), views)
     with torch.cuda.device_of(z):
         product_kernel[grid](
@@ -157,7 +158,7 @@ def unit_product(z_hat: Tensor, weight: Tensor, dim: int, *, left: bool) -> Tens
     """
     views, _, batch, width = z_hat.shape
     output = torch.empty(views, batch, dim, device=z_hat.device, dtype=sum_dtype(z_hat))
-    config = unit_tile(batch, dim, output)
+    config = unit_launch_config(batch, dim, output)
     block_i, block_d, block_q = config["BLOCK_I"], config["BLOCK_D"], config["BLOCK_Q"]
     grid = (cdiv(batch, config["BLOCK_I"]), cdiv(dim, config["BLOCK_D"]), views)
     with torch.cuda.device_of(z_hat):
@@ -177,25 +178,29 @@ def unit_product(z_hat: Tensor, weight: Tensor, dim: int, *, left: bool) -> Tens
     return output
 
 
-def tile(rows: int, columns: int, itemsize: int) -> dict[str, int | bool]:
-    """The block sizes and warps of a product: 32 sums a thread, or 64 for matrices of 1,024 x 1,024 and more.
+def launch_config(rows: int, columns: int, like: Tensor) -> dict[str, int | bool]:
+    """The block sizes, warps and stages of a product like that tensor.
 
+    32 sums a thread, or 64 for matrices of 1,024 x 1,024 and more.
     Float64, whose large tiles are more than the shared memory of some GPUs, has small ones.
     """
-    large = rows >= 1024 and columns >= 1024 and itemsize == 4
-    block = 32 if itemsize == 8 else 128 if large else 64
-    narrow = itemsize == 8 or rows % 16 or columns % 16  # numbers with an address each take more registers
+    large = rows >= 1024 and columns >= 1024 and like.dtype == torch.float32
+    block = 32 if like.dtype == torch.float64 else 128 if large else 64
+    narrow = (
+        like.dtype == torch.float64 or rows % 16 or columns % 16
+    )  # numbers with an address each take more registers
     return {
         "BLOCK_I": min(block, max(16, next_power_of_2(rows))),
         "BLOCK_D": min(block, max(16, next_power_of_2(columns))),
         "BLOCK_Q": 16 if narrow else 32,
         "num_warps": 8 if large else 4,
+        "num_stages": stages(like.device),
         "enable_fp_fusion": True,
     }
 
 
-def unit_tile(rows: int, columns: int, like: Tensor) -> dict[str, int | bool]:
-    """As `tile`, of split matrices like that tensor."""
+def unit_launch_config(rows: int, columns: int, like: Tensor) -> dict[str, int | bool]:
+    """As `launch_config`, of split matrices like that tensor."""
     large = rows >= 1024 and columns >= 1024 and like.dtype == torch.float32
     block = 32 if like.dtype == torch.float64 else 128 if large else 64
     return {
@@ -203,6 +208,6 @@ def unit_tile(rows: int, columns: int, like: Tensor) -> dict[str, int | bool]:
         "BLOCK_D": min(block, max(16, next_power_of_2(columns))),
         "BLOCK_Q": depth(block, block, like) if ample_shared_memory(like.device) else 16,  # deeper, sm_80 spills
         "num_warps": 8 if large else 4,
-        "num_stages": STAGES,
+        "num_stages": stages(like.device),
         "enable_fp_fusion": True,
     }

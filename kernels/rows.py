@@ -18,17 +18,17 @@ from msbreg.kernels.halves import empty_split, parts_of, store_split
 from msbreg.kernels.philox import brownian_rows
 from msbreg.kernels.tiles import accumulator, early, load_tile, next_power_of_2, offsets, unit, wait_for_last_launch
 
-__all__ = ["RowLosses", "centroid_of_others", "row_losses", "rows_forward_kernel", "tile"]
+__all__ = ["RowLosses", "centroid_of_others", "launch_config", "row_losses", "rows_forward_kernel"]
 
 
 @triton.jit
-def centroid_of_others(total, t):
+def centroid_of_others(centroid, t):
     """ĉ of the target views other than each, [K, D], and |ĉ|², [K].
 
-    total: [D], the sum of all views' t̂. t: [K, D], rows of the target.
+    centroid: [D], the sum of all views' t̂. t: [K, D], rows of the target.
     """
     t_hat, _, _ = unit(t)
-    c_hat, _, c_length = unit(total[None, :] - t_hat)  # the sum's direction is the mean's
+    c_hat, _, c_length = unit(centroid[None, :] - t_hat)  # the sum's direction is the mean's
     return c_hat, c_length
 
 
@@ -42,7 +42,7 @@ def rows_forward_kernel(
     z_hat_pointer,
     centroid_pointer,
     attraction_pointer,
-    image_pointer,
+    image_sums_pointer,
     key_pointer,
     views,
     target_views,
@@ -72,7 +72,7 @@ def rows_forward_kernel(
     z_hat_pointer: [views, parts, batch, width], split, ẑ; None where they are not wanted. See `halves`.
     centroid_pointer: [batch, dim], ĉ; with LEAVE_ONE_OUT the sum of the views' t̂.
     attraction_pointer: [views, batch], |ẑ - ĉ|²; None where only its sum is wanted.
-    image_pointer: [2, batch], sums over the views of |ẑ - ĉ|² and of <ẑ, n̂>; None for neither.
+    image_sums_pointer: [2, batch], sums over the views of |ẑ - ĉ|² and of <ẑ, n̂>; None for neither.
     key_pointer: [2], int64, a copy of seed and step for the way back, when their owner may have changed them.
 
     One program does one image.
@@ -85,15 +85,15 @@ def rows_forward_kernel(
 
     if t_pointer is not None:
         t_image = t_pointer + i * t_stride_i
-        total = tl.zeros([BLOCK_D], ACC)
+        centroid = tl.zeros([BLOCK_D], ACC)
         for first in tl.range(0, target_views, BLOCK_K, num_stages=STAGES):
             k = first + tl.arange(0, BLOCK_K)
             t_hat, _, _ = unit(load_tile(t_image, k, target_views, t_stride_k, d, dim, t_stride_d, ACC))
-            total += tl.sum(t_hat, axis=0)
+            centroid += tl.sum(t_hat, axis=0)
         if not LEAVE_ONE_OUT:
-            total, _, c_length = unit(total[None, :])  # the sum's direction is the mean's
-            total, c_length = tl.reshape(total, [BLOCK_D]), tl.sum(c_length, axis=0)
-        tl.store(centroid_pointer + (i * dim + d), total, mask=d < dim)
+            centroid, _, c_length = unit(centroid[None, :])  # the sum's direction is the mean's
+            centroid, c_length = tl.reshape(centroid, [BLOCK_D]), tl.sum(c_length, axis=0)
+        tl.store(centroid_pointer + (i * dim + d), centroid, mask=d < dim)
     if seed_pointer is not None and PER_VIEW:
         seed, step = tl.load(seed_pointer), tl.load(step_pointer)
 
@@ -109,9 +109,9 @@ def rows_forward_kernel(
             n_hat = brownian_rows(seed, step, image, 1 + k, dim, BLOCK_D).to(ACC)
         if LEAVE_ONE_OUT:
             t = load_tile(t_image, k, views, t_stride_k, d, dim, t_stride_d, ACC)
-            c_hat, c_length = centroid_of_others(total, t)
+            c_hat, c_length = centroid_of_others(centroid, t)
         elif t_pointer is not None:
-            c_hat = total[None, :]
+            c_hat = centroid[None, :]
         z_hat, norm, length = unit(load_tile(z_image, k, views, z_stride_k, d, dim, z_stride_d, ACC))
         if seed_pointer is not None and PER_VIEW:
             push += tl.sum(z_hat * n_hat, axis=0)
@@ -122,20 +122,20 @@ def rows_forward_kernel(
         lengths += length
         tl.store(norm_pointer + k.to(tl.int64) * batch + i, norm, mask=k < views)
         if z_hat_pointer is not None:
-            low = tl.full([], batch, tl.int64) * width
-            place = z_hat_pointer + i * width + offsets(k, parts_of(z_hat_pointer) * low, d, 1)
-            store_split(place, low, z_hat, (k < views)[:, None] & (d < width)[None, :])
+            plane = tl.full([], batch, tl.int64) * width
+            place = z_hat_pointer + i * width + offsets(k, parts_of(z_hat_pointer) * plane, d, 1)
+            store_split(place, plane, z_hat, (k < views)[:, None] & (d < width)[None, :])
         if attraction_pointer is not None:
             squares = (z_hat - c_hat) * (z_hat - c_hat)
             tl.store(attraction_pointer + k.to(tl.int64) * batch + i, tl.sum(squares, axis=1), mask=k < views)
     attraction = tl.zeros([], ACC)
     if t_pointer is not None:
         if not LEAVE_ONE_OUT:
-            meeting = total_z * total
+            meeting = total_z * centroid
             attraction += views * c_length
         attraction += tl.sum(lengths, axis=0) - 2.0 * tl.sum(meeting, axis=0)
-    if image_pointer is not None:  # now, while there is no noise in registers
-        tl.store(image_pointer + i, tl.maximum(attraction, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    if image_sums_pointer is not None:  # now, while there is no noise in registers
+        tl.store(image_sums_pointer + i, tl.maximum(attraction, 0.0, propagate_nan=tl.PropagateNan.ALL))
     if seed_pointer is not None and not PER_VIEW:
         seed, step = tl.load(seed_pointer), tl.load(step_pointer)
         image = first_image + i + tl.zeros([1], tl.int64)
@@ -144,8 +144,8 @@ def rows_forward_kernel(
     if seed_pointer is not None and i == 0:
         tl.store(key_pointer, seed)
         tl.store(key_pointer + 1, step)
-    if image_pointer is not None:
-        tl.store(image_pointer + (batch + i), tl.sum(push, axis=0))
+    if image_sums_pointer is not None:
+        tl.store(image_sums_pointer + (batch + i), tl.sum(push, axis=0))
 
 
 class RowLosses(NamedTuple):
@@ -159,7 +159,7 @@ class RowLosses(NamedTuple):
     """(B, D): ĉ, or with leave_one_out the sum of the views' t̂."""
     attraction: Tensor | None
     """(K, B): |ẑ - ĉ|²."""
-    images: Tensor | None
+    image_sums: Tensor | None
     """(2, B): sums over the views of |ẑ - ĉ|² and of <ẑ, n̂>."""
     key: Tensor | None
     """(2,), int64: the noise's seed and step as they were."""
@@ -174,7 +174,7 @@ def row_losses(
     leave_one_out: bool = False,
     per_view: bool = False,
     each: bool = False,
-    z_hat: bool = False,
+    want_z_hat: bool = False,
 ) -> RowLosses:
     """The centroid and Brownian losses of embeddings, in one launch.
 
@@ -186,17 +186,18 @@ def row_losses(
         leave_one_out: a view's centroid is of the targets of the other views.
         per_view: a direction for each view of an image rather than one for all of them.
         each: whether the loss of each row is wanted beside their sums.
-        z_hat: whether ẑ is wanted, for products with it.
+        want_z_hat: whether ẑ is wanted, for products with it.
     """
     views, batch, dim = z.shape
     new: dict[str, Any] = {"device": z.device, "dtype": accumulator(z.dtype)}
     norms = torch.empty(views, batch, **new)
-    made = empty_split(norms, (views,), batch, dim) if z_hat else None
+    z_hat = empty_split(norms, (views,), batch, dim) if want_z_hat else None
     centroid = None if t is None else torch.empty(batch, dim, **new)
     attraction = torch.empty(views, batch, **new) if each else None
-    images = None if t is None and noise is None else torch.empty(2, batch, **new)
+    image_sums = None if t is None and noise is None else torch.empty(2, batch, **new)
     seed, step = noise or (None, None)
     key = None if noise is None else torch.empty(2, device=z.device, dtype=torch.int64)
+    half = z.element_size() == 2 and not leave_one_out and not per_view
     with torch.cuda.device_of(z):
         rows_forward_kernel[(batch,)](
             z,
@@ -204,28 +205,28 @@ def row_losses(
             seed,
             step,
             norms,
-            made,
+            z_hat,
             centroid,
             attraction,
-            images,
+            image_sums,
             key,
             views,
             0 if t is None else t.shape[0],
             batch,
             dim,
-            0 if made is None else made.shape[-1],
+            0 if z_hat is None else z_hat.shape[-1],
             first_image,
             *z.stride(),
             *((0, 0, 0) if t is None else t.stride()),
             LEAVE_ONE_OUT=leave_one_out,
             PER_VIEW=per_view,
-            **tile(views, dim, norms.element_size(), half=z.element_size() == 2 and not leave_one_out and not per_view),
+            **launch_config(views, dim, norms.element_size(), half=half),
             **early(z.device, z.numel()),
         )
-    return RowLosses(norms, made, centroid, attraction, images, key)
+    return RowLosses(norms, z_hat, centroid, attraction, image_sums, key)
 
 
-def tile(views: int, dim: int, itemsize: int, *, half: bool = False) -> dict[str, int | bool]:
+def launch_config(views: int, dim: int, itemsize: int, *, half: bool = False) -> dict[str, int | bool]:
     """The block sizes and warps for rows of D numbers: 512 numbers or a row, 16 a thread, 8 if D is no multiple of 16.
 
     32 a thread forward in half precision: with half as many warps an H200 took 4% less for rows of 2,048, and 4% more

@@ -8,8 +8,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
-    "EPS", "FEW", "accumulator", "affine", "begins_early", "cdiv", "early", "inverse_length", "let_next_launch_begin",
-    "load_tile", "next_power_of_2", "offsets", "precision", "unit", "wait_for_last_launch",
+    "EPS", "FEW", "STAGES", "accumulator", "affine", "architecture", "cdiv", "early", "inverse_length",
+    "let_next_launch_begin", "load_tile", "next_power_of_2", "offsets", "precision", "stages", "unit",
+    "wait_for_last_launch",
 ]  # fmt: skip
 
 EPS = tl.constexpr(1e-12)
@@ -17,6 +18,9 @@ EPS = tl.constexpr(1e-12)
 FEW = 2**21
 """Numbers below which a kernel takes a GPU few microseconds: then it counts how it is launched, and that each processor
 has a tile."""
+TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
+STAGES = 3
+"""Tiles of each factor of a product that are on their way to a processor, or there, but for what `stages` says."""
 
 
 @triton.jit
@@ -97,19 +101,33 @@ def inverse_length(norm):
 def early(device: torch.device, numbers: int) -> dict[str, bool]:
     """Arguments of a launch whose programs may take their places while those of the one before end.
 
-    NVIDIA calls it programmatic dependent launch. It saves a microsecond, of a few or of very many.
+    NVIDIA calls it programmatic dependent launch. It saves a microsecond, much of a small launch and nothing of a
+    large one.
 
     Args:
         device: that it is launched on.
         numbers: of the rows, matrices or sums that it is about, by which it takes long or not.
     """
-    return {"EARLY": True, "launch_pdl": True} if numbers < FEW and begins_early(device) else {"EARLY": False}
+    able = architecture(device) >= 90  # Hopper
+    return {"EARLY": True, "launch_pdl": True} if able and numbers < FEW else {"EARLY": False}
+
+
+def stages(device: torch.device) -> int:
+    """`STAGES`; one on Blackwell's sm_100 to sm_110 with Triton before 3.8.
+
+    There a loop of products that copies tiles ahead may read one before it has come: results were now and then wrong on
+    a B200 (https://github.com/triton-lang/triton/issues/9871) and with Triton 3.7 on a B300 (10590).
+    """
+    return 1 if TRITON < (3, 8) and 100 <= architecture(device) < 120 else STAGES
 
 
 @functools.cache
-def begins_early(device: torch.device) -> bool:
-    """Whether a device can do that: NVIDIA's from Hopper on."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+def architecture(device: torch.device) -> int:
+    """The number of an NVIDIA GPU's architecture, 90 for sm_90; 0 of other devices."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def cdiv(length: int, block: int) -> int:

@@ -71,27 +71,27 @@ def total_of(pointer, count, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch", "spectral_count"])
 def totals_kernel(
-    image_pointer,
+    image_sums_pointer,
     spectral_pointer,
     total_pointer,
-    parts_pointer,
+    terms_pointer,
     batch,
     spectral_count,
     row_scale: tl.float64,
     spectral_scale: tl.float64,
     spectral_constant: tl.float64,
     attraction_weight: tl.float64,
-    dispersion_weight: tl.float64,
+    spectral_weight: tl.float64,
     push_weight: tl.float64,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """The three losses and their weighted sum.
 
-    image_pointer: [2, batch], float32 or float64, sums over views of each image; None for zero.
+    image_sums_pointer: [2, batch], float32 or float64, sums over views of each image; None for zero.
     spectral_pointer: [spectral_count], float64; None for zero.
     total_pointer: one element, float32 or float64.
-    parts_pointer: [3], the same: centroid, singular value and Brownian loss.
+    terms_pointer: [3], the same: centroid, singular value and Brownian loss.
     row_scale: 1 / (views * batch). spectral_scale, spectral_constant: L_S = scale * sum + constant.
 
     One program does it all.
@@ -99,20 +99,20 @@ def totals_kernel(
     wait_for_last_launch(EARLY)
     attraction = 0.0
     push = 0.0
-    dispersion = 0.0
-    if image_pointer is not None:
-        attraction = row_scale * total_of(image_pointer, batch, BLOCK)
-        push = row_scale * total_of(image_pointer + batch.to(tl.int64), batch, BLOCK)
+    spectral = 0.0
+    if image_sums_pointer is not None:
+        attraction = row_scale * total_of(image_sums_pointer, batch, BLOCK)
+        push = row_scale * total_of(image_sums_pointer + batch.to(tl.int64), batch, BLOCK)
     if spectral_pointer is not None:
-        dispersion = spectral_scale * total_of(spectral_pointer, spectral_count, BLOCK) + spectral_constant
-    tl.store(parts_pointer, attraction)
-    tl.store(parts_pointer + 1, dispersion)
-    tl.store(parts_pointer + 2, push)
-    tl.store(total_pointer, attraction_weight * attraction + dispersion_weight * dispersion + push_weight * push)
+        spectral = spectral_scale * total_of(spectral_pointer, spectral_count, BLOCK) + spectral_constant
+    tl.store(terms_pointer, attraction)
+    tl.store(terms_pointer + 1, spectral)
+    tl.store(terms_pointer + 2, push)
+    tl.store(total_pointer, attraction_weight * attraction + spectral_weight * spectral + push_weight * push)
 
 
 def totals(
-    images: Tensor | None,
+    image_sums: Tensor | None,
     spectral: Tensor | None,
     *,
     views: int,
@@ -124,7 +124,7 @@ def totals(
     """The weighted sum of the losses, a scalar, and the three losses, (3,).
 
     Args:
-        images: (2, B) of `row_losses`; None for no such losses.
+        image_sums: (2, B) of `row_losses`; None for no such losses.
         spectral: of `spectral_sums`; None for no such loss.
         views: K.
         weights: of the centroid, the singular value and the Brownian loss.
@@ -132,14 +132,14 @@ def totals(
         dtype: of the results.
         device: of the results.
     """
-    total, parts = torch.empty((), dtype=dtype, device=device), torch.empty(3, dtype=dtype, device=device)
-    batch = 1 if images is None else images.shape[1]
+    total, terms = torch.empty((), dtype=dtype, device=device), torch.empty(3, dtype=dtype, device=device)
+    batch = 1 if image_sums is None else image_sums.shape[1]
     with torch.cuda.device_of(total):
         totals_kernel[(1,)](
-            images, spectral, total, parts, batch, 0 if spectral is None else spectral.numel(), 1 / (views * batch),
+            image_sums, spectral, total, terms, batch, 0 if spectral is None else spectral.numel(), 1 / (views * batch),
             1 / views, spectral_constant, *weights, num_warps=8, enable_fp_fusion=True,
             # All at once up to 8,192: one block after another would have the only program wait for memory each time.
             BLOCK=min(8192, max(1024, next_power_of_2(batch))),
             **early(device, batch),
         )  # fmt: skip
-    return total, parts
+    return total, terms

@@ -41,7 +41,7 @@ Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 noise's seed and step, (2,), which their owner may change in between. Those not asked for are empty."""
 
 
-class Dispersion(NamedTuple):
+class Spectral(NamedTuple):
     """The singular value loss from Gram matrices: of a view it is Σ sums + constant, and dL_S/dẑ is weight ẑ W.
 
     W leaves out what is along the rows themselves, which the projection onto the sphere takes away.
@@ -88,7 +88,7 @@ class Dispersion(NamedTuple):
         return min(1.0, LARGEST / most)
 
     @property
-    def weight(self) -> float:
+    def product_weight(self) -> float:
         """Of ẑ W, in this process: an average over processes follows."""
         by_view = {"nuclear": -2 * self.c**0.5, "whitening": 4 * self.c**2, "coding_rate": -1.0}
         return by_view[self.spectrum] * self.processes / self.views / self.scale
@@ -113,11 +113,11 @@ class Dispersion(NamedTuple):
         return cast("Tensor", sums), root
 
 
-def _dispersion(z: Tensor, spectrum: str, smoothing: float, group: str | None) -> Dispersion:
+def _spectral(z: Tensor, spectrum: str, smoothing: float, group: str | None) -> Spectral:
     views, batch, dim = z.shape
     processes = world_size(_group(group))
     side = min(batch, dim) if group is None else dim
-    return Dispersion(spectrum, smoothing, views, batch * processes, dim, side, processes)
+    return Spectral(spectrum, smoothing, views, batch * processes, dim, side, processes)
 
 
 def _group(name: str | None) -> dist.ProcessGroup | None:
@@ -146,34 +146,34 @@ def _forward(
     losses_of_rows = functools.partial(
         row_losses, z, t, noise, first_image=first_image, leave_one_out=leave_one_out, per_view=per_view, each=each
     )
-    dispersion = None if spectrum is None else _dispersion(z, spectrum, smoothing, group)
-    if dispersion is None or group is None:
-        rows = losses_of_rows(z_hat=dispersion is not None)
+    spectral = None if spectrum is None else _spectral(z, spectrum, smoothing, group)
+    if spectral is None or group is None:
+        rows = losses_of_rows(want_z_hat=spectral is not None)
         z_hat = rows.z_hat
         g, squares = (None, None) if z_hat is None else unit_gram(z_hat, z.shape[2], smaller=True)
     else:
         # The sum over the processes goes on while the rows are computed.
-        z_hat = cast("Tensor", row_losses(z, z_hat=True).z_hat)
+        z_hat = cast("Tensor", row_losses(z, want_z_hat=True).z_hat)
         g, _ = unit_gram(z_hat, z.shape[2], smaller=False)
         sent = dist.all_reduce(g, group=_group(group), async_op=True)
         rows = losses_of_rows()
         sent.wait()
         squares = spectral_sums(g, identity=0.0, scale=1.0)
     sums, weight = None, None
-    if dispersion is not None and g is not None and squares is not None:
+    if spectral is not None and g is not None and squares is not None:
         with full_precision(z):
-            sums, weight = dispersion.sums(g, squares)
-    total, parts = totals(
-        rows.images,
+            sums, weight = spectral.sums(g, squares)
+    total, terms = totals(
+        rows.image_sums,
         sums,
         views=z.shape[0],
         weights=weights,
-        spectral_constant=0.0 if dispersion is None else dispersion.constant,
+        spectral_constant=0.0 if spectral is None else spectral.constant,
         dtype=rows.norms.dtype,
         device=z.device,
     )
     key = z.new_empty(0, dtype=torch.int64) if rows.key is None else rows.key
-    outputs = (total, parts, rows.attraction, rows.norms, rows.centroid, z_hat, weight)
+    outputs = (total, terms, rows.attraction, rows.norms, rows.centroid, z_hat, weight)
     return cast("Outputs", (*(rows.norms.new_empty(0) if output is None else output for output in outputs), key))
 
 
@@ -193,7 +193,7 @@ def _forward_fake(
 ) -> Outputs:
     views, batch, dim = z.shape
     new = functools.partial(z.new_empty, dtype=accumulator(z.dtype))
-    side = 0 if spectrum is None else _dispersion(z, spectrum, smoothing, group).side
+    side = 0 if spectrum is None else _spectral(z, spectrum, smoothing, group).side
     return (
         new(()),
         new(3),
@@ -225,8 +225,8 @@ def _backward(
     group: str | None,
 ) -> Tensor:
     views, batch, _ = z.shape
-    attraction_weight, dispersion_weight, push_weight = weights
-    dispersion = None if spectrum is None else _dispersion(z, spectrum, smoothing, group)
+    attraction_weight, spectral_weight, push_weight = weights
+    spectral = None if spectrum is None else _spectral(z, spectrum, smoothing, group)
     return row_losses_backward(
         d_total,
         d_attraction,
@@ -238,8 +238,8 @@ def _backward(
         z_hat if z_hat.numel() else None,
         weight if weight.numel() else None,
         attraction_weight=attraction_weight / (views * batch),
-        product_weight=0.0 if dispersion is None else dispersion_weight * dispersion.weight,
-        weight_left=dispersion is not None and dispersion.left,
+        product_weight=0.0 if spectral is None else spectral_weight * spectral.product_weight,
+        weight_left=spectral is not None and spectral.left,
         push_weight=push_weight / (views * batch),
         first_image=first_image,
         leave_one_out=leave_one_out,
@@ -259,11 +259,11 @@ _backward_operator.register_fake(_backward_fake)
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     z, t, _, _, first_image, leave_one_out, per_view, each, weights, spectrum, smoothing, group = inputs
-    _, parts, attraction, norms, centroid, z_hat, weight, key = output
+    _, terms, attraction, norms, centroid, z_hat, weight, key = output
     ctx.save_for_backward(z, t if leave_one_out else None, norms, centroid, z_hat, weight, key)
     ctx.each = each
     ctx.options = (first_image, leave_one_out, per_view, weights, spectrum, smoothing, group)
-    ctx.mark_non_differentiable(parts, norms, centroid, z_hat, weight, key, *(() if each else (attraction,)))
+    ctx.mark_non_differentiable(terms, norms, centroid, z_hat, weight, key, *(() if each else (attraction,)))
     ctx.set_materialize_grads(False)
 
 
@@ -277,7 +277,7 @@ def _gradients(
 
 
 def _operator_backward(
-    ctx: Any, d_total: Tensor | None, d_parts: Tensor | None, d_attraction: Tensor | None, *_: Any
+    ctx: Any, d_total: Tensor | None, d_terms: Tensor | None, d_attraction: Tensor | None, *_: Any
 ) -> tuple[Any, ...]:
     return _gradients(_backward_operator, ctx, ctx.saved_tensors, d_total, d_attraction)
 
@@ -295,7 +295,7 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, saved: Saved, d_total: Tensor | None, d_parts: Tensor | None, d_attraction: Tensor | None, *_: Any
+        ctx: Any, saved: Saved, d_total: Tensor | None, d_terms: Tensor | None, d_attraction: Tensor | None, *_: Any
     ) -> tuple[Any, ...]:
         return _gradients(_backward, ctx, saved, d_total, d_attraction)
 
@@ -346,10 +346,10 @@ def losses(
         _check_count(z)
     run = _losses_operator if torch.compiler.is_compiling() else _Losses.apply
     name = None if group is None else group.group_name
-    total, parts, attraction, *_ = run(
+    total, terms, attraction, *_ = run(
         z, t, seed, step, first_image, leave_one_out, per_view, each, weights, spectrum, smoothing, name
     )
-    return total, parts, attraction
+    return total, terms, attraction
 
 
 def _gram(matrix: Tensor, smaller: bool) -> Tensor:

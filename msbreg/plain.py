@@ -56,10 +56,10 @@ def losses(
     """
     c_hat = None if t is None else _centroids(z, t, leave_one_out)
     n_hat = None if noise is None else _directions(z, *noise, per_view)
-    attraction, dispersion, push = _RowLosses.apply(z, c_hat, n_hat, spectral)
-    parts = (attraction.mean(), dispersion, push)
-    total = weights[0] * parts[0] + weights[1] * dispersion + weights[2] * push
-    return total, torch.stack(parts).detach(), attraction
+    attraction, singular_value, push = _RowLosses.apply(z, c_hat, n_hat, spectral)
+    terms = (attraction.mean(), singular_value, push)
+    total = weights[0] * terms[0] + weights[1] * singular_value + weights[2] * push
+    return total, torch.stack(terms).detach(), attraction
 
 
 class _RowLosses(torch.autograd.Function):
@@ -74,25 +74,25 @@ class _RowLosses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         with full_precision(z):
             z_hat, norms = reference.unit_rows(raised(z))
-            attraction, dispersion, push = (z_hat.new_zeros(()) for _ in range(3))
+            attraction, singular_value, push = (z_hat.new_zeros(()) for _ in range(3))
             weight = None
             if c_hat is not None:
                 attraction = reference.centroid_loss(z_hat, c_hat)
             if spectral is not None:
-                dispersion, weight = _spectral_loss(z_hat, spectral)
+                singular_value, weight = _spectral_loss(z_hat, spectral)
             if n_hat is not None:
                 push = reference.brownian_loss(z_hat, n_hat)
             ctx.save_for_backward(z, z_hat, norms, c_hat, n_hat, weight)
-            return attraction, dispersion, push
+            return attraction, singular_value, push
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, saved: Saved, d_attraction: Tensor, d_dispersion: Tensor, d_push: Tensor
+        ctx: Any, saved: Saved, d_attraction: Tensor, d_singular_value: Tensor, d_push: Tensor
     ) -> tuple[Tensor | None, ...]:
         z, z_hat, norms, c_hat, n_hat, weight = saved
         with full_precision(z_hat):
-            g = torch.zeros_like(z_hat) if weight is None else linalg.multiply(z_hat, weight * d_dispersion)
+            g = torch.zeros_like(z_hat) if weight is None else linalg.multiply(z_hat, weight * d_singular_value)
             if c_hat is not None:
                 g.addcmul_(reference.centroid_gradient(z_hat, c_hat), d_attraction[..., None])
             if n_hat is not None:

@@ -54,7 +54,9 @@ def test_a_tile_with_other_results_is_refused(monkeypatch):
     assert tiles.chosen(case)["num_warps"] != warps
     real = case.call
     case = case._replace(others=case.others[1:2])
-    case = case._replace(call=lambda: [real()[0] * (1.1 if case.module.tile(2, 16, 4)["num_warps"] == warps else 1)])
+    case = case._replace(
+        call=lambda: [real()[0] * (1.1 if case.module.launch_config(2, 16, 4)["num_warps"] == warps else 1)]
+    )
     found = tiles.measure(case, CPU, seconds=0, rounds=1)
     assert "misfit" not in found[0] and "its results differ by" in found[1]["misfit"]
 

@@ -366,16 +366,24 @@ def test_launches_begin_early_from_hopper_on(compiled):
 
 
 @pytest.mark.parametrize(
-    ("capability", "hip", "able"), [((9, 0), None, 1), ((10, 0), None, 1), ((8, 9), None, 0), ((9, 4), "6", 0)]
-)
-def test_gpus_before_hopper_and_amds_do_not_begin_early(monkeypatch, capability, hip, able):
+    ("capability", "hip", "able", "ahead"),
+    [
+        ((9, 0), None, 1, 3), ((10, 0), None, 1, 1), ((10, 3), None, 1, 1), ((12, 0), None, 1, 3),
+        ((8, 9), None, 0, 3), ((9, 4), "6", 0, 3),
+    ],
+)  # fmt: skip
+def test_gpus_before_hopper_and_amds_do_not_begin_early_and_some_do_not_copy_ahead(
+    monkeypatch, capability, hip, able, ahead
+):
     from msbreg.kernels import tiles
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    assert tiles.begins_early.__wrapped__(torch.device("cuda", 0)) == able
-    assert not tiles.begins_early(torch.device("cpu"))
-    monkeypatch.setattr(tiles, "begins_early", lambda device: bool(able))
+    monkeypatch.setattr(tiles, "architecture", tiles.architecture.__wrapped__)
+    assert tiles.early(torch.device("cpu"), 1) == {"EARLY": False}
+    for version, expected in (((3, 7), ahead), ((3, 8), 3)):
+        monkeypatch.setattr(tiles, "TRITON", version)
+        assert tiles.stages(torch.device("cuda", 0)) == expected and tiles.stages(torch.device("cpu")) == 3
     early = [tiles.early(torch.device("cuda", 0), numbers) for numbers in (tiles.FEW - 1, tiles.FEW)]
     assert early == [{"EARLY": True, "launch_pdl": True} if able else {"EARLY": False}, {"EARLY": False}]
 
@@ -400,6 +408,15 @@ def test_parts_of_long_sums_are_added_outside_of_tensor_cores(compiled):
     A Gram matrix is over 512 rows here, the steps of the inverse root over 256 dimensions.
     """
     assert compiled["additions"] == {"unit_gram_kernel": 2, "step_kernel": 0, "unit_product_kernel": 2}
+
+
+def test_missing_fences_are_noticed():
+    import assembly
+
+    product = "cp.async.wait_group 4;\nbar.sync 0;\ntcgen05.mma.cta_group::1.kind::f16 [%r1], %rd1, %rd2, %r2, %p1;"
+    assert assembly.unfenced(product)
+    assert not assembly.unfenced(product.replace("bar.sync 0;", "fence.proxy.async.shared::cta;\nbar.sync 0;"))
+    assert not assembly.unfenced("cp.async.wait_group 4;\nbar.sync 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32;")
 
 
 def test_serialised_products_are_noticed():

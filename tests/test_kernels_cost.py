@@ -129,7 +129,7 @@ def test_gram_matrices_and_products_of_several_tiles(launches, shape, dtype):
     z = torch.randn(shape, dtype=dtype)
     for smaller in (True, False):
         product(z, gram(z, smaller=smaller))
-    z_hat, dim = row_losses(z, z_hat=True).z_hat, shape[2]
+    z_hat, dim = row_losses(z, want_z_hat=True).z_hat, shape[2]
     for smaller in (True, False):
         g, _ = unit_gram(z_hat, dim, smaller=smaller)
         unit_product(z_hat, split(g, 1.0), dim, left=g.shape[-1] != dim)

@@ -67,7 +67,7 @@ def product(x, y):
     width = len(x)
     left, right = (stored(m.flatten(), F16).view(2, width, width).to(DEVICE) for m in (x, y))
     output = torch.empty_like(left)
-    config = roots.tile(torch.empty(1, width, width))
+    config = roots.launch_config(torch.empty(1, width, width))
     tiles = triton.cdiv(width, config["BLOCK_P"])
     roots.step_kernel[(tiles, tiles, 1)](
         left, right, left, right, output, 1, width, width, 0.0, 1.0,

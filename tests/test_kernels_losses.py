@@ -350,12 +350,16 @@ def test_blocks_change_nothing_but_rounding(shape, options, monkeypatch):
     values, (got,) = losses_and_gradients([z], t, options)
     common = {"num_warps": 1, "enable_fp_fusion": True}
     for module in (rows, gradient):
-        monkeypatch.setattr(module, "tile", lambda *sizes, **_: {"BLOCK_K": 2, "BLOCK_D": 32, "STAGES": 2} | common)
+        monkeypatch.setattr(
+            module, "launch_config", lambda *sizes, **_: {"BLOCK_K": 2, "BLOCK_D": 32, "STAGES": 2} | common
+        )
     square = {"BLOCK_P": 16, "BLOCK_Q": 16} | common
     monkeypatch.setattr(gram, "in_parts", lambda length: True)
-    monkeypatch.setattr(gram, "unit_tile", lambda *sizes: square)
-    monkeypatch.setattr(inverse_root, "tile", lambda *sizes: square | {"IN_PARTS": True})
-    monkeypatch.setattr(product, "unit_tile", lambda *sizes: {"BLOCK_I": 16, "BLOCK_D": 16, "BLOCK_Q": 16} | common)
+    monkeypatch.setattr(gram, "unit_launch_config", lambda *sizes: square)
+    monkeypatch.setattr(inverse_root, "launch_config", lambda *sizes: square | {"IN_PARTS": True})
+    monkeypatch.setattr(
+        product, "unit_launch_config", lambda *sizes: {"BLOCK_I": 16, "BLOCK_D": 16, "BLOCK_Q": 16} | common
+    )
     other, (other_gradient,) = losses_and_gradients([z], t, options)
     assert torch.allclose(values, other, rtol=3e-6, atol=1e-7)  # terms of the spectral loss cancel
     assert torch.allclose(got, other_gradient, rtol=1e-4, atol=1e-7)
@@ -728,7 +732,7 @@ def test_the_larger_gram_matrix_which_processes_sum_has_the_same_loss(spectrum):
     values = []
     for smaller in (True, False):
         g = gram.gram(z, smaller=smaller)
-        loss = ops.Dispersion(spectrum, 0.5, 1, 4, 7, g.shape[-1], 1)
+        loss = ops.Spectral(spectrum, 0.5, 1, 4, 7, g.shape[-1], 1)
         squares = totals.spectral_sums(g, identity=0.0, scale=1.0)
         values.append(loss.sums(g, squares)[0].sum().item() + loss.constant)
     assert values[0] == pytest.approx(values[1], rel=1e-9)
@@ -738,13 +742,13 @@ def test_the_larger_gram_matrix_which_processes_sum_has_the_same_loss(spectrum):
 def test_weights_that_halves_could_not_hold_are_scaled(spectrum, monkeypatch):
     """Those of more rows, or fewer for their dimensions, than a test can have; their gradient is as always."""
     for count, dim in ((10**7, 64), (1, 16384)):
-        dispersion = ops.Dispersion(spectrum, 0.03, 1, count, dim, dim, 1)
+        spectral = ops.Spectral(spectrum, 0.03, 1, count, dim, dim, 1)
         most = {"nuclear": 1.0, "whitening": count, "coding_rate": dim / (0.2 * count)}[spectrum]
-        assert dispersion.scale * most <= halves.LARGEST and dispersion.scale <= 1
+        assert spectral.scale * most <= halves.LARGEST and spectral.scale <= 1
     inputs = [gaussian(2, 9, 5, dtype=F32)], gaussian(2, 9, 5, seed=2, dtype=F32), {**SMOOTH, "spectrum": spectrum}
     _, (expected,) = losses_and_gradients(*inputs)
     monkeypatch.setattr(ops, "LARGEST", 2.0)
-    assert (ops.Dispersion(spectrum, 0.5, 2, 9, 5, 5, 1).scale == 1) == (spectrum == "nuclear")
+    assert (ops.Spectral(spectrum, 0.5, 2, 9, 5, 5, 1).scale == 1) == (spectrum == "nuclear")
     _, (got,) = losses_and_gradients(*inputs)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
@@ -806,7 +810,7 @@ def test_matrices_of_several_tiles(shape):
     z = gaussian(*reversed(shape), dtype=F32).permute(2, 1, 0)
     exact, dim = z.to("cpu", F64), shape[2]
     unit = torch.nn.functional.normalize(exact, dim=-1)
-    numbers = rows.row_losses(z, z_hat=True).z_hat
+    numbers = rows.row_losses(z, want_z_hat=True).z_hat
     for smaller in (True, False):
         g = gram.gram(z, smaller=smaller)
         expected = linalg.gram(exact, smaller=smaller)

@@ -91,10 +91,10 @@ def test_neither_block_sizes_nor_the_split_over_calls_change_a_row(monkeypatch):
     whole = kernels.brownian_directions(10, 130, seed=seed, step=step, views=2)
     part = kernels.brownian_directions(3, 130, seed=seed, step=step, first_image=7, views=2)
     assert torch.equal(whole[:, 7:], part)
-    default = kernels.tile(130)
+    default = kernels.launch_config(130)
     for rows, columns in ((1, 256), (2, 512), (16, 256)):
         other = default | {"BLOCK_ROWS": rows, "BLOCK_D": columns}
-        monkeypatch.setattr(kernels, "tile", lambda dim, other=other: other)
+        monkeypatch.setattr(kernels, "launch_config", lambda dim, other=other: other)
         assert torch.equal(kernels.brownian_directions(10, 130, seed=seed, step=step, views=2), whole)
 
 
