@@ -80,7 +80,7 @@ class Loader(Protocol):
 
 
 class OurLoader:
-    """`msbreg.data.ViewLoader`, after a pass over the images, whose headers it reads when it meets them first."""
+    """`msbreg.data.ViewLoader`, after a pass over the images, which brings their files into memory."""
 
     together = 1
 

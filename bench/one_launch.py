@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import keep, markdown, provenance
+from records import cell, keep, markdown, provenance, spread
 from timing import device_round, plan
 from torch import Tensor
 
@@ -87,7 +87,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     cells = [
         [str(row["views"]), str(row["side"]), str(row["steps"])]
         + [
-            f"{statistics.median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
+            cell(spread(times), 1)
             for clock in ("gpu_microseconds", "host_microseconds")
             for times in row[clock].values()
         ]

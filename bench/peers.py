@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from msbreg.data.rendered import render
 from msbreg.errors import MSBRegError
 from msbreg.files import cache_folder
-from msbreg.machine import synchronize, usable_cores
+from msbreg.machine import gpu_megabytes_in_use, synchronize, usable_cores
 from msbreg.monitor import Stopwatch
 
 CHECK_STEPS = 3
@@ -137,12 +137,6 @@ def joules(device: torch.device) -> float | None:
     return None if failed else millijoules.value / 1e3
 
 
-def gpu_megabytes(device: torch.device) -> float:
-    """Used of the GPU by all processes."""
-    free, total = torch.cuda.mem_get_info(device)
-    return (total - free) / 1e6
-
-
 def serve(name: str, setting: Setting, pipe: Connection) -> None:
     """Life of a provider's process: it builds and checks, and takes a turn, whenever it is asked for that."""
     peer = None
@@ -151,11 +145,11 @@ def serve(name: str, setting: Setting, pipe: Connection) -> None:
     torch.manual_seed(0)
     try:
         pipe.recv()
-        before = gpu_megabytes(device) if gpu else 0.0
+        before = gpu_megabytes_in_use(device)
         peer = PROVIDERS[name].build(setting)
         check(peer)
         synchronize(device)
-        pipe.send({"gpu_memory_mb": gpu_megabytes(device) - before if gpu else None})
+        pipe.send({"gpu_memory_mb": gpu_megabytes_in_use(device) - before if gpu else None})
         while True:
             if gpu:  # for the others
                 gc.collect()

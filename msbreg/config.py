@@ -90,7 +90,7 @@ class DataConfig:
     """Images in a step, over all processes."""
     backend: Literal["auto", "dali", "torchvision"] = "auto"
     """What decodes and augments; auto: DALI where it is installed, but torchvision on a CPU from views of 128 pixels
-    on, where it is faster."""
+    on; at 224 it is faster there."""
     threads: int = 0
     """Threads that decode and augment in each process; 0: its cores, divided among the processes that may use them."""
     prefetch: int = 2

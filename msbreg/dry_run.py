@@ -14,7 +14,7 @@ from msbreg.cuda_graph import WARM_UP
 from msbreg.data import ViewLoader, open_source, rendered
 from msbreg.data.loader import whole_batches
 from msbreg.inputs import open_images, open_loader, share_of_batch
-from msbreg.machine import synchronize, usable_cores
+from msbreg.machine import gpu_megabytes_in_use, synchronize, usable_cores
 from msbreg.monitor import markdown_table, memory_megabytes
 from msbreg.preflight import planned_steps, require_packages
 from msbreg.processes import Processes
@@ -123,7 +123,7 @@ def _measure(config: Config, processes: Processes, folder: Path, steps: int) -> 
             steps=[most(each) for each in seconds],
             loading=most(loading),
             memory=most(memory_megabytes(processes.device)),
-            gpu_memory=most(_memory_in_use(processes.device)),
+            gpu_memory=most(gpu_megabytes_in_use(processes.device)),
             parameters=parameters,
         )
     finally:
@@ -151,11 +151,3 @@ def _load(loader: ViewLoader, first: int) -> float:
     for _ in loader.batches(first, first + BATCHES_LOADED):
         synchronize(loader.device)
     return (time.perf_counter() - began) / BATCHES_LOADED
-
-
-def _memory_in_use(device: torch.device) -> float:
-    """MB of a GPU's memory that all programs have taken from it together; torch gives back nothing that it took."""
-    if device.type != "cuda":
-        return 0.0
-    free, total = torch.cuda.mem_get_info(device)
-    return (total - free) / 1e6

@@ -114,7 +114,8 @@ def msbreg_loss(
         The differentiable loss and its three parts, detached.
 
     Raises:
-        ValueError: shapes that do not fit, empty tensors, tensors on several devices, an unknown option.
+        ValueError: shapes that do not fit, empty tensors, tensors on several devices, an unknown option, a weight that
+            is not finite, a negative smoothing, a seed, step or first image beyond 64 bits, `"svd"` with a group.
         TypeError: not tensors, or not floating point; a weight that is a tensor or None; a seed, step or first image
             that is no integer.
     """
@@ -231,7 +232,7 @@ def brownian_loss(
         A scalar, float32, or float64 for float64 embeddings.
 
     Raises:
-        ValueError: a wrong shape, an empty tensor, an unknown `per`.
+        ValueError: a wrong shape, an empty tensor, an unknown `per`, a seed, step or first image beyond 64 bits.
         TypeError: not tensors, or not floating point; a seed, step or first image that is no integer.
     """
     z = stacked(embeddings, "embeddings", one=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["allowed_cores", "synchronize", "usable_cores"]
+__all__ = ["allowed_cores", "gpu_megabytes_in_use", "synchronize", "usable_cores"]
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -24,6 +24,14 @@ def usable_cores() -> int:
         return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):
         return cores
+
+
+def gpu_megabytes_in_use(device: torch.device) -> float:
+    """MB of a GPU's memory that all programs have taken from it together, or 0; torch gives back nothing it took."""
+    if device.type != "cuda":
+        return 0.0
+    free, total = torch.cuda.mem_get_info(device)
+    return (total - free) / 1e6
 
 
 def synchronize(device: torch.device) -> None:

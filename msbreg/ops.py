@@ -371,7 +371,7 @@ def _multiply_fake(matrix: Tensor, weight: Tensor) -> Tensor:
 
 
 def _newton_schulz(gram: Tensor, shift: float, trace: float | None) -> Tensor:
-    floor, steps = linalg.newton_schulz_plan(0.0 if trace is None else shift / trace, gram.dtype)
+    floor, steps = _plan(0.0 if trace is None else shift / trace, gram.dtype)
     gram = gram.contiguous()
     return inverse_root(gram, spectral_sums(gram, identity=0.0, scale=1.0), shift, floor, steps)[0]
 

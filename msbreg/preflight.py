@@ -1,6 +1,7 @@
 """What must hold before a run begins, beyond what its options alone tell: one set of checks for all that train."""
 
 import math
+import os
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from msbreg.errors import MSBRegError
 from msbreg.evaluation import evaluation_mode
 from msbreg.inputs import recipe_of
 
-__all__ = ["planned_steps", "require_packages", "require_sizes"]
+__all__ = ["planned_steps", "require_images", "require_packages", "require_sizes"]
 
 
 def planned_steps(config: Config, steps_per_epoch: int) -> int:
@@ -25,6 +26,22 @@ def require_packages(config: Config) -> None:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError as error:
             raise MSBRegError("--run.tensorboard needs the tensorboard package: pip install tensorboard.") from error
+
+
+def require_images(config: Config) -> None:
+    """Raises MSBRegError where options for some images come without their path, or it is the run's own folder."""
+    path = config.data.path
+    if path is None and config.data.images:
+        raise MSBRegError(
+            f"--data.images says that this config is for {config.data.images:,} images, but there is no --data.path to "
+            "them; give it, or --data.images 0 to train on images that msbreg renders."
+        )
+    if path is not None and _real(path) == _real(config.run.dir):
+        raise MSBRegError(f"--run.dir {config.run.dir} is the folder of the images; give the run a folder of its own.")
+
+
+def _real(path: str) -> str:
+    return os.path.realpath(os.path.expanduser(path))
 
 
 @torch.no_grad()

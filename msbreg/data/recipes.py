@@ -28,7 +28,7 @@ LARGEST = 1000.0
 
 @dataclass(frozen=True)
 class View:
-    """One view: where it is cut from the image and what is done to it, in this order; a blur follows the crop.
+    """One view: where it is cut from the image and what is done to it, in this order.
 
     The defaults are the first block of BYOL (Grill et al. 2020, appendix B).
 
@@ -46,6 +46,10 @@ class View:
     """Where set, the crop is not drawn: it is the centred square with this share of the image's shorter side."""
     interpolation: Literal["cubic", "linear"] = "cubic"
     """Filter of the resize, antialiased; BYOL: bicubic."""
+    blur: float = 1.0
+    """Probability of a Gaussian blur."""
+    sigma: tuple[float, float] = (0.1, 2.0)
+    """Smallest and largest standard deviation of the blur, pixels of the view."""
     jitter: float = 0.8
     """Probability that brightness, contrast, saturation and hue are changed, all four together."""
     brightness: float = 0.4
@@ -58,10 +62,6 @@ class View:
     """Strength in turns of the colour circle, at most 0.5: the angle is uniform in [-360 hue, 360 hue] degrees."""
     grayscale: float = 0.2
     """Probability that all colour is taken away."""
-    blur: float = 1.0
-    """Probability of a Gaussian blur."""
-    sigma: tuple[float, float] = (0.1, 2.0)
-    """Smallest and largest standard deviation of the blur, pixels of the view."""
     solarize: float = 0.0
     """Probability that values of 128 and more are inverted."""
     flip: float = 0.5
