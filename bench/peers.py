@@ -33,7 +33,7 @@ from msbreg.data.rendered import render
 from msbreg.errors import MSBRegError
 from msbreg.files import cache_folder
 from msbreg.machine import gpu_megabytes_in_use, synchronize, usable_cores
-from msbreg.monitor import Stopwatch
+from msbreg.stopwatch import Stopwatch
 
 CHECK_STEPS = 3
 WARM_UP = 3

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from msbreg.config import Config
+from msbreg.console import markdown_table
 from msbreg.errors import MSBRegError
 from msbreg.machine import synchronize
-from msbreg.monitor import markdown_table
 from msbreg.processes import Processes
 from msbreg.trainer import Trainer
 

@@ -227,11 +227,11 @@ def show(table: str | None) -> None:
 
 
 def run_eval(options: Namespace) -> int:
+    from msbreg.console import markdown_table
     from msbreg.evaluator import TASKS, Evaluator
     from msbreg.export import backbone_of
     from msbreg.inputs import open_images
     from msbreg.machine import usable_cores
-    from msbreg.monitor import markdown_table
     from msbreg.processes import Processes
 
     refuse_peers("eval")

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from msbreg.config import Config
+from msbreg.console import markdown_table
 from msbreg.cuda_graph import WARM_UP
 from msbreg.data import ViewLoader, open_source, rendered
 from msbreg.data.loader import whole_batches
 from msbreg.inputs import open_images, open_loader, share_of_batch
-from msbreg.machine import gpu_megabytes_in_use, synchronize, usable_cores
-from msbreg.monitor import markdown_table, memory_megabytes
+from msbreg.machine import gpu_megabytes_in_use, memory_megabytes, synchronize, usable_cores
 from msbreg.preflight import planned_steps, require_packages
 from msbreg.processes import Processes
 from msbreg.step import TrainingStep

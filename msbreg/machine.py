@@ -2,11 +2,13 @@
 
 import math
 import os
+import resource
+import sys
 from pathlib import Path
 
 import torch
 
-__all__ = ["allowed_cores", "gpu_megabytes_in_use", "synchronize", "usable_cores"]
+__all__ = ["allowed_cores", "gpu_megabytes_in_use", "memory_megabytes", "synchronize", "usable_cores"]
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -24,6 +26,14 @@ def usable_cores() -> int:
         return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):
         return cores
+
+
+def memory_megabytes(device: torch.device) -> float:
+    """Peak memory of this process so far: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (peak if sys.platform == "darwin" else 1024 * peak) / 1e6
 
 
 def gpu_megabytes_in_use(device: torch.device) -> float:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from msbreg import checkpoint
+from msbreg.collapse import embedding_statistics
 from msbreg.config import Config, with_absolute_paths
 from msbreg.console import say
 from msbreg.errors import MSBRegError
@@ -23,23 +24,18 @@ from msbreg.evaluator import TASKS, Evaluator
 from msbreg.export import export_backbone
 from msbreg.files import read_json, write_json
 from msbreg.inputs import has_labels, open_images, open_loader, recipe_of
+from msbreg.machine import memory_megabytes
 from msbreg.methods import StepOutput
-from msbreg.monitor import (
-    MetricsFile,
-    Progress,
-    Stopwatch,
-    embedding_statistics,
-    finite,
-    markdown_table,
-    memory_megabytes,
-    read_metrics,
-)
+from msbreg.metrics import MetricsFile, finite, read_metrics
 from msbreg.plots import draw_curves
 from msbreg.preflight import planned_steps, require_images, require_packages
 from msbreg.processes import Processes
+from msbreg.progress import Progress
 from msbreg.run_folder import forget_results, refuse_other_config, run_folder
 from msbreg.signals import StopSignals
 from msbreg.step import TrainingStep
+from msbreg.stopwatch import Stopwatch
+from msbreg.summary import start_of, summary_table
 from msbreg.weights import read_weights
 
 __all__ = ["Trainer", "pretrain"]
@@ -398,11 +394,12 @@ class Trainer:
                 self.folder / "curves.png",
                 title=title,
                 score=TASKS[self.evaluator.task],
-                start=start_of(self.config),
+                start=start_of(summary),
             )
             write_json(summary_file, finite(summary))
         self.progress.close()
-        self._print_table(summary, again)
+        done = "This run had finished already" if again else "Curves, metrics, checkpoint and backbone are"
+        say(f"{summary_table(summary)}\n\n{done} in {self.folder}/", sys.stdout)
         return summary
 
     def _summary(self, task: str) -> dict[str, Any]:
@@ -427,35 +424,6 @@ class Trainer:
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "processes": self.processes.world,
         }
-
-    def _print_table(self, summary: dict[str, Any], again: bool) -> None:
-        task = TASKS[summary["task"]]
-        rows = [
-            (f"{task}, this run", f"{summary['knn_top1']:.1%}"),
-            (f"{task}, {start_of(self.config)}", f"{summary['knn_top1_untrained']:.1%}"),
-            (f"{task}, raw pixels", f"{summary['knn_top1_pixels']:.1%}"),
-        ]
-        if "linear_top1" in summary:
-            rows.append(("linear probe top-1", f"{summary['linear_top1']:.1%}"))
-        rows += [
-            ("training images", f"{summary['images']:,}"),
-            ("steps", f"{summary['step']:,}"),
-            ("seconds of training", f"{summary['seconds']:.0f}"),
-            ("images/s", f"{summary['images_per_second']:,.0f}"),
-            ("views/s", f"{summary['views_per_second']:,.0f}"),
-            ("waiting for data, ms a step", f"{summary['data_wait_ms']:.1f}"),
-            ("peak memory, MB", f"{summary['memory_mb']:,.0f}"),
-        ]
-        if summary["unreadable_images"]:
-            rows.append(("unreadable images left out", f"{summary['unreadable_images']:,}"))
-        table = markdown_table(rows, (f"{summary['method']}, {summary['backbone']}", "value"))
-        done = "This run had finished already" if again else "Curves, metrics, checkpoint and backbone are"
-        say(f"{table}\n\n{done} in {self.folder}/", sys.stdout)
-
-
-def start_of(config: Config) -> str:
-    """What the network is called as it was before the first step."""
-    return "untrained network" if config.model.weights is None else "weights it began with"
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ import records
 import runs
 
 from msbreg.data.rendered import render
-from msbreg.monitor import read_metrics
+from msbreg.metrics import read_metrics
 
 
 @pytest.fixture

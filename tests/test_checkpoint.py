@@ -16,7 +16,7 @@ from msbreg import checkpoint
 from msbreg.config import Config
 from msbreg.errors import MSBRegError
 from msbreg.export import backbone_of
-from msbreg.monitor import MetricsFile
+from msbreg.metrics import MetricsFile
 
 
 def state(step: int, **more: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ pytest.importorskip("jsonargparse", reason="this needs the extra [train]")
 
 from msbreg.cli import main, show_each_warning_once
 from msbreg.console import say
-from msbreg.monitor import Progress
+from msbreg.progress import Progress
 
 
 def full():

@@ -29,7 +29,7 @@ from msbreg.data import ImageFolder, TarShards, ViewLoader
 from msbreg.data.draws import permutation
 from msbreg.data.recipes import evaluation
 from msbreg.errors import DataError, MSBRegError
-from msbreg.monitor import read_metrics
+from msbreg.metrics import read_metrics
 from msbreg.processes import Processes
 
 BOUND = 120.0

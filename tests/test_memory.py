@@ -17,7 +17,7 @@ from torch import nn
 
 from msbreg import models
 from msbreg.cli import main
-from msbreg.monitor import read_metrics
+from msbreg.metrics import read_metrics
 
 
 def run_tiny(arguments: list[str], log: Path) -> None:

@@ -25,7 +25,7 @@ from msbreg.cli import configs_first, main, parse
 from msbreg.config import Config
 from msbreg.errors import MSBRegError
 from msbreg.inputs import open_images
-from msbreg.monitor import read_metrics
+from msbreg.metrics import read_metrics
 from msbreg.processes import Processes
 from msbreg.trainer import Trainer
 

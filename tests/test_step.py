@@ -22,10 +22,11 @@ from msbreg.config import Config
 from msbreg.data import Batch, ViewLoader
 from msbreg.errors import MSBRegError
 from msbreg.evaluation import OnlineProbe
+from msbreg.metrics import read_metrics
 from msbreg.models import build_backbone, mlp_head
-from msbreg.monitor import Stopwatch, read_metrics
 from msbreg.processes import Processes
 from msbreg.step import TrainingStep
+from msbreg.stopwatch import Stopwatch
 from msbreg.trainer import pretrain
 
 BATCH, VIEWS, STEPS = 6, 2, 8

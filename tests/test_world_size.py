@@ -15,7 +15,7 @@ pytest.importorskip("jsonargparse", reason="this needs the extra [train]")
 import torch
 
 from msbreg.cli import main
-from msbreg.monitor import read_metrics
+from msbreg.metrics import read_metrics
 
 STEPS = 30
 # Checkpoints at signals alone, and steps too small to blow the rounding of a sum up to the size of the loss.

@@ -1,0 +1,41 @@
+"""summary.json, what a run has come to, as a table."""
+
+from typing import Any
+
+from msbreg.console import markdown_table
+from msbreg.evaluator import TASKS
+
+__all__ = ["start_of", "summary_table"]
+
+
+def summary_table(summary: dict[str, Any]) -> str:
+    """Markdown: the figures of summary.json for people.
+
+    Args:
+        summary: what the file holds of a run that has finished.
+    """
+    task = TASKS[summary["task"]]
+    rows = [
+        (f"{task}, this run", f"{summary['knn_top1']:.1%}"),
+        (f"{task}, {start_of(summary)}", f"{summary['knn_top1_untrained']:.1%}"),
+        (f"{task}, raw pixels", f"{summary['knn_top1_pixels']:.1%}"),
+    ]
+    if "linear_top1" in summary:
+        rows.append(("linear probe top-1", f"{summary['linear_top1']:.1%}"))
+    rows += [
+        ("training images", f"{summary['images']:,}"),
+        ("steps", f"{summary['step']:,}"),
+        ("seconds of training", f"{summary['seconds']:.0f}"),
+        ("images/s", f"{summary['images_per_second']:,.0f}"),
+        ("views/s", f"{summary['views_per_second']:,.0f}"),
+        ("waiting for data, ms a step", f"{summary['data_wait_ms']:.1f}"),
+        ("peak memory, MB", f"{summary['memory_mb']:,.0f}"),
+    ]
+    if summary["unreadable_images"]:
+        rows.append(("unreadable images left out", f"{summary['unreadable_images']:,}"))
+    return markdown_table(rows, (f"{summary['method']}, {summary['backbone']}", "value"))
+
+
+def start_of(summary: dict[str, Any]) -> str:
+    """What the network is called as it was before the first step."""
+    return "untrained network" if summary["weights"] is None else "weights it began with"
