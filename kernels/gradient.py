@@ -157,7 +157,7 @@ def row_losses_backward(
         weight: W, split, of D x D matrices, or with weight_left of B x B; None for no singular value loss.
         attraction_weight: of each |ẑ - ĉ|² in the weighted sum.
         product_weight: of ẑ W.
-        weight_left: whether it is W ẑ.
+        weight_left: whether it is Wᵀ ẑ.
         push_weight: of each <ẑ, n̂>.
         first_image: as in `row_losses`.
         leave_one_out: as there.

@@ -1,4 +1,4 @@
-"""M W for each view: of any matrices, and of unit rows, whose entries halves can hold."""
+"""M W for each view, or Wᵀ M: of any matrices, and of unit rows, whose entries halves can hold."""
 
 import torch
 import triton
@@ -39,7 +39,7 @@ def product_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """M W, or with WEIGHT_LEFT W M, of each view.
+    """M W, or with WEIGHT_LEFT Wᵀ M, of each view.
 
     z_pointer: [views, batch, dim], M, any strides, any floating dtype, numbers of any size.
     weight_pointer: [views, side, side], W, contiguous, as is the output; side is dim, or batch with WEIGHT_LEFT.
@@ -58,7 +58,7 @@ def product_kernel(
     for first in range(0, side, BLOCK_Q):
         q = first + tl.arange(0, BLOCK_Q)
         if WEIGHT_LEFT:
-            w = load_tile(w_view, i, batch, side, q, side, 1, ACC)
+            w = load_tile(w_view, i, batch, 1, q, side, side, ACC)
             z = load_tile(z_view, q, batch, z_stride_i, d, dim, z_stride_d, ACC)
             sums = tl.dot(w, z, sums, input_precision=PRECISION, out_dtype=ACC)
         else:
@@ -102,7 +102,7 @@ def unit_product_kernel(
     m, w = z_hat_pointer + k * parts_of(z_hat_pointer) * plane, weight_pointer + k * parts_of(weight_pointer) * w_plane
     if WEIGHT_LEFT:
         sums = split_product(
-            left=w, left_plane=w_plane, left_stride_p=weight_width, left_stride_q=1,
+            left=w, left_plane=w_plane, left_stride_p=1, left_stride_q=weight_width,
             right=m, right_plane=plane, right_stride_q=width, right_stride_r=1,
             p=i, p_count=batch, left_count=weight_width, right_count=batch, r=d, r_count=width,
             BLOCK_Q=BLOCK_Q, IN_PARTS=True, WHOLE=WHOLE,
@@ -124,7 +124,7 @@ def product(z: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         z: M, (K, B, D), any floating dtype and strides.
-        weight: (K, D, D), contiguous; or (K, B, B) for W M.
+        weight: (K, D, D), contiguous; or (K, B, B) for Wᵀ M.
     """
     views, batch, dim = z.shape
     side = weight.shape[-1]
@@ -154,7 +154,7 @@ def unit_product(z_hat: Tensor, weight: Tensor, dim: int, *, left: bool) -> Tens
         z_hat: ẑ.
         weight: W, (K, parts, v, v), split, of dim x dim matrices, or with left of B x B.
         dim: D.
-        left: W ẑ rather than ẑ W.
+        left: Wᵀ ẑ rather than ẑ W.
     """
     views, _, batch, width = z_hat.shape
     output = torch.empty(views, batch, dim, device=z_hat.device, dtype=sum_dtype(z_hat))

@@ -54,7 +54,7 @@ def stacked(x: Views, name: str, *, one: bool = False) -> Tensor:
         raise TypeError(f"expected {name} to be {wanted}, got {type(x).__name__}")
     if 0 in z.shape:
         raise ValueError(f"expected {name} to have at least one view, image and dimension, got shape {tuple(z.shape)}")
-    return z
+    return z.resolve_neg()  # a kernel would read what a lazy minus has not negated yet
 
 
 def batch_size(views: Views) -> int:
@@ -66,6 +66,8 @@ def batch_size(views: Views) -> int:
 def _check_tensor(x: Tensor, name: str) -> None:
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"expected {name} in float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"expected {name} to be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
     refuse_transforms(x)
 
 

@@ -138,8 +138,12 @@ def gram(matrix: Tensor, *, smaller: bool = True) -> Tensor:
 
 
 def multiply(matrix: Tensor, weight: Tensor) -> Tensor:
-    """M W for a weight (..., D, D) and W M for a weight (..., N, N): whichever side its Gram matrix was."""
-    return matrix @ weight if weight.shape[-1] == matrix.shape[-1] else weight @ matrix
+    """M W for a weight (..., D, D) and Wᵀ M for a weight (..., N, N): whichever side its Gram matrix was.
+
+    A weight is symmetric but for rounding, which for M of less than full rank matters: a root by `newton_schulz` is
+    exact on one side, and W M would be of the other.
+    """
+    return matrix @ weight if weight.shape[-1] == matrix.shape[-1] else weight.mT @ matrix
 
 
 def inverse_root(
@@ -181,8 +185,12 @@ def eigenpairs(gram: Tensor, matrix: Tensor | None = None) -> tuple[Tensor, Tens
     """Eigenvalues (..., p), at least 0, and eigenvectors (..., p, p), as columns, of G; through M's SVD where given."""
     finite = finite_gram(gram)
     if matrix is None:
-        values, vectors = torch.linalg.eigh(torch.where(finite, gram, 0.0))
-        values = values.clamp_min(0.0)
+        g = torch.where(finite, gram, 0.0)
+        # With a rounding of the trace on the diagonal: without it LAPACK fails, or gives NaN, on some matrices of one
+        # direction with rows of zeros, as behind a ReLU.
+        shift = torch.finfo(g.dtype).eps * g.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+        values, vectors = torch.linalg.eigh(g + torch.diag_embed(shift.expand(g.shape[:-1])))
+        values = (values - shift).clamp_min(0.0)
     else:
         u, s, vt = torch.linalg.svd(torch.where(finite, matrix, 0.0), full_matrices=False)
         values, vectors = s.square(), vt.mT if vt.shape[-2] == vt.shape[-1] else u
@@ -194,7 +202,7 @@ def newton_schulz(gram: Tensor, shift: float, trace: float | None = None) -> Ten
 
     Higham, "Functions of Matrices", SIAM 2008, section 6.7. Y and Z start at A and I and tend to A^(1/2) and A^(-1/2).
     The order of the factors matters once rounding keeps them from commuting: with Y on the left of Z the gradient M Z
-    near collapse is five times as exact as with Z on the left of Y.
+    near collapse is five times as exact as with Z on the left of Y; for a Gram matrix M Mᵀ that is Zᵀ M (`multiply`).
 
     Args:
         gram: G, (..., p, p), float32 or float64.

@@ -62,7 +62,8 @@ class Loss(nn.Module):
         return self.group
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.options)
+        processes = "this process" if self.group is None else f"{self.group.size()} processes"
+        return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in self.options), f"over {processes}"])
 
 
 def _several_processes() -> bool:
@@ -127,7 +128,8 @@ class MSBRegLoss(_NoisyLoss):
     """The multiview centroid, singular value and Brownian losses: λ_m L_M + λ_s L_S + λ_b L_B.
 
     See `msbreg.functional.msbreg_loss` for the terms and their options. Weights may be changed between calls, though
-    where torch.compile traces the kernels it compiles anew for each value: call a loss with a schedule outside of it.
+    where torch.compile traces the kernels it compiles anew for each value, and with fullgraph soon refuses to: call a
+    loss with a schedule outside of it.
 
     The noise is a function of seed, step and image. The module counts steps, in its state_dict: one for each call in
     training mode, none in eval mode, and none for calls with a `step`, which `torch.utils.checkpoint` needs.

@@ -77,7 +77,7 @@ class Spectral(NamedTuple):
 
     @property
     def left(self) -> bool:
-        """Whether the Gram matrices are of the rows, and the gradient is weight W ẑ."""
+        """Whether the Gram matrices are of the rows, and the gradient is weight Wᵀ ẑ."""
         return self.side != self.dim
 
     @property
@@ -395,7 +395,7 @@ def gram(matrix: Tensor, *, smaller: bool = True) -> Tensor:
 
 
 def multiply(matrix: Tensor, weight: Tensor) -> Tensor:
-    """M W, (K, N, D), for a weight (K, D, D), and W M for a weight (K, N, N)."""
+    """M W, (K, N, D), for a weight (K, D, D), and Wᵀ M for a weight (K, N, N), as `linalg.multiply`."""
     return (_multiply_operator if torch.compiler.is_compiling() else _multiply)(matrix, weight)
 
 

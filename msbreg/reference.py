@@ -121,7 +121,7 @@ def brownian_gradient(z_hat: Tensor, n_hat: Tensor) -> Tensor:
 def singular_value_loss(
     gram: Tensor, inverse_root: InverseRoot, *, rows: int, dim: int, spectrum: Spectrum, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Σ_j f(s_j²) for each view, and the weight W that makes its gradient, M W (or W M; see `linalg.multiply`).
+    """Σ_j f(s_j²) for each view, and the weight W that makes its gradient, M W (or Wᵀ M; see `linalg.multiply`).
 
     Unit rows fix Σ s̃_j² = r for s̃_j = s_j sqrt(r / N), so that a flat spectrum is s̃_j = 1. With λ = s²,
     c = r / N, a = D / (N ε) and the smoothing δ,

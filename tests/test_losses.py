@@ -627,9 +627,11 @@ def test_defaults_are_the_same_everywhere():
 
 def test_repr_shows_the_options():
     assert "lambda_s=0.1" in repr(MSBRegLoss(lambda_s=0.1)) and "spectrum='nuclear'" in repr(MSBRegLoss())
+    assert "over this process" in repr(MSBRegLoss())
 
 
 OK = torch.ones(2, 3, 4)
+RAGGED = torch.nested.nested_tensor(list(OK), layout=torch.jagged)
 
 
 def several_gradients_at_once():
@@ -653,6 +655,12 @@ REFUSED = [
     (lambda: centroid_loss(OK, OK.to(torch.complex64)), TypeError, r"got torch\.complex64"),
     (lambda: centroid_loss([[1.0]], OK), TypeError, "got list"),
     (lambda: centroid_loss(OK.numpy(), OK), TypeError, "got ndarray"),
+    (lambda: centroid_loss(OK.to_sparse(), OK), TypeError, "online to be a dense tensor, got torch.sparse_coo"),
+    (
+        lambda: centroid_loss(OK, torch.nested.nested_tensor(list(OK), layout=torch.jagged)),
+        TypeError,
+        "target to be a dense.*a nested one",
+    ),
     (lambda: centroid_loss(OK, OK.to("meta")), ValueError, "target on cpu, as online, got meta"),
     (lambda: centroid_loss([OK[0], OK[1].to("meta")], OK), ValueError, r"online\[1\] on cpu"),
     (lambda: centroid_loss(OK[:1], OK[:1], leave_one_out=True), ValueError, "at least 2.*got 1 and 1"),

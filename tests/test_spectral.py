@@ -296,8 +296,8 @@ def test_nuclear_norm_smoothing():
 
 @pytest.mark.parametrize(
     ("solver", "dtype", "tolerance"),
-    [("eigh", F64, 1e-9), ("svd", F64, 1e-9), ("eigh", F32, 1e-5), ("svd", F32, 1e-5), ("newton_schulz", F32, 2e-2),
-     ("newton_schulz", F64, 2e-2)],
+    [("eigh", F64, 1e-9), ("svd", F64, 1e-9), ("eigh", F32, 1e-5), ("svd", F32, 1e-5), ("newton_schulz", F32, 1e-3),
+     ("newton_schulz", F64, 1e-7)],
 )  # fmt: skip
 @pytest.mark.parametrize("shape", [(64, 24), (24, 64)])
 def test_rank_deficient_gives_the_polar_factor_of_the_nonzero_part(solver, dtype, tolerance, shape):
@@ -308,6 +308,23 @@ def test_rank_deficient_gives_the_polar_factor_of_the_nonzero_part(solver, dtype
     value, gradient = value_and_gradient(lambda m: nuclear_norm(m, solver=solver), m)
     assert value.item() == pytest.approx(torch.linalg.matrix_norm(m.to(F64), "nuc").item(), rel=1e-3)
     assert ((gradient - expected).norm() / expected.norm()).item() < tolerance
+
+
+def test_one_direction_with_rows_of_zeros_is_decomposed():
+    """One live unit behind a ReLU: of some seeds LAPACK's float32 eigh finds no end for these, of others NaN."""
+    found = 0
+    for seed in range(60):
+        z = torch.zeros(2, 64, 128)
+        z[..., 0] = gaussian(2, 64, seed=seed).float().relu()
+        value, gradient = value_and_gradient(lambda z: singular_value_loss(z, solver="eigh"), z)
+        assert value.isfinite() and gradient.isfinite().all()
+        row_unit = torch.nn.functional.normalize(z, dim=-1)
+        try:
+            found += not torch.linalg.eigh(row_unit @ row_unit.mT)[1].isfinite().all()
+        except torch.linalg.LinAlgError:
+            found += 1
+    if not found:
+        pytest.skip("this machine's LAPACK decomposes them all anyway")
 
 
 @pytest.mark.parametrize("solver", ["eigh", "newton_schulz", "svd"])
