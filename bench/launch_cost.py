@@ -45,9 +45,6 @@ def of(kernel: str, arguments: Mapping[str, Any]) -> Cost:
     for name in unread(kernel, arguments):
         tensors.pop(name, None)
     places = {tensor.data_ptr(): size(tensor) for tensor in tensors.values()}
-    if kernel == "unit_product_kernel" and arguments["WEIGHT_LEFT"]:  # the rows that fill up the weight are not read
-        weight, width = arguments["weight_pointer"], arguments["weight_width"]
-        places[weight.data_ptr()] = size(weight) * arguments["batch"] // width
     return Cost(loaded, stored, sum(places.values()), *flops)
 
 
@@ -194,8 +191,10 @@ def unit_product(
     views, parts = output_pointer.numel() // (batch * dim), parts_of(z_hat_pointer)
     down, across = cdiv(batch, BLOCK_I), cdiv(dim, BLOCK_D)
     inner, columns = (batch if WEIGHT_LEFT else width), min(across * BLOCK_D, width)
-    left = min(weight_width, BLOCK_Q * cdiv(inner, BLOCK_Q)) if WEIGHT_LEFT else inner
-    numbers = across * batch * left + down * inner * columns
+    rows, left = batch, inner
+    if WEIGHT_LEFT:
+        rows, left = (min(weight_width, block * cdiv(batch, block)) for block in (BLOCK_I, BLOCK_Q))
+    numbers = across * rows * left + down * inner * columns
     flops = 2 * views * down * across * BLOCK_I * BLOCK_D * BLOCK_Q * cdiv(inner, BLOCK_Q)
     return views * parts * numbers * z_hat_pointer.element_size(), size(output_pointer), *by_parts(parts, flops)
 

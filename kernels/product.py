@@ -104,7 +104,7 @@ def unit_product_kernel(
         sums = split_product(
             left=w, left_plane=w_plane, left_stride_p=1, left_stride_q=weight_width,
             right=m, right_plane=plane, right_stride_q=width, right_stride_r=1,
-            p=i, p_count=batch, left_count=weight_width, right_count=batch, r=d, r_count=width,
+            p=i, p_count=weight_width, left_count=weight_width, right_count=batch, r=d, r_count=width,
             BLOCK_Q=BLOCK_Q, IN_PARTS=True, WHOLE=WHOLE,
         )  # fmt: skip
     else:
