@@ -17,6 +17,7 @@ import msbreg
 from msbreg.config import Config, config_of, option_types, packaged_configs, require_text
 from msbreg.console import say
 from msbreg.errors import MSBRegError
+from msbreg.files import expanded
 from msbreg.signals import StopSignals
 
 __all__ = ["main"]
@@ -228,6 +229,7 @@ def show(table: str | None) -> None:
 
 def run_eval(options: Namespace) -> int:
     from msbreg.console import markdown_table
+    from msbreg.data.recipes import View
     from msbreg.evaluator import TASKS, Evaluator
     from msbreg.export import backbone_of
     from msbreg.inputs import open_images
@@ -250,7 +252,8 @@ def run_eval(options: Namespace) -> int:
         if options.data.path is options.data.eval_path is None and train.fingerprint() != state["fingerprint"]:
             warnings.warn(f"the images of {config.data.path} are not those that the run was trained on", stacklevel=1)
         threads = config.data.threads or usable_cores()
-        evaluator = Evaluator(config, train, held_out, device=processes.device, threads=threads)
+        view = View(**state["recipe"][0]) if "recipe" in state else None  # whose file may be another by now
+        evaluator = Evaluator(config, train, held_out, device=processes.device, threads=threads, view=view)
         accuracy = evaluator(backbone_of(state).to(processes.device), linear=True)
         task = TASKS[evaluator.task]
         rows = [(task, f"{accuracy.knn:.1%}"), (f"{task}, raw pixels", f"{evaluator.pixels():.1%}")]
@@ -268,7 +271,7 @@ def run_export(options: Namespace) -> int:
     require_text("--out", options.out)
     run = run_of(options.run, "export")
     state = read_run(run)
-    folder = Path(options.out).expanduser() if options.out else (run if run.is_dir() else run.parent)
+    folder = expanded(options.out) if options.out else (run if run.is_dir() else run.parent)
     for file in export_backbone(backbone_of(state), folder):
         say(str(file), sys.stdout)
     return 0
@@ -300,7 +303,7 @@ def run_of(text: str | None, command: str) -> Path:
     """The run folder or checkpoint that a command was given."""
     if not text:
         raise MSBRegError(f"{command} needs a run folder or a checkpoint file: msbreg {command} runs/default.")
-    return Path(text).expanduser()
+    return expanded(text)
 
 
 def read_run(path: Path) -> dict[str, Any]:

@@ -274,12 +274,14 @@ def flatten(config: "Config | dict[str, Any]") -> dict[str, Any]:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The config with the places of its images and weights as they are to be found from any folder."""
+    """The config with the places of its images, weights and recipe as they are to be found from any folder."""
 
     def absolute(path: str | None) -> str | None:
         return path and os.path.abspath(os.path.expanduser(path))
 
     data = replace(config.data, path=absolute(config.data.path), eval_path=absolute(config.data.eval_path))
+    if data.recipe.lower().endswith((".yaml", ".yml")):  # else it is a name
+        data = replace(data, recipe=absolute(data.recipe) or "")
     return replace(config, data=data, model=replace(config.model, weights=absolute(config.model.weights)))
 
 

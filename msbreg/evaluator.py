@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from msbreg.config import Config
 from msbreg.data import Batch, Source, ViewLoader, evaluation
-from msbreg.data.recipes import Recipe
+from msbreg.data.recipes import Recipe, View
 from msbreg.evaluation import evaluation_mode, extract_features, instance_accuracy, knn_accuracy, linear_probe
 from msbreg.inputs import LABELLED_IMAGES_A_CLASS, has_labels, recipe_of
 from msbreg.linalg import singular_values
@@ -48,6 +48,8 @@ class Evaluator:
         held_out: images that are not trained on, or None: then the task is to recognise training images.
         device: where features are computed.
         threads: decoding threads.
+        view: how images are cut and coloured that are to be recognised again, at `data.size`; None: as the recipe's
+            first view.
 
     Attributes:
         task: "labels" or "instances".
@@ -64,6 +66,7 @@ class Evaluator:
         *,
         device: torch.device,
         threads: int,
+        view: View | None = None,
     ) -> None:
         self.device = device
         self.k, self.temperature = config.eval.k, config.eval.temperature
@@ -99,7 +102,8 @@ class Evaluator:
             self.bank, self.queries = images(train, config.eval.bank), images(held_out, config.eval.queries)
         else:
             source, most = train if held_out is None else held_out, min(INSTANCES, config.eval.queries)
-            self.bank, self.queries = images(source, most), images(source, most, recipe_of(config)[:1])
+            view = replace(view or recipe_of(config)[0], size=config.data.size)  # pixels are compared too
+            self.bank, self.queries = images(source, most), images(source, most, (view,))
         self.linear = config.eval.linear and self.task == "labels"
 
     def pixels(self) -> float:

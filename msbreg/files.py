@@ -10,7 +10,7 @@ from typing import Any
 
 from msbreg.errors import MSBRegError
 
-__all__ = ["cache_folder", "read_json", "reason", "sync_folder", "whole_file", "write_json"]
+__all__ = ["cache_folder", "expanded", "read_json", "reason", "sync_folder", "whole_file", "write_json"]
 
 
 @contextlib.contextmanager
@@ -66,6 +66,11 @@ def read_json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def expanded(path: str) -> Path:
+    """A path as users write it, ~ included; that of somebody unknown stays as it is, and is not found then."""
+    return Path(os.path.expanduser(path))
 
 
 def cache_folder() -> Path:

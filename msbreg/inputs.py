@@ -1,7 +1,6 @@
 """What a config trains and is judged on: its images, the views of them, and the loader that makes these."""
 
 import contextlib
-import os
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from msbreg.console import say
 from msbreg.data import Source, ViewLoader, load_recipe, open_source, open_split, with_classes_of
 from msbreg.data.recipes import Recipe
 from msbreg.errors import MSBRegError
-from msbreg.files import cache_folder
+from msbreg.files import cache_folder, expanded
 from msbreg.processes import Processes
 
 __all__ = ["LABELLED_IMAGES_A_CLASS", "has_labels", "open_images", "open_loader", "recipe_of", "share_of_batch"]
@@ -91,7 +90,7 @@ def open_images(config: Config, processes: Processes) -> tuple[Source, Source | 
     from msbreg.data.rendered import render
 
     if config.data.path is not None:
-        path = Path(os.path.expanduser(config.data.path))
+        path = expanded(config.data.path)
         return processes.of_first(lambda: _listed(config, path), "list the images")
     rendered = _cache(config) / f"rendered-{config.data.size}"
     if processes.local_rank == 0:
@@ -101,7 +100,7 @@ def open_images(config: Config, processes: Processes) -> tuple[Source, Source | 
 
 
 def _cache(config: Config) -> Path:
-    return Path(config.data.cache).expanduser() if config.data.cache else cache_folder()
+    return expanded(config.data.cache) if config.data.cache else cache_folder()
 
 
 def _listed(config: Config, path: Path) -> tuple[Source, Source | None]:
@@ -110,7 +109,7 @@ def _listed(config: Config, path: Path) -> tuple[Source, Source | None]:
         cache = _cache(config)
     train, held_out = open_split(path, cache=cache)
     if config.data.eval_path is not None:
-        held_out = with_classes_of(train, open_source(os.path.expanduser(config.data.eval_path), cache=cache))
+        held_out = with_classes_of(train, open_source(expanded(config.data.eval_path), cache=cache))
     elif held_out is None and has_labels(train):
         train, held_out = set_aside(train)
         say(

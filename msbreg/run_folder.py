@@ -8,6 +8,7 @@ from typing import Any
 
 from msbreg.config import Config, config_of, flatten, with_absolute_paths
 from msbreg.errors import MSBRegError
+from msbreg.files import expanded
 from msbreg.processes import Processes
 
 __all__ = ["forget_results", "refuse_other_config", "run_folder"]
@@ -23,7 +24,7 @@ FREE_TO_CHANGE = {
 @contextlib.contextmanager
 def run_folder(config: Config, processes: Processes) -> Iterator[Path]:
     """Makes the run folder and keeps other runs out of it until this one ends."""
-    folder = Path(config.run.dir).expanduser()
+    folder = expanded(config.run.dir)
     if not processes.first:
         processes.wait()
         yield folder
@@ -54,7 +55,7 @@ def forget_results(folder: Path) -> None:
 
 def refuse_other_config(state: dict[str, Any], config: Config, folder: Path) -> None:
     """A run goes on only as it began: options that shape its result may not change in the middle."""
-    before, now = flatten(config_of(state)), flatten(with_absolute_paths(config))
+    before, now = (flatten(with_absolute_paths(one)) for one in (config_of(state), config))
     changed = [name for name in now if name not in FREE_TO_CHANGE and before[name] != now[name]]
     if changed:
         differences = "; ".join(f"--{name} was {before[name]} and is now {now[name]}" for name in changed)

@@ -22,7 +22,7 @@ from msbreg.console import say
 from msbreg.errors import MSBRegError
 from msbreg.evaluator import TASKS, Evaluator
 from msbreg.export import export_backbone
-from msbreg.files import read_json, write_json
+from msbreg.files import expanded, read_json, write_json
 from msbreg.inputs import has_labels, open_images, open_loader, recipe_of
 from msbreg.machine import memory_megabytes
 from msbreg.methods import StepOutput
@@ -104,7 +104,7 @@ class Trainer:
         # Those of a run that goes on are in its checkpoint, and the file of its first ones may be gone.
         begun = config if state is None else replace(config, model=replace(config.model, weights=None))
         if begun.model.weights is not None:
-            read_weights(Path(begun.model.weights).expanduser())  # now, since listing the images may take minutes
+            read_weights(expanded(begun.model.weights))  # now, since listing the images may take minutes
         self.source, self.held_out = open_images(config, processes)
         if state is not None and state["images"] != len(self.source):
             raise MSBRegError(

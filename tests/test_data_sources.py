@@ -433,11 +433,19 @@ def test_the_quick_look_at_a_jpeg_says_what_pillow_says(monkeypatch):
     assert all(one == other for one, other in seen)
 
 
-def test_rare_kinds_of_png_and_webp_are_left_to_pillow():
+def test_rare_kinds_are_left_to_pillow():
     """DALI's parser refuses WebP files with EXIF, which in a large batch would end the process, and rounds 16 bits."""
     deep = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
     pixels = chunk(b"IDAT", zlib.compress(bytes(7)))
     assert probe(PNG[:8] + chunk(b"IHDR", deep) + pixels + chunk(b"IEND", b"")) is None
+    one = encoded((20, 30), "PNG")
+    animated = chunk(b"acTL", struct.pack(">II", 1, 0))  # of which DALI shows another frame, and fails in one
+    assert probe(one) == (20, 30) and probe(one[:33] + animated + one[33:]) is None
+    cmyk = io.BytesIO()
+    Image.new("CMYK", (30, 20)).save(cmyk, "JPEG")
+    data = cmyk.getvalue()
+    assert probe(data) == (20, 30) and data[2:4] == b"\xff\xee"
+    assert probe(data[:2] + data[18:]) is None  # without Adobe's marker it is black to DALI
     assert probe(encoded((20, 30), "WEBP", lossless=True)) == (20, 30)
     assert probe(encoded((20, 30), "WEBP", lossless=True, exif=exif(1))) is None
     second = Image.new("RGB", (30, 20))

@@ -10,8 +10,9 @@ import torch
 pytest.importorskip("PIL", reason="this needs the extra [train]")
 
 from msbreg.config import Config
-from msbreg.data import ImageFolder
+from msbreg.data import ImageFolder, open_source, open_split
 from msbreg.errors import MSBRegError
+from msbreg.files import expanded
 from msbreg.inputs import has_labels, input_dtype, open_images, open_loader, set_aside, share_of_batch
 from msbreg.processes import Processes
 
@@ -125,3 +126,35 @@ def test_classes_of_held_out_images_are_matched_by_name(config, tmp_path, swatch
     config.data.eval_path = linked(tmp_path / "others", ["b/1.jpg", "c/1.jpg"], swatches)
     train, held_out = open_images(config, Processes("cpu"))
     assert train.classes == ["a", "b", "c"] and held_out.labels.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("folders", "classes", "held_out"),
+    [
+        (["train/a", "train/b", "val/a"], ["a", "b"], 4),
+        (["Train/a", "Train/b", "Test/b"], ["a", "b"], 4),
+        (["train/a", "train/b", "valid/a", "test/b", "test/a"], ["a", "b"], 4),
+        (["train/a", "train/b"], ["a", "b"], 0),
+        (["train", "bus", "car"], ["bus", "car", "train"], 0),  # a class of COCO
+    ],
+)
+def test_folders_of_a_split_have_their_usual_names(tmp_path, swatches, folders, classes, held_out):
+    linked(tmp_path, [f"{folder}/{number}.jpg" for number in range(4) for folder in folders], swatches)
+    (tmp_path / "notes").mkdir()
+    train, other = open_split(tmp_path)
+    assert train.classes == classes and (0 if other is None else len(other)) == held_out
+    assert len(train) == 4 * len(classes)
+
+
+def test_shards_beside_images_are_not_passed_over_in_silence(tmp_path, swatches):
+    linked(tmp_path, ["preview.jpg"], swatches)
+    (tmp_path / "shard.tar").touch()
+    with pytest.warns(UserWarning, match=r"tar shards beside them are passed over: give .*/\*\.tar for these"):
+        assert len(open_source(tmp_path)) == 1
+
+
+def test_somebody_unknown_has_no_home(config):
+    config.data.path = "~nobody-of-this-name/images"
+    with pytest.raises(MSBRegError, match="no such folder or file: ~nobody-of-this-name/images"):
+        open_images(config, Processes("cpu"))
+    assert str(expanded("~nobody-of-this-name/x")) == "~nobody-of-this-name/x"

@@ -398,6 +398,27 @@ def test_labels_that_cannot_be_used_are_said(tmp_path, small, swatches, capsys, 
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["task"] == "instances"
 
 
+def test_a_recipe_of_another_size_judges_images_without_labels_and_may_be_gone_afterwards(
+    tmp_path, small, swatches, capsys, monkeypatch
+):
+    for image in sorted((swatches / "train").rglob("*.jpg"))[:40]:
+        shutil.copy(image, tmp_path / image.name)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("- {size: 24}\n- {size: 24, flip: 0}\n")
+    monkeypatch.chdir(tmp_path)
+    options = ["--data.path", tmp_path, "--data.recipe", "mine.yaml", "--optim.steps", "1"]
+    assert pretrain("--run.dir", tmp_path / "run", *small, *options) == 0
+    trained = json.loads((tmp_path / "run" / "summary.json").read_text())
+    monkeypatch.chdir("/")
+    options[3] = recipe
+    assert pretrain("--run.dir", tmp_path / "run", *small, *options) == 0  # the same file by another name
+    recipe.unlink()
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    (score,) = re.search(r"recognised again +\| +([\d.]+)%", capsys.readouterr().out).groups()
+    assert float(score) == pytest.approx(100 * trained["knn_top1"], abs=0.06)
+
+
 def test_processes_of_torchrun_train_as_one_does(tmp_path, small, undisturbed, free_port):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # which comes of crops, and tells no name
 
 __all__ = ["UndecodableError", "UnreadableError", "as_ppm", "decode", "probe"]
 
@@ -29,6 +32,8 @@ SIXTEEN_BITS = ("PNG", "PPM")
 FRAMES = (0xC0, 0xC1, 0xC2)
 """JPEG's markers of a frame with Huffman codes, sequential or progressive, of which an image has one."""
 HUFFMAN, SCAN, QUANTISATION, JFIF, PROFILE = 0xC4, 0xDA, 0xDB, 0xE0, 0xE2
+ADOBE = 0xEE
+"""That of what says which colours four components are; without it DALI shows black."""
 OTHER_FRAMES = tuple(marker for marker in range(0xC3, 0xD0) if marker != HUFFMAN)
 """Markers of frames that hardly any program writes: lossless ones, hierarchical ones, arithmetic codes."""
 COMMON = {*FRAMES, HUFFMAN, SCAN, QUANTISATION, JFIF, PROFILE, 0xDD, 0xFE}
@@ -150,6 +155,10 @@ def _is_plain(segments: list[tuple[int, bytes]] | None) -> bool:
     return (
         sum(marker in FRAMES for marker in markers) == 1
         and not any(marker in OTHER_FRAMES for marker in markers)
+        and (
+            markers.count(ADOBE)
+            or not any(marker in FRAMES and contents[5:6] == b"\4" for marker, contents in segments)
+        )
         and all(_fill(contents, _huffman) for marker, contents in segments if marker == HUFFMAN)
     )
 
@@ -198,11 +207,11 @@ def _quantisation(tables: bytes, place: int) -> int:
 
 
 def _is_plain_png(data: bytes) -> bool:
-    """Whether a PNG file is whole, of eight bits a channel at most, and without EXIF."""
+    """Whether a PNG file is whole, of eight bits a channel at most, without EXIF, and one image alone."""
     if data[8:16] != b"\0\0\0\rIHDR" or data[24] > 8:
         return False
     place = 33
-    while (kind := data[place + 4 : place + 8]) not in (b"", b"IHDR", b"eXIf"):
+    while (kind := data[place + 4 : place + 8]) not in (b"", b"IHDR", b"eXIf", b"acTL"):
         place += 12 + int.from_bytes(data[place : place + 4], "big")
         if kind == b"IEND":
             return place <= len(data)

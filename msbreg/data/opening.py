@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ from msbreg.data.source import EXTENSIONS, Source, files_below
 from msbreg.errors import DataError
 
 __all__ = ["open_source", "open_split", "with_classes_of"]
+
+HELD_OUT = ("val", "valid", "validation", "test")
+"""Names of folders beside `train`, the first of which that is there is held out."""
 
 
 def open_source(path: str | Path, *, cache: Path | None = None) -> Source:
@@ -28,8 +32,14 @@ def open_source(path: str | Path, *, cache: Path | None = None) -> Source:
     """
     text = str(path)
     if os.path.isdir(path):
-        shards = not any(files_below(Path(path), EXTENSIONS)) and any(files_below(Path(path), ("tar",)))
-        return TarShards(path, cache=cache) if shards else ImageFolder(path)
+        if any(files_below(Path(path), EXTENSIONS)):
+            if any(name.lower().endswith(".tar") for name in os.listdir(path)):
+                warnings.warn(
+                    f"{path} holds images, so that tar shards beside them are passed over: give {path}/*.tar for these",
+                    stacklevel=2,
+                )
+            return ImageFolder(path)
+        return TarShards(path, cache=cache) if any(files_below(Path(path), ("tar",))) else ImageFolder(path)
     if text.lower().endswith((".txt", ".csv", ".tsv", ".lst")):
         return IndexFile(path)
     if os.path.exists(path) or re.search(r"[*?{\[]", text):
@@ -40,20 +50,32 @@ def open_source(path: str | Path, *, cache: Path | None = None) -> Source:
 def open_split(path: str | Path, *, cache: Path | None = None) -> tuple[Source, Source | None]:
     """Training images, and held-out images where they lie beside them.
 
-    A folder with `train` and one of `val`, `validation` and `test` in it is a split one; of anything else all images
-    are for training. Class numbers of the held-out images are those of the training images.
+    A folder with `train` and one of `val`, `valid`, `validation` and `test` in it, in any case, is a split one, and so
+    is one with `train` and no other folder with images: else `train` is a class. Of anything else all images are for
+    training. Class numbers of the held-out images are those of the training images.
 
     Raises:
         DataError: as from `open_source`, or the held-out images have a class that the training images lack.
     """
-    folder = Path(path)
-    if not (folder / "train").is_dir():
+    folders = {below.name.lower(): below for below in sorted(_folders_in(Path(path)), reverse=True)}
+    held_out = next((folders[name] for name in HELD_OUT if name in folders), None)
+    if "train" not in folders:
         return open_source(path, cache=cache), None
-    train = open_source(folder / "train", cache=cache)
-    for name in ("val", "validation", "test"):
-        if (folder / name).is_dir():
-            return train, with_classes_of(train, open_source(folder / name, cache=cache))
-    return train, None
+    if held_out is not None:
+        train = open_source(folders["train"], cache=cache)
+        return train, with_classes_of(train, open_source(held_out, cache=cache))
+    others = [below for name, below in folders.items() if name != "train"]
+    if any(any(files_below(below, (*EXTENSIONS, "tar"))) for below in others):
+        return open_source(path, cache=cache), None
+    return open_source(folders["train"], cache=cache), None
+
+
+def _folders_in(path: Path) -> list[Path]:
+    """Those that are not hidden; none in what is no folder, or cannot be listed."""
+    try:
+        return [below for below in path.iterdir() if below.is_dir() and not below.name.startswith(".")]
+    except OSError:
+        return []
 
 
 def with_classes_of(train: Source, held_out: Source) -> Source:
@@ -66,8 +88,8 @@ def with_classes_of(train: Source, held_out: Source) -> Source:
         unknown = [name for name in held_out.classes if name not in train.classes]
         if unknown:
             raise DataError(
-                f"{held_out} has images of class {unknown[0]}, which {train} has not. Where its folders are no "
-                "classes, leave out --data.eval_path, and afterwards give msbreg eval a --data.path to labelled images"
+                f"{held_out} has images of class {unknown[0]}, which {train} has not: hold out images of its "
+                "classes (--data.eval_path), or none, and afterwards give msbreg eval a --data.path to labelled ones"
             )
         numbers = np.array([train.classes.index(name) for name in held_out.classes])
         held_out.labels = np.where(held_out.labels >= 0, numbers[held_out.labels], -1)

@@ -6,13 +6,13 @@ turn, multi-crop, or the plain centre crop that evaluation uses. Both backends r
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
 from msbreg.errors import MSBRegError
+from msbreg.files import expanded
 
 __all__ = ["MEAN", "STD", "Recipe", "View", "byol", "cifar", "evaluation", "load_recipe", "multi_crop", "size_groups"]
 
@@ -189,7 +189,7 @@ def load_recipe(name: str, views: int, size: int) -> Recipe:
                 "--data.views to 3 or more."
             )
         return multi_crop(2, views - 2, size=size, local_size=max(1, round(size * 3 / 7)))
-    path = Path(os.path.expanduser(name))
+    path = expanded(name)
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise MSBRegError(f"no recipe is called {name}: use byol, cifar, multi_crop, auto or a .yaml file")
     return _alternate(_read_blocks(path, size), views)

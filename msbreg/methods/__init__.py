@@ -1,11 +1,10 @@
 """What a training step computes: MSBReg and the relatives it is compared with, one method a file."""
 
-from pathlib import Path
-
 import torch.distributed as dist
 from torch import nn
 
 from msbreg.config import Config
+from msbreg.files import expanded
 from msbreg.losses import MSBRegLoss
 from msbreg.methods.byol import BYOL
 from msbreg.methods.encoder import Encoder
@@ -30,7 +29,7 @@ def build_method(config: Config, group: dist.ProcessGroup | None = None) -> MSBR
     """
     backbone = build_backbone(config.model.backbone, stem=config.model.stem)
     if config.model.weights is not None:
-        load_weights(backbone, Path(config.model.weights).expanduser())
+        load_weights(backbone, expanded(config.model.weights))
     projector = mlp_head(backbone.num_features, config.model.hidden, config.model.dim)
     online = Encoder(backbone, projector, view_chunk=config.model.view_chunk)
 
