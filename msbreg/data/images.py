@@ -155,10 +155,7 @@ def _is_plain(segments: list[tuple[int, bytes]] | None) -> bool:
     return (
         sum(marker in FRAMES for marker in markers) == 1
         and not any(marker in OTHER_FRAMES for marker in markers)
-        and (
-            markers.count(ADOBE)
-            or not any(marker in FRAMES and contents[5:6] == b"\4" for marker, contents in segments)
-        )
+        and (ADOBE in markers or not any(marker in FRAMES and contents[5:6] == b"\4" for marker, contents in segments))
         and all(_fill(contents, _huffman) for marker, contents in segments if marker == HUFFMAN)
     )
 
