@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 
 import torch
 from torch import nn
@@ -20,12 +21,17 @@ def planned_steps(config: Config, steps_per_epoch: int) -> int:
 
 
 def require_packages(config: Config) -> None:
-    """Raises MSBRegError where an option wants a package that is not there, before anything is made or written."""
+    """Raises MSBRegError where an option wants a package or program that is not there, before anything is written."""
     if config.run.tensorboard:
         try:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError as error:
             raise MSBRegError("--run.tensorboard needs the tensorboard package: pip install tensorboard.") from error
+    if config.model.compile is True and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "clang++"))):
+        raise MSBRegError(
+            "--model.compile true needs a C++ compiler, and there is neither g++ nor clang++ here nor what CXX names: "
+            "install one, or leave out the option."
+        )
 
 
 def require_images(config: Config) -> None:

@@ -120,6 +120,14 @@ def test_a_run_begins_with_the_weights_of_another_and_goes_on_without_their_file
     assert f"--model.weights was {file} and is now {tmp_path / 'other.pt'}" in text
 
 
+def test_without_a_compiler_nothing_is_compiled(tmp_path, small, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    for dry in ([], ["--dry-run"]):
+        text = refusal(capsys, *dry, "--run.dir", tmp_path / "run", *small, "--model.compile", "true")
+        assert "--model.compile true needs a C++ compiler" in text and not (tmp_path / "run").exists()
+
+
 def test_missing_weights_are_noticed_before_the_images_are_listed(tmp_path, small, monkeypatch, capsys):
     monkeypatch.setattr("msbreg.trainer.open_images", lambda *_: pytest.fail("the images were listed first"))
     text = refusal(capsys, "--run.dir", tmp_path / "run", *small, "--model.weights", tmp_path / "missing.pt")
