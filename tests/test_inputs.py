@@ -135,7 +135,6 @@ def test_classes_of_held_out_images_are_matched_by_name(config, tmp_path, swatch
         (["Train/a", "Train/b", "Test/b"], ["a", "b"], 4),
         (["train/a", "train/b", "valid/a", "test/b", "test/a"], ["a", "b"], 4),
         (["train/a", "train/b"], ["a", "b"], 0),
-        (["train", "bus", "car"], ["bus", "car", "train"], 0),  # a class of COCO
     ],
 )
 def test_folders_of_a_split_have_their_usual_names(tmp_path, swatches, folders, classes, held_out):
@@ -144,6 +143,14 @@ def test_folders_of_a_split_have_their_usual_names(tmp_path, swatches, folders, 
     train, other = open_split(tmp_path)
     assert train.classes == classes and (0 if other is None else len(other)) == held_out
     assert len(train) == 4 * len(classes)
+
+
+def test_a_class_called_train_does_not_hide_the_others_in_silence(tmp_path, swatches):
+    linked(tmp_path, ["train/1.jpg", "bus/1.jpg", "car/1.jpg"], swatches)
+    with pytest.warns(
+        UserWarning, match="train, whose images alone are used, and not those in bus, car; if train is a"
+    ):
+        assert len(open_split(tmp_path)[0]) == 1
 
 
 def test_shards_beside_images_are_not_passed_over_in_silence(tmp_path, swatches):

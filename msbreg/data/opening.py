@@ -50,24 +50,28 @@ def open_source(path: str | Path, *, cache: Path | None = None) -> Source:
 def open_split(path: str | Path, *, cache: Path | None = None) -> tuple[Source, Source | None]:
     """Training images, and held-out images where they lie beside them.
 
-    A folder with `train` and one of `val`, `valid`, `validation` and `test` in it, in any case, is a split one, and so
-    is one with `train` and no other folder with images: else `train` is a class. Of anything else all images are for
-    training. Class numbers of the held-out images are those of the training images.
+    A folder with `train` in it is a split one, and one of `val`, `valid`, `validation` and `test` beside it has the
+    held-out images, in capitals or not; of anything else all images are for training. Class numbers of the held-out
+    images are those of the training images.
 
     Raises:
         DataError: as from `open_source`, or the held-out images have a class that the training images lack.
     """
-    folders = {below.name.lower(): below for below in sorted(_folders_in(Path(path)), reverse=True)}
-    held_out = next((folders[name] for name in HELD_OUT if name in folders), None)
+    folders = {below.name.lower(): below for below in sorted(_folders_in(Path(path)))}  # of two, the lower case
     if "train" not in folders:
         return open_source(path, cache=cache), None
-    if held_out is not None:
-        train = open_source(folders["train"], cache=cache)
-        return train, with_classes_of(train, open_source(held_out, cache=cache))
-    others = [below for name, below in folders.items() if name != "train"]
-    if any(any(files_below(below, (*EXTENSIONS, "tar"))) for below in others):
-        return open_source(path, cache=cache), None
-    return open_source(folders["train"], cache=cache), None
+    train = open_source(folders["train"], cache=cache)
+    for name in HELD_OUT:
+        if name in folders:
+            return train, with_classes_of(train, open_source(folders[name], cache=cache))
+    unused = [name for name, below in folders.items() if name != "train" and any(files_below(below, EXTENSIONS))]
+    if unused:
+        warnings.warn(
+            f"{path} has a folder train, whose images alone are used, and not those in {', '.join(unused)}; if train "
+            "is a class, give its folder another name",
+            stacklevel=2,
+        )
+    return train, None
 
 
 def _folders_in(path: Path) -> list[Path]:
