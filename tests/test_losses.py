@@ -631,7 +631,6 @@ def test_repr_shows_the_options():
 
 
 OK = torch.ones(2, 3, 4)
-RAGGED = torch.nested.nested_tensor(list(OK), layout=torch.jagged)
 
 
 def several_gradients_at_once():
