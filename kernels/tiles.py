@@ -19,6 +19,7 @@ FEW = 2**21
 """Numbers below which a kernel takes a GPU few microseconds: then it counts how it is launched, and that each processor
 has a tile."""
 TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
+"""Its version, such as (3, 8)."""
 STAGES = 3
 """Tiles of each factor of a product that are on their way to a processor, or there, but for what `stages` says."""
 
