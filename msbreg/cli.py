@@ -92,6 +92,7 @@ def build_parser() -> ArgumentParser:
     pretrain.add_argument(
         "--dry-run",
         action="store_true",
+        default=argparse.SUPPRESS,  # for --print_config to leave it out, as no option of a run
         help="take two steps on rendered images, and print memory, step time and the hours the run would take",
     )
     add_config(pretrain)
@@ -119,7 +120,7 @@ def build_parser() -> ArgumentParser:
         usage="msbreg bench [--steps N] [--config NAME_OR_FILE] [--GROUP.OPTION VALUE ...]",
         description="Time the loader, the training step, both together and the step's parts. Options as of pretrain.",
     )
-    bench.add_argument("--steps", type=int, default=20, help="how many of each are timed")
+    bench.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="how many of each are timed (default: 20)")
     add_config(bench)
     commands.add_subcommand("bench", bench, help="how fast this machine trains, and what bounds it")
 
@@ -208,7 +209,7 @@ def config_from(options: Namespace) -> Config:
 
 
 def run_pretrain(options: Namespace, signals: StopSignals | None = None) -> int:
-    if options.dry_run:
+    if "dry_run" in options:
         if signals is not None:
             signals.deliver()
         from msbreg.dry_run import dry_run
@@ -280,7 +281,7 @@ def run_export(options: Namespace) -> int:
 def run_bench(options: Namespace) -> int:
     from msbreg.benchmark import benchmark
 
-    show(benchmark(config_from(options), steps=options.steps))
+    show(benchmark(config_from(options), steps=options.get("steps", 20)))
     return 0
 
 

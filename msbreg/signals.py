@@ -1,5 +1,7 @@
 """The signals that ask a run to end. Little is imported here: the command line hears them before it loads torch."""
 
+import contextlib
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -13,8 +15,8 @@ SENT_BY_LAUNCHERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 class StopSignals:
     """Notes SIGTERM, SIGUSR1, SIGHUP and Ctrl-C from its making on; a context manager that gives them back.
 
-    A second Ctrl-C interrupts at once. SIGHUP is left ignored where nohup has made it so. In a thread other than the
-    first, which Python lets no signals reach, it notes none.
+    A first Ctrl-C is acknowledged on standard error, a second one interrupts at once. SIGHUP is left ignored where
+    nohup has made it so. In a thread other than the first, which Python lets no signals reach, it notes none.
 
     Attributes:
         received: the numbers of the signals that came.
@@ -32,6 +34,9 @@ class StopSignals:
         if number == signal.SIGINT and self.received:
             raise KeyboardInterrupt
         self.received.append(number)
+        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":  # all ranks get it
+            with contextlib.suppress(OSError):  # and not by print, which may be what was interrupted
+                os.write(2, b"\nCtrl-C: the run saves itself after its step or evaluation; again: it ends at once\n")
 
     def __enter__(self) -> "StopSignals":
         return self

@@ -800,11 +800,19 @@ def test_recipes_by_name():
 
 def test_recipes_from_a_file(tmp_path, monkeypatch):
     path = tmp_path / "mine.yaml"
-    path.write_text("- blur: 0.5\n  area: [0.2, 1]\n- size: 16\n  interpolation: linear\n")
+    path.write_text("- blur: 5e-1\n  area: [2e-1, 1]\n- size: 16\n  interpolation: linear\n")
     first, second = View(size=32, blur=0.5, area=(0.2, 1)), View(size=16, interpolation="linear")
     assert load_recipe(str(path), 3, 32) == (first, second, first)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load_recipe("~/mine.yaml", 3, 32) == (first, second, first)
+
+
+def test_no_block_of_a_recipe_is_left_out(tmp_path):
+    """As of eight crops, where --data.views has its default."""
+    (tmp_path / "crops.yaml").write_text("- size: 32\n- size: 32\n" + 3 * "- size: 16\n")
+    with pytest.raises(MSBRegError, match=r"has 5 blocks, of which --data.views 2 would leave out 3: set --data.views"):
+        load_recipe(str(tmp_path / "crops.yaml"), 2, 32)
+    assert len(load_recipe(str(tmp_path / "crops.yaml"), 5, 32)) == 5
 
 
 @pytest.mark.parametrize(
@@ -816,7 +824,7 @@ def test_recipes_from_a_file(tmp_path, monkeypatch):
         ("- area: 0.5", "block 1: area is a range .*, not 0.5"),
         ("- area: [0.1]", "block 1: area is a range .*, not .0.1"),
         ("- sigma: {low: 1, high: 2}", "block 1: sigma is a range"),
-        ("- jitter: 8e-1", "block 1: jitter is a probability, 0 to 1, not '8e-1'"),
+        ("- jitter: 8e1", "block 1: jitter is a probability, 0 to 1, not 80"),
         ("- hue: null", "block 1: hue is a strength, 0 to 0.5, not None"),
         ("- centre: half", "block 1: centre is a share .*, not 'half'"),
         ("- size: true", "block 1: size is a number of pixels"),

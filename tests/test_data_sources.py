@@ -297,8 +297,16 @@ def test_names_may_have_what_unicode_counts_among_line_breaks(tmp_path):
 def test_files_of_newer_and_older_names_are_images(tmp_path):
     data = encoded()
     names = ["1.jfif", "2.avif"] if features.check("avif") else ["1.jfif"]
-    source = ImageFolder(fill(tmp_path, dict.fromkeys(["1.jfif", "2.avif"], data)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if len(names) == 1 else "error")
+        source = ImageFolder(fill(tmp_path, dict.fromkeys(["1.jfif", "2.avif"], data)))
     assert source.paths == names
+
+
+def test_images_of_kinds_that_are_not_decoded_are_said_to_be_passed_over(tmp_path):
+    fill(tmp_path, dict.fromkeys(["a/1.jpg", "a/IMG_2.HEIC", "b/3.nef", "b/notes.md"], encoded()))
+    with pytest.warns(UserWarning, match=r"has 2 images of kinds that are not decoded, such as a/IMG_2\.HEIC"):
+        assert ImageFolder(tmp_path).paths == ["a/1.jpg"]
 
 
 @pytest.mark.parametrize("held_out", ["val", "test", "validation"])

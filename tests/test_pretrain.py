@@ -572,7 +572,16 @@ def test_options_win_over_config_files_wherever_they_stand(tmp_path, config):
     (tmp_path / "config.yaml").write_text("data:\n  batch_size: 1024\n  views: 3\n")
     config = [word.replace("FILE", str(tmp_path / "config.yaml")) for word in config]
     options = parse(["pretrain", "--dry-run", "--data.batch_size", "256", *config, "--data.size", "64"])["pretrain"]
-    assert options.dry_run and (options.data.batch_size, options.data.views, options.data.size) == (256, 3, 64)
+    assert "dry_run" in options and (options.data.batch_size, options.data.views, options.data.size) == (256, 3, 64)
+
+
+@pytest.mark.parametrize("command", ["pretrain", "bench"])
+def test_what_one_command_prints_is_a_config_of_the_others(tmp_path, capsys, command):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--data.views", "5", "--print_config"])
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    for other in ("pretrain", "bench"):
+        assert parse([other, "--config", str(tmp_path / "printed.yaml")])[other].data.views == 5
 
 
 def test_a_config_that_is_not_there(capsys):

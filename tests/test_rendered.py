@@ -80,6 +80,16 @@ def test_folder_rendered_otherwise_is_replaced(tmp_path, change):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "new"]
 
 
+def test_folder_that_has_lost_images_is_rendered_again(tmp_path):
+    """As where caches are swept file by file."""
+    folder = render(tmp_path / "images", images=20, test_images=10)
+    before = contents(folder)
+    for split in ("train", "test"):
+        next((folder / split / "dots").iterdir()).unlink()
+        assert contents(render(folder, images=20, test_images=10)) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
 def test_empty_folder_is_filled(tmp_path):
     (tmp_path / "images").mkdir()
     assert len(contents(render(tmp_path / "images", images=20, test_images=10))) == 31

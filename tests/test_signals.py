@@ -49,6 +49,17 @@ def test_a_closed_terminal_is_not_heard_under_nohup(heard):
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
+def test_ctrl_c_is_acknowledged_by_the_first_rank_alone(heard, capfd, monkeypatch):
+    for rank, said in (("1", ""), ("0", "\nCtrl-C: the run saves itself")):
+        monkeypatch.setenv("RANK", rank)
+        with StopSignals():
+            signal.raise_signal(signal.SIGTERM)
+            assert not capfd.readouterr().err
+        with StopSignals():
+            signal.raise_signal(signal.SIGINT)
+            assert capfd.readouterr().err.startswith(said)
+
+
 def test_a_second_ctrl_c_interrupts(heard):
     with StopSignals() as signals:
         signal.raise_signal(signal.SIGINT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from msbreg.data.source import (
     ENDINGS,
     EXTENSIONS,
+    OTHER_EXTENSIONS,
     Source,
     base_name,
     files_below,
@@ -55,6 +57,8 @@ class _Files(Source):
 class ImageFolder(_Files):
     """All images below a folder, at any depth, sorted by path; hidden files and other files are passed over.
 
+    Images of kinds that are not decoded are passed over with a warning.
+
     The first-level folders are the classes where there are two or more of them; images outside them, and all images
     where there are fewer, have the label -1. Links are followed.
 
@@ -69,13 +73,20 @@ class ImageFolder(_Files):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise DataError(f"{folder} is not a folder" if self.folder.exists() else f"no such folder: {folder}")
-        self.paths = sorted(files_below(self.folder, EXTENSIONS))
+        found = sorted(files_below(self.folder, EXTENSIONS + OTHER_EXTENSIONS))
+        self.paths = [path for path in found if last_ending(path) in EXTENSIONS]
         if not self.paths:
             raise DataError(f"{self.folder} holds no images: no file below it ends in {ENDINGS}")
         top = [path.split("/", 1)[0] if "/" in path else None for path in self.paths]
         self.labels, self.classes = number_classes(top)
         if len(self.classes) < 2:
             self.labels, self.classes = np.full(len(top), -1), []
+        if others := [path for path in found if last_ending(path) in OTHER_EXTENSIONS]:
+            warnings.warn(
+                f"{self.folder} has {len(others):,} images of kinds that are not decoded, such as {others[0]}, "
+                "which are passed over: convert them to be trained on",
+                stacklevel=2,
+            )
 
     def __str__(self) -> str:
         return str(self.folder)

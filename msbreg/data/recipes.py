@@ -6,6 +6,7 @@ turn, multi-crop, or the plain centre crop that evaluation uses. Both backends r
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, fields
 from numbers import Real
 from pathlib import Path
@@ -168,13 +169,13 @@ def load_recipe(name: str, views: int, size: int) -> Recipe:
 
     Args:
         name: `byol`, `cifar`, `multi_crop` (two large views, the rest small ones), `auto` (`cifar` for views below 96
-            pixels, else `byol`), or the path of a YAML file: a list of blocks whose keys are the fields of `View`,
-            repeated in turn up to `views`. A block without `size` takes the argument's.
+            pixels, else `byol`), or the path of a YAML file: a list of at most `views` blocks whose keys are the
+            fields of `View`, repeated in turn. A block without `size` takes the argument's.
         views: K.
         size: side of a view (multi_crop: of a large view; the small ones have 3/7 of it), pixels.
 
     Raises:
-        MSBRegError: no such recipe or file, or a block that is not one.
+        MSBRegError: no such recipe or file, a block that is not one, or more blocks than views.
     """
     if name == "auto":
         name = "cifar" if size < WHOLE_IMAGE_BELOW else "byol"
@@ -192,7 +193,13 @@ def load_recipe(name: str, views: int, size: int) -> Recipe:
     path = expanded(name)
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise MSBRegError(f"no recipe is called {name}: use byol, cifar, multi_crop, auto or a .yaml file")
-    return _alternate(_read_blocks(path, size), views)
+    blocks = _read_blocks(path, size)
+    if len(blocks) > views:
+        raise MSBRegError(
+            f"recipe {path} has {len(blocks)} blocks, of which --data.views {views} would leave out "
+            f"{len(blocks) - views}: set --data.views to {len(blocks)} or more, or take blocks out."
+        )
+    return _alternate(blocks, views)
 
 
 def _read_blocks(path: Path, size: int) -> Recipe:
@@ -215,12 +222,22 @@ def _read_blocks(path: Path, size: int) -> Recipe:
         if unknown:
             raise MSBRegError(f"{path}, block {number}: no field is called {unknown[0]}; there are {', '.join(known)}")
         values: dict[str, Any] = {"size": size}
-        values |= {key: tuple(value) if isinstance(value, list) else value for key, value in block.items()}
+        values |= {key: _plain(value) for key, value in block.items()}
         try:
             blocks.append(View(**values))
         except (TypeError, ValueError) as error:
             raise MSBRegError(f"{path}, block {number}: {error}") from error
     return tuple(blocks)
+
+
+def _plain(value: Any) -> Any:
+    """What a block's value means: a list is a range, and 1e-1, which YAML 1.1 takes for text, a number."""
+    if isinstance(value, list):
+        return tuple(map(_plain, value))
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
 
 
 def size_groups(recipe: Recipe) -> list[list[int]]:

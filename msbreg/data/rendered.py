@@ -215,9 +215,9 @@ def render(
 ) -> Path:
     """Renders the data set as JPEG files `train/CLASS/NUMBER.jpg` and `test/CLASS/NUMBER.jpg`, classes in equal parts.
 
-    The same arguments give the same pictures. A folder that is already complete is returned at once, and one rendered
-    with other arguments is replaced. The folder appears whole or not at all: files are written beside it and the
-    finished folder is renamed.
+    The same arguments give the same pictures. A folder that is already complete is returned at once; one rendered with
+    other arguments, or from which files have been removed, as where caches are swept, is replaced. The folder appears
+    whole or not at all: files are written beside it and the finished folder is renamed.
 
     Args:
         folder: where to; its parents are made.
@@ -235,7 +235,7 @@ def render(
     folder = Path(folder)
     _sweep(folder)
     manifest = {"version": VERSION, "images": images, "test_images": test_images, "size": size, "seed": seed}
-    if _manifest_of(folder) == manifest:
+    if _is_whole(folder, manifest):
         return folder
     if folder.exists() and not (folder.is_dir() and (_manifest_of(folder) or not any(folder.iterdir()))):
         raise DataError(f"{folder} is not a folder of rendered images and is left as it is; choose another place")
@@ -270,6 +270,12 @@ def _manifest_of(folder: Path) -> dict[str, int] | None:
         return None
 
 
+def _is_whole(folder: Path, manifest: dict[str, int]) -> bool:
+    """Whether the folder has all that was rendered with these arguments."""
+    there = manifest["images"] + manifest["test_images"]
+    return _manifest_of(folder) == manifest and sum(1 for _ in folder.glob("*/*/*.jpg")) == there
+
+
 def _write_split(folder: Path, count: int, size: int, random: np.random.Generator) -> None:
     for name in CLASSES:
         (folder / name).mkdir(parents=True)
@@ -287,7 +293,7 @@ def _jpeg(picture: NDArray[np.uint8]) -> bytes:
 
 
 def _put_in_place(partial: Path, folder: Path, manifest: dict[str, int]) -> None:
-    if _manifest_of(folder) not in (None, manifest):
+    if _manifest_of(folder) is not None and not _is_whole(folder, manifest):
         outdated = partial.with_name(partial.name + "-outdated")
         os.rename(folder, outdated)
         shutil.rmtree(outdated, ignore_errors=True)
@@ -295,5 +301,5 @@ def _put_in_place(partial: Path, folder: Path, manifest: dict[str, int]) -> None
         os.rename(partial, folder)
     except OSError:
         # Another process may have finished the same folder in the meantime; its pictures are these.
-        if _manifest_of(folder) != manifest:
+        if not _is_whole(folder, manifest):
             raise

@@ -18,13 +18,15 @@ from PIL import features
 from msbreg.errors import DataError
 
 __all__ = [
-    "ENDINGS", "EXTENSIONS", "Labels", "Source", "Subset", "base_name", "files_below", "label_of", "last_ending",
-    "number_classes",
+    "ENDINGS", "EXTENSIONS", "OTHER_EXTENSIONS", "Labels", "Source", "Subset", "base_name", "files_below", "label_of",
+    "last_ending", "number_classes",
 ]  # fmt: skip
 
 EXTENSIONS: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "gif", "jfif")
 EXTENSIONS += ("avif",) if features.check("avif") else ()
 """Endings, in any case, by which files and tar members are taken for images."""
+OTHER_EXTENSIONS = tuple({"heic", "heif", "jxl", "avif", "cr2", "cr3", "nef", "arw", "dng"} - set(EXTENSIONS))
+"""Of images that are not decoded here: phones' and cameras' own."""
 ENDINGS = ", ".join(f".{ending}" for ending in EXTENSIONS)
 
 Labels = NDArray[np.int64]
