@@ -1,9 +1,9 @@
 """The fused kernels as operators of torch, with the order of launches.
 
 `msbreg.functional` calls `losses`: in eager mode it runs the launches inside an autograd function, and while
-`torch.compile` traces it is the registered operator `msbreg::losses`, with the same two functions behind it: eager
-calls skip the operator's dispatch. `gram`, `multiply` and `newton_schulz` are what the nuclear norm and the coding rate
-take, as those of `msbreg.linalg` in plain torch; they carry no gradient.
+`torch.compile` traces, or of fake tensors, it is the registered operator `msbreg::losses`, with the same two functions
+behind it: eager calls skip the operator's dispatch. `gram`, `multiply` and `newton_schulz` are what the nuclear norm
+and the coding rate take, as those of `msbreg.linalg` in plain torch; they carry no gradient.
 """
 
 import functools
@@ -300,6 +300,11 @@ class _Losses(torch.autograd.Function):
         return _gradients(_backward, ctx, saved, d_total, d_attraction)
 
 
+def _wants_operators(x: Tensor) -> bool:
+    """While torch compiles, and of tensors that have no numbers to launch a kernel on, such as FakeTensor."""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+
+
 def _check_count(matrices: Tensor) -> None:
     if matrices.shape[0] > MAX_MATRICES:
         raise ValueError(
@@ -344,7 +349,7 @@ def losses(
     """
     if spectrum is not None:
         _check_count(z)
-    run = _losses_operator if torch.compiler.is_compiling() else _Losses.apply
+    run = _losses_operator if _wants_operators(z) else _Losses.apply
     name = None if group is None else group.group_name
     total, terms, attraction, *_ = run(
         z, t, seed, step, first_image, leave_one_out, per_view, each, weights, spectrum, smoothing, name
@@ -391,14 +396,14 @@ _newton_schulz_operator.register_fake(_newton_schulz_fake)
 def gram(matrix: Tensor, *, smaller: bool = True) -> Tensor:
     """MᵀM, (K, D, D), or with `smaller` and N < D, M Mᵀ, (K, N, N); matrix is (K, N, D), any floating dtype."""
     _check_count(matrix)
-    return (_gram_operator if torch.compiler.is_compiling() else _gram)(matrix, smaller)
+    return (_gram_operator if _wants_operators(matrix) else _gram)(matrix, smaller)
 
 
 def multiply(matrix: Tensor, weight: Tensor) -> Tensor:
     """M W, (K, N, D), for a weight (K, D, D), and Wᵀ M for a weight (K, N, N), as `linalg.multiply`."""
-    return (_multiply_operator if torch.compiler.is_compiling() else _multiply)(matrix, weight)
+    return (_multiply_operator if _wants_operators(matrix) else _multiply)(matrix, weight)
 
 
 def newton_schulz(gram: Tensor, shift: float, trace: float | None = None) -> Tensor:
     """(G + shift I)^(-1/2), (K, p, p), of as many matrices as `gram` makes; see `linalg.newton_schulz`."""
-    return (_newton_schulz_operator if torch.compiler.is_compiling() else _newton_schulz)(gram, shift, trace)
+    return (_newton_schulz_operator if _wants_operators(gram) else _newton_schulz)(gram, shift, trace)

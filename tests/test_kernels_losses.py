@@ -12,6 +12,7 @@ import torch
 from test_losses import oracle
 from test_spectral import families, gradient_error, oracle_value, value_and_gradient
 from test_spectral_family import barlow, covariance
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.gradcheck import GradcheckError
 from torch.utils.checkpoint import checkpoint
 
@@ -451,6 +452,15 @@ def test_operators_keep_torchs_rules():
             torch.ops.msbreg.losses_backward.default,
             (torch.ones_like(total), None, args[0].detach(), None, *(x.detach() for x in saved), *args[4:7], *args[8:]),
         )
+
+
+@pytest.mark.parametrize("spectrum", ["nuclear", "coding_rate"])
+def test_fake_tensors_launch_nothing(spectrum):
+    """As where memory is estimated before there is any."""
+    with FakeTensorMode(), torch.device(DEVICE):
+        z, criterion = torch.empty(2, 6, 4, requires_grad=True), MSBRegLoss(spectrum=spectrum)
+        (criterion(z, torch.empty(2, 6, 4)).loss + MMCRLoss()(z) + CodingRateLoss()(z)).backward()
+    assert z.grad.shape == z.shape and z.grad.device.type == DEVICE
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
