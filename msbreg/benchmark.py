@@ -1,5 +1,6 @@
 """`msbreg bench`: how fast this machine trains a config, and what bounds it."""
 
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 
 from msbreg.config import Config
-from msbreg.console import markdown_table
+from msbreg.console import markdown_table, say
 from msbreg.errors import MSBRegError
 from msbreg.machine import synchronize
 from msbreg.processes import Processes
@@ -25,7 +26,8 @@ def benchmark(config: Config, *, steps: int) -> str | None:
         steps: how many of each are timed, after some that are not.
 
     Returns:
-        A Markdown table of images/s and views/s, and of the parts' shares of the step, on the first process alone.
+        A Markdown table of images/s and views/s, and of the parts' shares of the step, on the first process alone, which
+        says each time on standard error as it has it.
 
     Raises:
         MSBRegError: whatever would keep the run from its first step.
@@ -42,7 +44,7 @@ def benchmark(config: Config, *, steps: int) -> str | None:
         # Batches prepared ahead would flatter the loader: the first ones are not timed.
         warm_up = 2 * config.data.prefetch + 1
 
-        def seconds(work: Callable[[], object]) -> float:
+        def seconds(name: str, work: Callable[[], object]) -> float:
             for _ in range(warm_up):
                 work()
             synchronize(trainer.device)
@@ -50,19 +52,29 @@ def benchmark(config: Config, *, steps: int) -> str | None:
             for _ in range(steps):
                 work()
             synchronize(trainer.device)
-            return (time.perf_counter() - began) / steps
+            taken = (time.perf_counter() - began) / steps
+            if processes.first:  # now: who stops it here keeps what there is
+                say(f"{name}: {milliseconds(taken)}", sys.stderr)
+            return taken
+
+        def timed(work: dict[str, Callable[[], object]]) -> dict[str, float]:
+            return {name: seconds(name, one) for name, one in work.items()}
 
         step = trainer.step
-        whole = {
-            "loader alone": seconds(lambda: next(batches)),
-            "step alone": seconds(lambda: step(batch, 0)),
-            "both": seconds(lambda: step(next(batches), 0)),
-        }
-        parts = {
-            "loss, forward and backward": seconds(step.loss_alone(batch)),
-            "optimizer": seconds(step.optimizer.step),
-            "moving average": seconds(lambda: step.method.after_step(1.0)),
-        }
+        whole = timed(
+            {
+                "loader alone": lambda: next(batches),
+                "step alone": lambda: step(batch, 0),
+                "both": lambda: step(next(batches), 0),
+            }
+        )
+        parts = timed(
+            {
+                "loss, forward and backward": step.loss_alone(batch),
+                "optimizer": step.optimizer.step,
+                "moving average": lambda: step.method.after_step(1.0),
+            }
+        )
         trainer.loader.close()
         if not processes.first:
             return None

@@ -6,8 +6,10 @@ that DistributedDataParallel sends them while the blocks before are still at wor
 all of them at its end.
 """
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["compile_regions", "regions"]
 
@@ -22,9 +24,23 @@ def compile_regions(network: nn.Module) -> None:
     Args:
         network: its regions must see tensors of few shapes, each of which is compiled for itself.
     """
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS_OF_ONE_BLOCK)
+    settings = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, GRAPHS_OF_ONE_BLOCK)
+    settings.optimize_ddp = False  # which would cut regions at the ends of DDP's buckets: whole ones are small enough
     for region in regions(network):
-        region.compile(dynamic=False)
+        region._compiled_call_impl = torch.compile(_call_of(region), dynamic=False)
+
+
+def _call_of(region: nn.Module) -> Callable[..., Tensor]:
+    """What the region does when it is called, as a function of ours.
+
+    `Module.compile` compiles torch's own, and for an `nn.Sequential` torch 2.11 then compiles nothing.
+    """
+
+    def call(*inputs: Tensor) -> Tensor:
+        return region._call_impl(*inputs)
+
+    return call
 
 
 def regions(network: nn.Module) -> list[nn.Module]:

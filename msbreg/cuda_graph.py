@@ -4,6 +4,7 @@ For networks so small that the host cannot launch their kernels as fast as the G
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,6 +16,9 @@ __all__ = ["RecordedPass"]
 
 WARM_UP = 3
 """Passes on a side stream before the recording, in which libraries choose their algorithms; what torch recommends."""
+
+SECONDS_TO_FREE_A_BATCH = 0.1
+"""DALI's thread asks each millisecond whether it may."""
 
 
 class RecordedPass:
@@ -42,6 +46,11 @@ class RecordedPass:
         if self._graph is None:
             self._views = [torch.empty_like(view, dtype=self._dtype) for view in views]
             self._graph = torch.cuda.CUDAGraph()
+            # DALI frees batches in a thread of its own, which waits for the whole device: no recording survives that.
+            # The first wait here lets those that are left be freed.
+            torch.cuda.synchronize()
+            time.sleep(SECONDS_TO_FREE_A_BATCH)
+            torch.cuda.synchronize()
             # Runs nothing. Other threads may go on calling CUDA, as those that prepare the next batches do.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._out = self._work(self._views)

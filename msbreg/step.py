@@ -115,7 +115,8 @@ class TrainingStep:
         Returns:
             A function that computes both, and gives the loss.
         """
-        with torch.no_grad(), self._autocast:
+        # Not compiled: the step has no compiled networks that train without a gradient.
+        with torch.no_grad(), self._autocast, torch.compiler.set_stance("force_eager"):
             embeddings = self.method.embed([view.to(self.input_dtype) for view in batch.views], self.batch)
         z = embeddings.z.detach().requires_grad_()
         p = z if embeddings.p is embeddings.z else embeddings.p.detach().requires_grad_()

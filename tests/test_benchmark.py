@@ -29,12 +29,14 @@ def test_figures_are_of_one_step(monkeypatch, small, capsys):
     monkeypatch.setattr(TrainingStep, "__call__", lambda step, batch, number: passes(0.5))
     monkeypatch.setattr(TrainingStep, "loss_alone", lambda step, batch: lambda: passes(0.125))
     assert main(["bench", "--steps", "3", *small]) == 0
-    rows = [line.strip("| ").split("|") for line in capsys.readouterr().out.splitlines()]
+    said = capsys.readouterr()
+    rows = [line.strip("| ").split("|") for line in said.out.splitlines()]
     found = {name.strip(): value.strip() for name, value in rows}
     assert found["loader alone"] == "250.0 ms  128 images/s  256 views/s"
     assert found["step alone"] == "500.0 ms  64 images/s  128 views/s"
     assert found["both"] == "750.0 ms  43 images/s  85 views/s"
     assert found["loss, forward and backward alone"] == "125.0 ms  25.0% of the step"
+    assert said.err.startswith("loader alone: 250.0 ms\nstep alone: 500.0 ms\nboth: 750.0 ms\nloss, ")
 
 
 def test_small_times_have_two_digits():

@@ -1,6 +1,7 @@
 """The training step: what it makes the host wait for, how it is compiled, how it is recorded."""
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -229,17 +230,49 @@ def test_half_precision_is_for_gpus_unless_it_is_asked_for():
     assert dtypes == {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """What torch counts of what it compiles; with a backend that needs no C++ compiler, which would be waited for."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch._dynamo.utils.counters
+
+
 @pytest.mark.parametrize("chunk", [0, 1])
-def test_compiled_networks_compute_the_same(chunk):
-    eager, compiled = (build(model__view_chunk=chunk, optim__name="sgd", optim__lr=0.1) for _ in range(2))
-    for region in regions(compiled.method):
-        region.compile(backend="aot_eager", dynamic=False)  # as --model.compile does, but no C++ compiler is waited for
+def test_compiled_networks_compute_the_same(chunk, graphs):
+    options = {"model__view_chunk": chunk, "optim__name": "sgd", "optim__lr": 0.1}
+    eager, compiled = (build(model__compile=on, **options) for on in (False, True))
     for number in range(3):
         torch.testing.assert_close(eager(batch(), number).loss, compiled(batch(), number).loss, rtol=1e-4, atol=1e-5)
     state, other = eager.method.state_dict(), compiled.method.state_dict()
     assert state.keys() == other.keys()
     for name, value in state.items():
         torch.testing.assert_close(value, other[name], msg=name, rtol=1e-3, atol=1e-4)
+
+
+def test_each_region_is_one_graph(graphs):
+    """With a gradient and without one: backbone and projector; with one alone: the predictor."""
+    step = build(model__compile=True)
+    step(batch(), 0)
+    assert graphs["stats"]["unique_graphs"] == graphs["aot_autograd"]["total"] == 2 + 2 + 1
+    step.loss_alone(batch())()
+    step(batch(), 1)
+    assert graphs["stats"]["unique_graphs"] == 2 + 2 + 1
+
+
+def test_no_bucket_of_ddp_cuts_a_region(graphs, free_port):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port}", rank=0, world_size=1)
+    try:
+        processes = Processes("cpu")
+        processes.group = dist.group.WORLD
+        step = build(processes=processes, model__compile=True, model__hidden=2048, model__dim=256)
+        head = step.method.online.projector
+        assert sum(weight.nbytes for weight in head.parameters()) > 2**20  # of DDP's first bucket
+        step(batch(), 0)
+        assert graphs["aot_autograd"]["total"] == graphs["stats"]["unique_graphs"] > 0
+    finally:
+        dist.destroy_process_group()
 
 
 def test_regions_are_blocks_or_whole_networks():
