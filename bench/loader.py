@@ -13,6 +13,7 @@ import io
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import statistics
 import sys
@@ -44,6 +45,10 @@ K = TypeVar("K")
 
 MANY = 10**9
 """Images that nobody comes to the end of."""
+PREFETCH = 2
+"""Batches that each of a DataLoader's workers prepares ahead: torch's default."""
+SHARED = "/dev/shm"
+"""Where workers leave their batches."""
 INTERPOLATION = {"cubic": v2.InterpolationMode.BICUBIC, "linear": v2.InterpolationMode.BILINEAR}
 BASES = {"torchvision": "torchvision", "torchvision-pillow-blur": "torchvision, Pillow's blur"}
 """What ratios are to, with the heading of the column."""
@@ -135,7 +140,7 @@ class TorchvisionLoader:
                 num_workers=case.threads,
                 drop_last=True,
                 pin_memory=case.device.type == "cuda",
-                prefetch_factor=2,
+                prefetch_factor=PREFETCH,
                 worker_init_fn=end_with_parent,
             )
         )
@@ -248,6 +253,20 @@ def loaders(recipe: Recipe) -> list[str]:
     """Names of those that differ for this recipe."""
     blurred = any(view.blur > 0 for view in recipe)
     return [name for name in LOADERS if blurred or name != "torchvision-pillow-blur"]
+
+
+def require_shared_memory(workers: int, batch_bytes: int) -> None:
+    """Sees that the batches which a DataLoader's workers prepare have room: where they have not, a worker is killed.
+
+    Raises:
+        MSBRegError: they have not.
+    """
+    needed, free = PREFETCH * workers * batch_bytes, shutil.disk_usage(SHARED).free
+    if free < needed:
+        raise MSBRegError(
+            f"the batches of {workers} workers need {needed / 1e9:.1f} GB of shared memory, but {SHARED} has "
+            f"{free / 1e9:.1f} GB free; give it more (docker run --shm-size), or lower --threads"
+        )
 
 
 def missing() -> dict[str, str]:
@@ -425,6 +444,7 @@ def main() -> None:
     # Whatever threads a loader starts beside those asked for, no loader has more cores than another.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     torch.set_num_threads(options.threads)
+    result = None
     try:
         with tempfile.TemporaryDirectory() as folder:
             source = images(options, folder)
@@ -436,13 +456,22 @@ def main() -> None:
                 case = Case(source, recipe, options.batch, options.threads, torch.device(options.device))
                 wanted = options.loaders or LOADERS
                 names = [name for name in loaders(recipe) if name in wanted and name not in result["left_out"]]
+                workers = [name for name in names if name in BASES]
+                try:
+                    in_bytes = case.batch * sum(3 * view.size**2 * 4 for view in recipe)  # float32
+                    require_shared_memory(len(workers) * case.threads, in_bytes)
+                except MSBRegError as error:
+                    names = [name for name in names if name not in workers]
+                    result["left_out"] |= {f"{name} with {views} views": str(error) for name in workers}
                 openers = {name: LOADERS[name].open for name in names}
                 result["rows"] += rows(case, measure(case, openers, rounds=options.rounds, seconds=options.seconds))
                 print(f"{views} views: done", file=sys.stderr, flush=True)
                 keep(result, options.json)
     except MSBRegError as error:
         sys.exit(str(error))
-    print(table(result))
+    finally:  # of what there is, where it is interrupted
+        if result is not None:
+            print(table(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,32 +179,45 @@ def turn(work: Any, device: torch.device, seconds: float) -> Turn:
     return Turn((time.perf_counter() - began) / runs, (time.process_time() - cpu) / runs)
 
 
+class Measured(NamedTuple):
+    """An operator, the pipelines without it and with it, and its turns so far."""
+
+    way: Operator
+    copies: int
+    pair: list[Any]
+    turns: list[Turn]
+
+    def row(self) -> dict[str, Any]:
+        """Microseconds of an image by the clock and of CPU time, over the rounds."""
+        images = len(self.way.inputs)
+        return {
+            "step": self.way.step,
+            "operator": self.way.name,
+            "us": spread([1e6 * one.seconds / images for one in self.turns]),
+            "cpu_us": spread([1e6 * one.cpu_seconds / images for one in self.turns]),
+        }
+
+
 def measure(
     ways: list[Operator], device: torch.device, *, threads: int, rounds: int, seconds: float
-) -> list[dict[str, Any]]:
-    """A row for each: microseconds of an image by the clock and of CPU time, over the rounds."""
-    copies = [1 if way.step == "decode" else SIDE_BY_SIDE[device.type] for way in ways]
-    pairs = [
-        [pipeline(way, n, device, threads, works=works) for works in (False, True)]
-        for way, n in zip(ways, copies, strict=True)
-    ]
-    for pair in pairs:
-        for work in pair:
-            turn(work, device, 0)
-    taken: list[list[Turn]] = [[] for _ in ways]
+) -> Iterator[tuple[list[dict[str, Any]], dict[str, str]]]:
+    """After each round a row for each operator, and those that DALI refuses on this device, with the reason."""
+    measured, refused = [], {}
+    for way in ways:
+        copies = 1 if way.step == "decode" else SIDE_BY_SIDE[device.type]
+        try:
+            pair = [pipeline(way, copies, device, threads, works=works) for works in (False, True)]
+            for work in pair:
+                turn(work, device, 0)
+        except (RuntimeError, ValueError, TypeError) as error:  # as DALI raises them
+            refused[f"{way.step}: {way.name}"] = str(error).strip().splitlines()[-1]
+            continue
+        measured.append(Measured(way, copies, pair, []))
     for _ in range(rounds):
-        for (without, with_it), n, turns in zip(pairs, copies, taken, strict=True):
-            empty, full = (turn(work, device, seconds) for work in (without, with_it))
-            turns.append(Turn(*((b - a) / n for a, b in zip(empty, full, strict=True))))
-    return [
-        {
-            "step": way.step,
-            "operator": way.name,
-            "us": spread([1e6 * one.seconds / len(way.inputs) for one in turns]),
-            "cpu_us": spread([1e6 * one.cpu_seconds / len(way.inputs) for one in turns]),
-        }
-        for way, turns in zip(ways, taken, strict=True)
-    ]
+        for one in measured:
+            empty, full = (turn(work, device, seconds) for work in one.pair)
+            one.turns.append(Turn(*((b - a) / one.copies for a, b in zip(empty, full, strict=True))))
+        yield [one.row() for one in measured], refused
 
 
 def table(result: dict[str, Any]) -> str:
@@ -217,7 +230,9 @@ def table(result: dict[str, Any]) -> str:
         f"Views of {result['size']} pixels, batches of {result['batch']}, {result['device_name']}, "
         f"{result['threads']} threads, {result['processor']}"
     )
-    return heading + "\n\n" + markdown(["step", "operator", "CPU µs an image", "µs an image"], rows, text=2)
+    figures = markdown(["step", "operator", "CPU µs an image", "µs an image"], rows, text=2)
+    notes = [f"Refused by DALI: {name}: {reason}" for name, reason in result["refused"].items()]
+    return "\n\n".join([heading, figures, *notes])
 
 
 def parse() -> argparse.Namespace:
@@ -254,11 +269,15 @@ def main() -> None:
             ways = operators(source, view, batch, device)
     except (ImportError, MSBRegError) as error:
         sys.exit(f"bench/operators.py: {error}")
-    rows = measure(ways, device, threads=options.threads, rounds=options.rounds, seconds=options.seconds)
     result = provenance("bench/operators.py", options.data, device, ("nvidia-dali-cuda130", "nvidia-dali-cuda120"))
-    result |= {"size": options.size, "batch": batch, "threads": options.threads, "rows": rows}
-    keep(result, options.json)
-    print(table(result))
+    result |= {"size": options.size, "batch": batch, "threads": options.threads, "rows": [], "refused": {}}
+    try:
+        measured = measure(ways, device, threads=options.threads, rounds=options.rounds, seconds=options.seconds)
+        for rows, refused in measured:
+            result |= {"rows": rows, "refused": refused}
+            keep(result, options.json)
+    finally:  # of the rounds that there are, where it is interrupted
+        print(table(result), flush=True)
 
 
 if __name__ == "__main__":

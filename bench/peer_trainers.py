@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,21 +9,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from loader import PREFETCH, require_shared_memory
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from msbreg.config import Config, DataConfig, EvalConfig, MethodConfig, ModelConfig, OptimConfig, RunConfig
 from msbreg.data import ImageFolder, load_recipe
 from msbreg.data.recipes import MEAN, STD, View
-from msbreg.errors import MSBRegError
 from msbreg.models import build_backbone, mlp_head
 from msbreg.processes import Processes
 from msbreg.schedules import scaled_lr
 from msbreg.trainer import Trainer
 
 __all__ = [
-    "CASES", "MANY", "PROVIDERS", "Case", "Peer", "Provider", "Setting", "byol", "dali_batches",
-    "require_shared_memory", "squared_distance",
+    "CASES", "MANY", "PROVIDERS", "Case", "Peer", "Provider", "Setting", "byol", "dali_batches", "squared_distance",
 ]  # fmt: skip
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.06, 0.9, 1e-4
@@ -33,10 +31,6 @@ TAU = 0.996
 """BYOL's for 1000 epochs."""
 MANY = 10**9
 """Steps or images that no run comes to the end of."""
-PREFETCH = 2
-"""Batches that each of a DataLoader's workers prepares ahead: torch's default."""
-SHARED = "/dev/shm"
-"""Where workers leave their batches."""
 
 
 class Case(NamedTuple):
@@ -126,8 +120,8 @@ def lightly_byol(setting: Setting) -> Peer:
     from lightly.transforms import BYOLTransform, BYOLView1Transform, BYOLView2Transform
     from torch.utils.data import DataLoader, RandomSampler
 
-    require_shared_memory(setting)
     case = setting.case
+    require_shared_memory(setting.threads, case.batch * 2 * 3 * case.size**2 * 4)  # two views, float32
     first, second = load_recipe("auto", 2, case.size)
     transform = BYOLTransform(
         BYOLView1Transform(input_size=case.size, gaussian_blur=first.blur, solarization_prob=first.solarize),
@@ -156,22 +150,6 @@ def lightly_byol(setting: Setting) -> Peer:
         ahead=PREFETCH * setting.threads,
         together=setting.threads,
     )
-
-
-def require_shared_memory(setting: Setting) -> None:
-    """Sees that the batches which a DataLoader's workers prepare have room: where they have not, a worker is killed.
-
-    Raises:
-        MSBRegError: they have not.
-    """
-    case = setting.case
-    needed = PREFETCH * setting.threads * case.batch * 2 * 3 * case.size**2 * 4  # two views, float32
-    free = shutil.disk_usage(SHARED).free
-    if free < needed:
-        raise MSBRegError(
-            f"the batches of {setting.threads} workers need {needed / 1e9:.1f} GB of shared memory, but {SHARED} has "
-            f"{free / 1e9:.1f} GB free; give it more (docker run --shm-size), or lower --threads"
-        )
 
 
 def solo_style_byol(setting: Setting) -> Peer:

@@ -149,12 +149,13 @@ def serve(name: str, setting: Setting, pipe: Connection) -> None:
         peer = PROVIDERS[name].build(setting)
         check(peer)
         synchronize(device)
-        pipe.send({"gpu_memory_mb": gpu_megabytes_in_use(device) - before if gpu else None})
+        answer = {"gpu_memory_mb": gpu_megabytes_in_use(device) - before if gpu else None}
         while True:
-            if gpu:  # for the others
+            if gpu:  # for the others, before one of them is asked
                 gc.collect()
                 torch.cuda.empty_cache()
-            pipe.send(turn(peer, device, **pipe.recv()))
+            pipe.send(answer)
+            answer = turn(peer, device, **pipe.recv())
     except (EOFError, ConnectionError):  # no more turns
         if peer is not None:
             peer.close()

@@ -22,7 +22,7 @@ import torch
 from records import cell, keep, markdown, provenance, spread
 from timing import Round, device_round, plan
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
+from triton.errors import TritonError
 
 from msbreg.functional import SMOOTHING
 from msbreg.kernels import gradient, gram, inverse_root, product, rows
@@ -137,8 +137,8 @@ def measure(case: Case, device: torch.device, *, seconds: float, rounds: int) ->
         row = {"kernel": case.kernel, "tile": tile, "chosen": tile == usual}
         try:
             wrong = [said for pair in zip(call(), expected, strict=True) if (said := difference(*pair))]
-        except OutOfResources as reason:
-            wrong = [str(reason)]
+        except TritonError as reason:  # more shared memory than there is, or an assembler that fails
+            wrong = [str(reason).strip().splitlines()[0]]
         if wrong:
             misfits.append(row | {"misfit": wrong[0]})
             continue

@@ -26,8 +26,8 @@ def benchmark(config: Config, *, steps: int) -> str | None:
         steps: how many of each are timed, after some that are not.
 
     Returns:
-        A Markdown table of images/s and views/s, and of the parts' shares of the step, on the first process alone, which
-        says each time on standard error as it has it.
+        A Markdown table of images/s and views/s, and of the parts' shares of the step, on the first process alone,
+        which says each time on standard error as it has it.
 
     Raises:
         MSBRegError: whatever would keep the run from its first step.

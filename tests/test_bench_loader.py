@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,6 +200,30 @@ def test_figures_are_medians_and_ratios_within_a_round(case):
     assert math.isclose(torchvision["cpu_ms_per_view"]["median"], 1e3 * 2.0 / (2 * BATCH))
     assert ours["cpu_time_over"]["torchvision"]["median"] == pytest.approx(1 / 6)
     assert torchvision["speed_over"]["torchvision"] == {"median": 1, "min": 1, "max": 1}
+
+
+def test_workers_that_would_have_no_room_for_their_batches_are_left_out(swatches, monkeypatch, capsys):
+    bench.require_shared_memory(1, 1000)
+    monkeypatch.setattr(bench.shutil, "disk_usage", lambda folder: SimpleNamespace(free=3e9))
+    bench.require_shared_memory(2, 10**9 // 2)
+    monkeypatch.setattr(bench.os, "sched_setaffinity", lambda *_: None)
+    command = ["loader.py", "--data", swatches, "--size", "224", "--batch", "64", "--views", "4", "--threads", "16"]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--device", "cpu", "--loaders", "torchvision"])
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    bench.main()
+    said = capsys.readouterr().out
+    assert "Left out: torchvision with 4 views: the batches of 16 workers need 4.9 GB of shared memory, but" in said
+
+
+def test_what_was_measured_is_shown_where_it_is_interrupted(swatches, monkeypatch, capsys):
+    turns = iter([{"torchvision": [bench.Turn(10, 1.0, 2.0)]}])
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: next(turns))
+    monkeypatch.setattr(bench.os, "sched_setaffinity", lambda *_: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(sys, "argv", ["loader.py", "--data", str(swatches), "--device", "cpu", "--threads", "1"])
+    with pytest.raises(StopIteration):
+        bench.main()
+    assert "| 2 | torchvision | 2,560 " in capsys.readouterr().out
 
 
 @pytest.mark.slow

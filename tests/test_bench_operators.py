@@ -66,6 +66,18 @@ def test_copies_are_made_side_by_side_and_none_hands_out_the_input(ways):
     assert not np.array_equal(inverted[0], inverted[1])  # else DALI would compute most of it once
 
 
+def test_what_dali_refuses_is_left_out_with_its_reason(ways):
+    from nvidia.dali import fn
+
+    odd = ways["resize, cubic"]._replace(name="odd", apply=lambda x, argument, copy: fn.resize(x, size=[1, 2, 3, 4]))
+    found = list(operators.measure([odd, ways["x ^ 255"]], CPU, threads=1, rounds=2, seconds=0))
+    assert [[row["operator"] for row in rows] for rows, _ in found] == 2 * [["x ^ 255"]]
+    rows, refused = found[-1]
+    assert list(refused) == ["crop and resize: odd"] and refused["crop and resize: odd"]
+    facts = {"device_name": "cpu", "size": 24, "batch": 4, "threads": 1, "processor": "any"}
+    assert "\n\nRefused by DALI: crop and resize: odd: " in operators.table({**facts, "rows": rows, "refused": refused})
+
+
 @pytest.mark.slow
 def test_the_command_prints_and_keeps_its_figures(tmp_path):
     file = tmp_path / "operators.json"

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 import tiles
+from triton.runtime.errors import PTXASError
 
 from msbreg import kernels
 
@@ -59,6 +60,22 @@ def test_a_tile_with_other_results_is_refused(monkeypatch):
     )
     found = tiles.measure(case, CPU, seconds=0, rounds=1)
     assert "misfit" not in found[0] and "its results differ by" in found[1]["misfit"]
+
+
+@pytest.mark.skipif(not kernels.INTERPRETED, reason="TRITON_INTERPRET=1 runs Triton kernels without a GPU")
+@pytest.mark.interpreter
+def test_a_tile_that_triton_cannot_make_is_refused(monkeypatch):
+    monkeypatch.setattr(tiles, "CALLS", 1)
+    case = next(tiles.cases(2, 4, 16, torch.float32, CPU))
+    warps, real = case.others[1]["num_warps"], case.call
+
+    def call():
+        if case.module.launch_config(2, 16, 4)["num_warps"] == warps:
+            raise PTXASError("no registers\nare left")
+        return real()
+
+    found = tiles.measure(case._replace(others=case.others[1:2], call=call), CPU, seconds=0, rounds=1)
+    assert found[0]["chosen"] and "no registers" in found[1]["misfit"] and "\n" not in found[1]["misfit"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
