@@ -61,23 +61,29 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
         )
         raise MSBRegError(
             f"cannot save the checkpoint {newest}: {reason(error)}; {kept}. "
-            "Make room and run the same command again to go on from there."
+            "Once it can be written, run the same command again to go on from there."
         ) from error
 
 
-def keep_checkpoint(folder: Path, step: int) -> None:
-    """Keeps the newest checkpoint, which is of that step, under a name of its own.
+def keep_checkpoint(folder: Path, step: int, *, anew: bool = True) -> None:
+    """Keeps a copy of the newest checkpoint, which is of that step, under a name of its own.
+
+    Args:
+        folder: the run folder.
+        step: of the checkpoint.
+        anew: whether it takes the place of one that was kept before; else that is left, and none is made of nothing.
 
     Raises:
         MSBRegError: where that is impossible.
     """
-    newest, kept = folder / NAME, folder / f"checkpoint-{step}.pt"
-    with whole_file(kept) as temporary:
-        temporary.unlink(missing_ok=True)  # after a kill it may be another checkpoint's other name
-        try:
-            os.link(newest, temporary)
-        except OSError:  # a file system without links
-            shutil.copyfile(newest, temporary)
+    kept = folder / f"checkpoint-{step}.pt"
+    if not anew and (kept.exists() or not (folder / NAME).exists()):
+        return
+    # No link: whoever copies an earlier one to checkpoint.pt, to go back, would change what is kept here too.
+    with whole_file(kept) as temporary, open(folder / NAME, "rb") as newest, open(temporary, "wb") as file:
+        shutil.copyfileobj(newest, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -196,11 +196,15 @@ def require_groups(file: str) -> None:
     if not isinstance(content, dict):
         what = "no options" if content is None else "something else"
         raise MSBRegError(f"{file} must hold options in groups, as in `optim: {{lr: 0.1}}`, but holds {what}.")
+    known = [f"--{name}" for name in option_types()]
     for name in vars(Config()):
         if not isinstance(content.get(name, {}), dict):
             raise MSBRegError(
                 f"{name} is {content[name]!r} in {file}, but must be a group of options; give it some, or leave it out."
             )
+        for option in content.get(name, {}):
+            if f"--{name}.{option}" not in known and (meant := meant_by(f"--{name}.{option}", known)):
+                raise MSBRegError(f"{file} has {name}.{option}, which is no option; did you mean {meant[2:]}?")
 
 
 def config_from(options: Namespace) -> Config:

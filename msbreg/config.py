@@ -161,7 +161,7 @@ class OptimConfig:
     lr: float = 2e-2
     """Peak learning rate for a batch of 256 images; scaled linearly with the batch."""
     weight_decay: float = 1e-4
-    """Weight decay; biases and normalisation parameters have none."""
+    """Weight decay; biases, normalisation parameters and what a timm network excepts have none."""
     epochs: float = 8.0
     """Passes over the images."""
     steps: int = 0

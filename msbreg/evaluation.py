@@ -166,10 +166,11 @@ def linear_probe(
 ) -> float:
     """Top-1 accuracy of multinomial logistic regression on frozen features.
 
-    Features are standardised by the bank's mean and standard deviation. The classifier minimises mean cross-entropy
-    plus l2 / 2 times the squared weights (not the biases) by full-batch L-BFGS with a strong Wolfe line search from
-    zero, so that there is no learning rate to choose and no randomness; scikit-learn's
-    `LogisticRegression(C=1 / (l2 * N))` solves the same problem. It holds N x F and a few N x C floats at once.
+    Features are standardised by the bank's mean and standard deviation, and those that are not finite count as 0. The
+    classifier minimises mean cross-entropy plus l2 / 2 times the squared weights (not the biases) by full-batch L-BFGS
+    with a strong Wolfe line search from zero, so that there is no learning rate to choose and no randomness;
+    scikit-learn's `LogisticRegression(C=1 / (l2 * N))` solves the same problem. It holds N x F and a few N x C floats
+    at once.
 
     Args:
         bank: (N, F) training features; any floating dtype and device.
@@ -189,9 +190,12 @@ def linear_probe(
     _check_labels(bank, bank_labels, queries, query_labels)
     classes, numbers = bank_labels.to(bank.device).unique(return_inverse=True)
     with torch.no_grad():
-        mean, std = bank.float().mean(dim=0), bank.float().std(dim=0, correction=0)
+        bank, queries = (features.float().nan_to_num(0.0, 0.0, 0.0) for features in (bank, queries))
+        largest = bank.abs().max().clamp(min=torch.finfo(torch.float32).tiny)  # so that no square overflows
+        bank, queries = bank / largest, queries / largest
+        std, mean = torch.std_mean(bank, dim=0, correction=0)
         scale = torch.where(std > 0, 1 / std, 0.0)
-        x, x_query = (bank.float() - mean) * scale, (queries.float() - mean) * scale
+        x, x_query = (bank - mean) * scale, (queries - mean) * scale
     weight = torch.zeros(len(classes), bank.shape[1], device=bank.device, requires_grad=True)
     bias = torch.zeros(len(classes), device=bank.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe")

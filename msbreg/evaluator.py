@@ -53,6 +53,7 @@ class Evaluator:
 
     Attributes:
         task: "labels" or "instances".
+        protocol: the task, its options and a hash of the images: figures of another one are not to be compared.
         measured: features (N, F) of the queries by the backbone that was measured last, and their labels (N,).
     """
 
@@ -105,6 +106,9 @@ class Evaluator:
             view = replace(view or recipe_of(config)[0], size=config.data.size)  # pixels are compared too
             self.bank, self.queries = images(source, most), images(source, most, (view,))
         self.linear = config.eval.linear and self.task == "labels"
+        vote = f", {self.k} neighbours at {self.temperature:g}" if self.task == "labels" else ""
+        bank, queries = (f"{len(one.source)} {one.source.fingerprint()[:8]}" for one in (self.bank, self.queries))
+        self.protocol = f"{self.task}{vote}, bank {bank}, queries {queries}"
 
     def pixels(self) -> float:
         """kNN accuracy of the pixels themselves, averaged down to 32 x 32 where the images are larger."""
@@ -147,7 +151,7 @@ class Images:
     """The batches of a loader on the device, kept in memory after the first pass where they are small."""
 
     def __init__(self, loader: ViewLoader, device: torch.device) -> None:
-        self.loader, self.device = loader, device
+        self.loader, self.source, self.device = loader, loader.source, device
         self._kept: list[Batch] = []
         self._whole = False
 

@@ -38,8 +38,8 @@ class MetricsFile:
                 file.write(json.dumps(finite(row)) + "\n")
         except OSError as error:
             raise MSBRegError(
-                f"cannot write to {self.path}: {error.strerror}. Make room and run the same command again to go on "
-                "from the last checkpoint."
+                f"cannot write to {self.path}: {error.strerror}. Once it can be written, run the same command "
+                "again to go on from the last checkpoint."
             ) from error
 
 

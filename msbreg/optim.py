@@ -83,17 +83,30 @@ def _trust_ratios(weights: list[Tensor], updates: list[Tensor], eta: float) -> S
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Splits the trainable parameters: matrices and kernels decay; biases, norms and other vectors do not.
 
+    Nor do those that a module names in `no_weight_decay()`, as timm's networks do with their tables of positions.
+
     Args:
         module: network.
         weight_decay: coefficient of the first group.
 
     Returns:
         Optimizer groups with `params`, `weight_decay` and `adapt` (which LARS reads and others pass over): decay and
-        adaptation are on for parameters of two dimensions and more, off for the rest, as in BYOL. Empty groups are
-        left out.
+        adaptation are on for parameters of two dimensions and more, those of size 1 not counted, and off for the rest,
+        as in BYOL. Empty groups are left out.
     """
+    excepted = {
+        id(w)
+        for part in module.modules()
+        if callable(getattr(part, "no_weight_decay", None))
+        for name, w in part.named_parameters()
+        if name in part.no_weight_decay()  # type: ignore[operator]
+    }
+
+    def decays(w: Tensor) -> bool:
+        return sum(size > 1 for size in w.shape) > 1 and id(w) not in excepted
+
     trainable = [w for w in module.parameters() if w.requires_grad]
-    tensors, vectors = [w for w in trainable if w.ndim > 1], [w for w in trainable if w.ndim <= 1]
+    tensors, vectors = [w for w in trainable if decays(w)], [w for w in trainable if not decays(w)]
     groups = [
         {"params": tensors, "weight_decay": weight_decay, "adapt": True},
         {"params": vectors, "weight_decay": 0.0, "adapt": False},

@@ -16,7 +16,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, *, title: str, score: st
         path: the PNG to write.
         title: a line above the panels.
         score: what the accuracy is the accuracy of.
-        start: what to call the network of the first evaluation.
+        start: what to call the network before the first step.
     """
     import matplotlib
 
@@ -26,6 +26,7 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, *, title: str, score: st
 
     train = [row for row in rows if row["event"] == "train"]
     evaluations = [row for row in rows if row["event"] == "eval"]
+    evaluations = [row for row in evaluations if row.get("protocol") == evaluations[-1].get("protocol")]
     figure, ((losses, accuracy), (rank, spectrum)) = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     figure.suptitle(title)
 
@@ -50,9 +51,11 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, *, title: str, score: st
 
     where = [row["step"] for row in evaluations]
     accuracy.plot(where, [row["knn_top1"] for row in evaluations], "o-", label=f"{score}, this run")
-    if evaluations:
-        before, pixels = evaluations[0]["knn_top1"], evaluations[0]["knn_top1_pixels"]
+    if evaluations and evaluations[0]["step"] == 0:
+        before = evaluations[0]["knn_top1"]
         accuracy.axhline(before, color="tab:gray", linestyle="--", label=f"{score}, {start}")
+    if evaluations:
+        pixels = evaluations[-1]["knn_top1_pixels"]
         accuracy.axhline(pixels, color="tab:brown", linestyle=":", label=f"{score}, raw pixels")
     accuracy.set(title="Held-out accuracy", xlabel="step", ylim=(0, 1))
     accuracy.legend(fontsize=8)  # where it hides nothing

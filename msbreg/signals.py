@@ -59,10 +59,9 @@ class StopSignals:
             signal.raise_signal(number)
 
     def ignore(self) -> None:
-        """From here on launchers are not heard, up to the end of the process, whose status is settled.
+        """From here on no signal is heard, up to the end of the process, whose status is settled.
 
         A handler would not do: Python takes it off some time before the process ends.
         """
-        for number in SENT_BY_LAUNCHERS:
-            if number in self._before:
-                signal.signal(number, signal.SIG_IGN)
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)

@@ -16,9 +16,13 @@ def summary_table(summary: dict[str, Any]) -> str:
     """
     task = TASKS[summary["task"]]
     rows = [
-        (f"{task}, this run", f"{summary['knn_top1']:.1%}"),
-        (f"{task}, {start_of(summary)}", f"{summary['knn_top1_untrained']:.1%}"),
-        (f"{task}, raw pixels", f"{summary['knn_top1_pixels']:.1%}"),
+        (f"{task}, {what}", f"{summary[name]:.1%}")
+        for what, name in (
+            ("this run", "knn_top1"),
+            (start_of(summary), "knn_top1_untrained"),  # not there where it was measured on other images
+            ("raw pixels", "knn_top1_pixels"),
+        )
+        if name in summary
     ]
     if "linear_top1" in summary:
         rows.append(("linear probe top-1", f"{summary['linear_top1']:.1%}"))

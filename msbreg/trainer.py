@@ -22,7 +22,7 @@ from msbreg.console import say
 from msbreg.errors import MSBRegError
 from msbreg.evaluator import TASKS, Evaluator
 from msbreg.export import export_backbone
-from msbreg.files import expanded, read_json, write_json
+from msbreg.files import expanded, read_json, reason, write_json
 from msbreg.inputs import has_labels, open_images, open_loader, recipe_of
 from msbreg.machine import memory_megabytes
 from msbreg.methods import StepOutput
@@ -134,6 +134,8 @@ class Trainer:
         """What is to be said of the number of processes, where it is another one than before."""
         if state is not None:
             self._restore(state)
+            if processes.first and self._kept():  # a kill may have come between saving and keeping it
+                checkpoint.keep_checkpoint(folder, self.done, anew=False)
         self.logged = self.done
 
     def run(self, stop: list[int]) -> dict[str, Any]:
@@ -166,7 +168,18 @@ class Trainer:
                 self.progress.say(f"going on from step {self.done} of {self.steps} in {self.folder}{self.change}")
                 if self.done % self.eval_every == 0 and self.results["evaluated"] < self.done:
                     self._evaluate()  # during which it was killed
-            self._train(stop)
+            try:
+                self._train(stop)
+            except MSBRegError:
+                raise
+            except Exception as error:
+                if not stop:
+                    raise
+                # A terminal's Ctrl-C goes to a compiler that is at work, too.
+                raise MSBRegError(
+                    f"step {self.done + 1} failed when a signal had come ({reason(error)}); the same command goes on "
+                    "from the last checkpoint."
+                ) from error
             return self._finish() if self.done == self.steps else {"finished": False, "step": self.done}
 
     def _train(self, stop: list[int]) -> None:
@@ -300,13 +313,20 @@ class Trainer:
     def _measure(self, evaluator: Evaluator, *, linear: bool) -> dict[str, Any]:
         """What an evaluation writes to metrics.jsonl, and keeps in the results."""
         network, results = self.step.method.online, self.results
+        if results.setdefault("protocol", evaluator.protocol) != evaluator.protocol:
+            self.progress.say(
+                "other images are evaluated than before, or with other options, so that figures of before are left out"
+            )
+            results.pop("knn_top1_untrained", None)
+            results |= {"protocol": evaluator.protocol, "knn_top1_pixels": evaluator.pixels()}
         if self.done == 0:
             results["knn_top1_pixels"] = evaluator.pixels()
         accuracy = evaluator(network.backbone, linear=linear)
         results["knn_top1"] = accuracy.knn
         if self.done == 0:
             results["knn_top1_untrained"] = accuracy.knn
-        row = {"event": "eval", "step": self.done, "task": evaluator.task, "knn_top1": accuracy.knn}
+        row = {"event": "eval", "step": self.done, "task": evaluator.task, "protocol": evaluator.protocol}
+        row["knn_top1"] = accuracy.knn
         row["knn_top1_pixels"] = results["knn_top1_pixels"]
         if self.step.probe is not None and evaluator.task == "labels":
             results["online_linear_top1"] = row["online_linear_top1"] = self.step.probe.accuracy(*evaluator.measured)

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -134,19 +135,25 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path, content):
 WITHOUT_STEP = {name: value for name, value in state(1, format=checkpoint.FORMAT).items() if name != "step"}
 
 
-def test_what_a_kill_left_of_a_kept_checkpoint_harms_none(tmp_path, monkeypatch):
-    """Its temporary name may be another name of what is the previous checkpoint by now."""
-    checkpoint.save_checkpoint(tmp_path, state(5))
-    checkpoint.save_checkpoint(tmp_path, state(10))
-    os.link(tmp_path / "checkpoint.pt", tmp_path / "checkpoint-10.pt.partial")
-    checkpoint.save_checkpoint(tmp_path, state(10, seconds=2.0))
-    checkpoint.keep_checkpoint(tmp_path, 10)
-    assert checkpoint.load_checkpoint(tmp_path / "checkpoint-10.pt")["seconds"] == 2.0
-    assert checkpoint.load_checkpoint(tmp_path / "checkpoint.previous.pt")["seconds"] == 0.0
-    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("no links")))
-    checkpoint.keep_checkpoint(tmp_path, 11)
-    assert checkpoint.load_checkpoint(tmp_path / "checkpoint-11.pt")["step"] == 10
-    assert not list(tmp_path.glob("*.partial"))
+def test_a_kept_checkpoint_is_a_file_of_its_own(tmp_path):
+    """Which stays as it is where another is copied to checkpoint.pt, to go back to it."""
+    for step in (5, 10):
+        checkpoint.save_checkpoint(tmp_path, state(step))
+        (tmp_path / f"checkpoint-{step}.pt.partial").write_bytes(b"what a kill left")
+        checkpoint.keep_checkpoint(tmp_path, step)
+    shutil.copyfile(tmp_path / "checkpoint-5.pt", tmp_path / "checkpoint.pt")
+    steps = {path.name: checkpoint.load_checkpoint(path)["step"] for path in tmp_path.glob("*.pt")}
+    expected = {"checkpoint.pt": 5, "checkpoint.previous.pt": 5, "checkpoint-5.pt": 5, "checkpoint-10.pt": 10}
+    assert steps == expected and not list(tmp_path.glob("*.partial"))
+
+
+def test_what_is_kept_already_is_replaced_where_that_is_asked_for(tmp_path):
+    checkpoint.keep_checkpoint(tmp_path, 5, anew=False)  # nothing to keep
+    assert not list(tmp_path.iterdir())
+    for seconds, anew, expected in ((1.0, False, 1.0), (2.0, False, 1.0), (3.0, True, 3.0)):
+        checkpoint.save_checkpoint(tmp_path, state(5, seconds=seconds))
+        checkpoint.keep_checkpoint(tmp_path, 5, anew=anew)
+        assert checkpoint.load_checkpoint(tmp_path / "checkpoint-5.pt")["seconds"] == expected
 
 
 @pytest.mark.parametrize("value", [{"weights": 1}, [1, 2], WITHOUT_STEP, state(1, format=checkpoint.FORMAT, config=3)])

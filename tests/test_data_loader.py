@@ -852,6 +852,18 @@ def test_a_view_of_wrong_types_is_a_value_error(wrong):
         View(**wrong)
 
 
+def test_ctrl_c_while_dali_is_imported_is_no_missing_dali(pictures, monkeypatch):
+    def interrupted(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise ImportError("initialization failed") from None  # whose context it still is
+
+    monkeypatch.setattr("msbreg.data.dali_backend.DaliBackend.__init__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ViewLoader(pictures, byol(2, 16), 2, backend="auto")
+
+
 def test_missing_recipes_and_views():
     with pytest.raises(MSBRegError, match="no recipe is called moco"):
         load_recipe("moco", 2, 32)

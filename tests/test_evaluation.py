@@ -161,6 +161,14 @@ def test_features_come_from_evaluation_mode_which_is_left_as_it_was():
     assert torch.equal(backbone[1].running_mean, statistics)
 
 
+@pytest.mark.parametrize("worst", [3e38, math.inf, math.nan])
+def test_the_linear_probe_takes_features_of_a_network_gone_astray(worst):
+    bank, labels = clusters(60, seed=1)
+    bank[0, 0] = worst
+    assert 0 <= linear_probe(bank, labels, bank, labels) <= 1
+    assert linear_probe(1e30 * clusters(60, seed=1)[0], labels, 1e30 * clusters(60, seed=1)[0], labels) == 1
+
+
 def test_modes_come_back_part_by_part_even_after_an_error():
     backbone = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.Linear(3, 3)))
     backbone[1].eval()

@@ -98,6 +98,23 @@ def test_biases_and_norms_neither_decay_nor_adapt_and_frozen_parameters_are_left
     assert (vectors["weight_decay"], vectors["adapt"]) == (0.0, False)
 
 
+def test_scales_of_any_shape_and_what_a_network_excepts_do_not_decay():
+    """As ConvNeXt's layer scales, (C, 1, 1), and Swin's tables of positions."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer_scale = nn.Parameter(torch.ones(3, 1, 1))
+            self.table, self.weight = nn.Parameter(torch.ones(5, 2)), nn.Parameter(torch.ones(3, 3))
+
+        def no_weight_decay(self):
+            return {"table", "one that there is not"}
+
+    tensors, vectors = parameter_groups(nn.Sequential(Block()), 0.1)
+    assert [w.shape for w in tensors["params"]] == [(3, 3)]
+    assert {w.shape for w in vectors["params"]} == {(3, 1, 1), (5, 2)}
+
+
 def test_a_group_without_parameters_is_left_out():
     assert len(parameter_groups(nn.Linear(2, 2, bias=False), 0.1)) == 1
 

@@ -38,6 +38,20 @@ def test_curves_show_what_they_are_called(tmp_path, monkeypatch):
     assert shown["start"] == [1.0, 1e-4] and shown["end"] == [1.2, None]
 
 
+def test_evaluations_by_other_rules_are_not_drawn_beside_the_last(tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    row = {"event": "eval", "knn_top1_pixels": 0.1, "spectrum": [1.0]}
+    rules = ((0, 0.5, "five"), (2, 0.2, "ten"), (4, 0.3, "ten"))
+    rows = [row | {"step": step, "knn_top1": knn, "protocol": protocol} for step, knn, protocol in rules]
+    draw_curves(rows, tmp_path / "curves.png", title="a run", score="kNN", start="untrained network")
+    monkeypatch.undo()
+    plt.close(figure := drawn[-1])
+    shown = {line.get_label(): list(line.get_ydata()) for line in figure.axes[1].lines}
+    assert shown == {"kNN, this run": [0.2, 0.3], "kNN, raw pixels": [0.1, 0.1]}
+
+
 def test_curves_of_a_run_whose_metrics_were_deleted(tmp_path):
     pytest.importorskip("matplotlib")
     row = {"event": "eval", "step": 4, "knn_top1": 0.4, "knn_top1_pixels": 0.1, "spectrum": [1.2, 1.0]}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -27,6 +28,7 @@ from msbreg.errors import MSBRegError
 from msbreg.inputs import open_images
 from msbreg.metrics import read_metrics
 from msbreg.processes import Processes
+from msbreg.step import TrainingStep
 from msbreg.trainer import Trainer
 
 TIMES = {
@@ -183,6 +185,50 @@ def test_another_recipe_under_the_same_name_is_noticed(tmp_path, small, capsys):
     assert f"--data.recipe {recipe} makes other views than when the run in" in refusal(capsys, *options)
     recipe.write_text("# the same\n- {blur: 0}\n")
     assert pretrain(*options) == 0
+
+
+@pytest.mark.parametrize("change", ["--eval.k", "--data.eval_path"])
+def test_figures_of_another_evaluation_are_left_out(tmp_path, small, swatches, change, capsys):
+    """A run that goes on with other held-out images or rules: nothing is compared with what they were before."""
+    for split in ("train", "test"):
+        in_classes(tmp_path / "images" / split, swatches, "abcd", 40)
+    options = ["--run.dir", tmp_path / "run", *small, "--data.path", tmp_path / "images", "--run.keep_every", "4"]
+    assert pretrain(*options) == 0
+    run = tmp_path / "run"
+    os.replace(run / "checkpoint-8.pt", run / "checkpoint.pt")
+    capsys.readouterr()
+    other = {"--eval.k": "3", "--data.eval_path": tmp_path / "images" / "test" / "a"}  # no class, so that none is told
+    assert pretrain(*options, change, other[change]) == 0
+    said = capsys.readouterr()
+    assert "other images are evaluated than before, or with other options" in said.err
+    assert "raw pixels" in said.out and "untrained network" not in said.out
+    summary = json.loads((run / "summary.json").read_text())
+    last = [row for row in read_metrics(run / "metrics.jsonl") if row["event"] == "eval"][-1]
+    assert "knn_top1_untrained" not in summary and summary["knn_top1_pixels"] == last["knn_top1_pixels"]
+    assert summary["task"] == last["task"] == ("labels" if change == "--eval.k" else "instances")
+
+
+def test_a_checkpoint_that_a_kill_left_unkept_is_kept_when_the_run_goes_on(tmp_path, undisturbed, small):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    assert pretrain("--run.dir", tmp_path, *small, "--run.keep_every", "6") == 0
+    assert (tmp_path / "checkpoint-12.pt").read_bytes() == (undisturbed / "checkpoint.pt").read_bytes()
+
+
+def test_what_fails_when_a_signal_has_come_is_one_sentence(tmp_path, small, monkeypatch, capsys):
+    """As a compiler does, to which a terminal's Ctrl-C goes too."""
+    step = TrainingStep.__call__
+
+    def interrupted(self, batch, number):
+        if number < 5:
+            return step(self, batch, number)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError("the compiler failed\nand said much")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingStep, "__call__", interrupted)
+        text = refusal(capsys, "--run.dir", tmp_path, *small)
+    assert "step 6 failed when a signal had come (the compiler failed); the same command goes on from the last" in text
+    assert pretrain("--run.dir", tmp_path, *small) == 0
 
 
 def test_a_run_is_evaluated_on_its_images_from_any_folder(tmp_path, small, swatches, monkeypatch, capsys):
@@ -582,6 +628,12 @@ def test_what_one_command_prints_is_a_config_of_the_others(tmp_path, capsys, com
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     for other in ("pretrain", "bench"):
         assert parse([other, "--config", str(tmp_path / "printed.yaml")])[other].data.views == 5
+
+
+def test_an_option_of_a_file_that_there_is_not_is_taken_for_one_that_there_is(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("data:\n  vews: 4\n")
+    text = refusal(capsys, "--config", tmp_path / "config.yaml")
+    assert f"{tmp_path}/config.yaml has data.vews, which is no option; did you mean data.views?" in text
 
 
 def test_a_config_that_is_not_there(capsys):

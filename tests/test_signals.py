@@ -68,6 +68,14 @@ def test_a_second_ctrl_c_interrupts(heard):
             signal.raise_signal(signal.SIGINT)
 
 
+def test_nothing_is_heard_once_the_status_is_settled(heard):
+    signals = StopSignals()
+    signals.ignore()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
+        signal.raise_signal(number)
+    assert not heard and not signals.received
+
+
 def test_a_thread_notes_none(heard):
     noted: list[StopSignals] = []
     thread = threading.Thread(target=lambda: noted.append(StopSignals()))

@@ -380,6 +380,8 @@ def _open_backend(
         try:
             return DaliBackend(recipe, batch_size, device, threads, dtype)
         except ImportError as error:
+            if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
+                raise KeyboardInterrupt from None  # Ctrl-C, of which DALI's C++ makes an import that failed
             if name == "dali":
                 raise MSBRegError(
                     f"DALI cannot be imported ({error}); install it with pip install 'msbreg[train]' or use torchvision"
