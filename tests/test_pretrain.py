@@ -187,25 +187,30 @@ def test_another_recipe_under_the_same_name_is_noticed(tmp_path, small, capsys):
     assert pretrain(*options) == 0
 
 
-@pytest.mark.parametrize("change", ["--eval.k", "--data.eval_path"])
-def test_figures_of_another_evaluation_are_left_out(tmp_path, small, swatches, change, capsys):
+@pytest.mark.parametrize(
+    ("option", "value", "task"),
+    [("--eval.k", "3", "labels"), ("--data.eval_path", "more", "labels"), ("--data.eval_path", "test/a", "instances")],
+)
+def test_figures_of_another_evaluation_are_left_out(tmp_path, small, swatches, option, value, task, capsys):
     """A run that goes on with other held-out images or rules: nothing is compared with what they were before."""
-    for split in ("train", "test"):
-        in_classes(tmp_path / "images" / split, swatches, "abcd", 40)
+    for name, images in (("train", 40), ("test", 40), ("more", 60)):
+        in_classes(tmp_path / "images" / name, swatches, "abcd", images)
     options = ["--run.dir", tmp_path / "run", *small, "--data.path", tmp_path / "images", "--run.keep_every", "4"]
     assert pretrain(*options) == 0
     run = tmp_path / "run"
     os.replace(run / "checkpoint-8.pt", run / "checkpoint.pt")
     capsys.readouterr()
-    other = {"--eval.k": "3", "--data.eval_path": tmp_path / "images" / "test" / "a"}  # no class, so that none is told
-    assert pretrain(*options, change, other[change]) == 0
+    before = json.loads((run / "summary.json").read_text())
+    assert pretrain(*options, option, value if option == "--eval.k" else tmp_path / "images" / value) == 0
     said = capsys.readouterr()
     assert "other images are evaluated than before, or with other options" in said.err
     assert "raw pixels" in said.out and "untrained network" not in said.out
     summary = json.loads((run / "summary.json").read_text())
     last = [row for row in read_metrics(run / "metrics.jsonl") if row["event"] == "eval"][-1]
     assert "knn_top1_untrained" not in summary and summary["knn_top1_pixels"] == last["knn_top1_pixels"]
-    assert summary["task"] == last["task"] == ("labels" if change == "--eval.k" else "instances")
+    assert summary["task"] == last["task"] == task
+    if task == "instances":  # a view's pixels do not tell which image it is of as well as an image's own do
+        assert summary["knn_top1_pixels"] < before["knn_top1_pixels"] == 1
 
 
 def test_a_checkpoint_that_a_kill_left_unkept_is_kept_when_the_run_goes_on(tmp_path, undisturbed, small):
