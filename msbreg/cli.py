@@ -17,7 +17,7 @@ import msbreg
 from msbreg.config import Config, config_of, option_types, packaged_configs, require_text
 from msbreg.console import say
 from msbreg.errors import MSBRegError
-from msbreg.files import expanded
+from msbreg.files import expanded, read_yaml
 from msbreg.signals import StopSignals
 
 __all__ = ["main"]
@@ -190,7 +190,7 @@ def meant_by(flag: str, known: Sequence[str]) -> str | None:
 def require_groups(file: str) -> None:
     """Raises MSBRegError where a YAML file is not one of options in groups; those are the parser's to judge."""
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        content = read_yaml(Path(file))
     except yaml.YAMLError:
         return  # the parser says where
     if not isinstance(content, dict):

@@ -10,7 +10,7 @@ from typing import Any
 
 from msbreg.errors import MSBRegError
 
-__all__ = ["cache_folder", "expanded", "read_json", "reason", "sync_folder", "whole_file", "write_json"]
+__all__ = ["cache_folder", "expanded", "read_json", "read_yaml", "reason", "sync_folder", "whole_file", "write_json"]
 
 
 @contextlib.contextmanager
@@ -66,6 +66,30 @@ def read_json(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds, in which no key may stand twice: YAML takes the last one, and whoever wrote it may not.
+
+    Raises:
+        MSBRegError: a key stands twice.
+        OSError: the file cannot be read.
+        UnicodeDecodeError: it is not text.
+        yaml.YAMLError: it is not YAML.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys: list[Any] = []
+            for key, _ in node.value:
+                keys.append(self.construct_object(key, deep=True))
+                if keys[-1] in keys[:-1]:
+                    again = key.start_mark.line + 1
+                    raise MSBRegError(f"{path} has {keys[-1]} twice, again in line {again}; leave one of them out.")
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(path.read_text(encoding="utf-8"), Loader)
 
 
 def expanded(path: str) -> Path:

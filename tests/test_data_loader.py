@@ -838,6 +838,7 @@ def test_no_block_of_a_recipe_is_left_out(tmp_path):
         ("- just a word", "expected field: value pairs"),
         ("", "should be a list of blocks"),
         ("- [", "is not YAML"),
+        ("- flip: 0.5\n  blur: 0\n  flip: 0", "wrong.yaml has flip twice, again in line 3; leave one of them out"),
     ],
 )
 def test_wrong_recipe_files(tmp_path, text, says):

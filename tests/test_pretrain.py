@@ -635,6 +635,13 @@ def test_what_one_command_prints_is_a_config_of_the_others(tmp_path, capsys, com
         assert parse([other, "--config", str(tmp_path / "printed.yaml")])[other].data.views == 5
 
 
+def test_an_option_that_a_file_has_twice(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("data:\n  views: 4\noptim: {lr: 0.1}\ndata:\n  views: 6\n")
+    assert f"{tmp_path}/config.yaml has data twice, again in line 4" in refusal(
+        capsys, "--config", tmp_path / "config.yaml"
+    )
+
+
 def test_an_option_of_a_file_that_there_is_not_is_taken_for_one_that_there_is(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("data:\n  vews: 4\n")
     text = refusal(capsys, "--config", tmp_path / "config.yaml")

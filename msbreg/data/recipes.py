@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from msbreg.errors import MSBRegError
-from msbreg.files import expanded
+from msbreg.files import expanded, read_yaml
 
 __all__ = ["MEAN", "STD", "Recipe", "View", "byol", "cifar", "evaluation", "load_recipe", "multi_crop", "size_groups"]
 
@@ -206,7 +206,7 @@ def _read_blocks(path: Path, size: int) -> Recipe:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except OSError as error:
         raise MSBRegError(f"recipe {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
