@@ -213,7 +213,7 @@ def config_from(options: Namespace) -> Config:
 
 
 def run_pretrain(options: Namespace, signals: StopSignals | None = None) -> int:
-    if "dry_run" in options:
+    if options.get("dry_run", False):
         if signals is not None:
             signals.deliver()
         from msbreg.dry_run import dry_run

@@ -623,7 +623,7 @@ def test_options_win_over_config_files_wherever_they_stand(tmp_path, config):
     (tmp_path / "config.yaml").write_text("data:\n  batch_size: 1024\n  views: 3\n")
     config = [word.replace("FILE", str(tmp_path / "config.yaml")) for word in config]
     options = parse(["pretrain", "--dry-run", "--data.batch_size", "256", *config, "--data.size", "64"])["pretrain"]
-    assert "dry_run" in options and (options.data.batch_size, options.data.views, options.data.size) == (256, 3, 64)
+    assert options.dry_run and (options.data.batch_size, options.data.views, options.data.size) == (256, 3, 64)
 
 
 @pytest.mark.parametrize("command", ["pretrain", "bench"])
@@ -633,6 +633,13 @@ def test_what_one_command_prints_is_a_config_of_the_others(tmp_path, capsys, com
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     for other in ("pretrain", "bench"):
         assert parse([other, "--config", str(tmp_path / "printed.yaml")])[other].data.views == 5
+
+
+def test_a_file_may_say_that_a_run_is_none_to_try(tmp_path, small, capsys):
+    """As one that an earlier version has printed."""
+    (tmp_path / "printed.yaml").write_text("dry_run: false\n")
+    assert pretrain("--config", tmp_path / "printed.yaml", "--run.dir", tmp_path / "run", *small) == 0
+    assert (tmp_path / "run" / "summary.json").exists()
 
 
 def test_an_option_that_a_file_has_twice(tmp_path, capsys):
