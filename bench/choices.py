@@ -111,7 +111,8 @@ within the spread mean nothing, and a short run of a small network is a hint, no
 
 {table(result["rows"])}
 
-This page is written by that command with `--page`, the figures of each run with `--json`.
+This page is written by that command with `--page`, the figures of each run
+([choices.json](../bench/results/cpu/2026-11-22/choices.json)) with `--json`.
 """
 
 

@@ -93,7 +93,7 @@ def build_parser() -> ArgumentParser:
         "--dry-run",
         action="store_true",
         default=argparse.SUPPRESS,  # for --print_config to leave it out, as no option of a run
-        help="take two steps on rendered images, and print memory, step time and the hours the run would take",
+        help="take a few steps on rendered images, and print memory, step time and the hours the run would take",
     )
     add_config(pretrain)
     commands.add_subcommand("pretrain", pretrain, help="train a backbone without labels")
@@ -124,7 +124,9 @@ def build_parser() -> ArgumentParser:
     add_config(bench)
     commands.add_subcommand("bench", bench, help="how fast this machine trains, and what bounds it")
 
-    doctor = Parser(description="Versions, devices, what is usable here, and why what is not is not.")
+    doctor = Parser(
+        usage="msbreg doctor", description="Versions, devices, what is usable here, and why what is not is not."
+    )
     commands.add_subcommand("doctor", doctor, help="what works on this machine, and what does not and why")
     return parser
 

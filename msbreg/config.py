@@ -55,8 +55,8 @@ class RunConfig:
     """CPU threads of the networks in each process; 0 leaves torch's own choice. Where other programs keep cores busy,
     fewer are faster, or OMP_WAIT_POLICY=PASSIVE in the environment."""
     checkpoint_every: int = 200
-    """Steps between checkpoints; one is always written at the end and on SIGTERM, SIGHUP (a terminal that closes) or
-    SIGUSR1, which torchrun passes on where its --signals-to-handle names it."""
+    """Steps between checkpoints; one is always written at the end, before each evaluation, and on Ctrl-C, SIGTERM,
+    SIGHUP (a terminal that closes) or SIGUSR1, which torchrun passes on where its --signals-to-handle names it."""
     keep_every: int = 0
     """Steps between checkpoints that are kept as checkpoint-STEP.pt, beside the last two; 0: none."""
     log_every: int = 10
@@ -74,14 +74,15 @@ class DataConfig:
     path: str | None = None
     """Image folder, folder or pattern of tar shards, or index file; unset: images that msbreg renders itself."""
     eval_path: str | None = None
-    """Held-out images for evaluation; unset: val/ or test/ beside train/, else a tenth of labelled images. They are
-    classified where they have labels of two classes or more, and the training images too, four images a class; else
-    each is to be recognised again."""
+    """Held-out images for evaluation; unset: val/, valid/, validation/ or test/ beside train/, else a tenth of labelled
+    images. They are classified where they have labels of two classes or more, and the training images too, four images
+    a class; else each is to be recognised again."""
     images: int = 0
     """Images of an epoch, for --dry-run where there is no --data.path to count; 0: as many as msbreg renders.
     Where it is set, training wants a --data.path."""
     recipe: str = "auto"
-    """byol, cifar, multi_crop, or a YAML file with a block a view; auto: cifar below 96 pixels, else byol."""
+    """byol, cifar, multi_crop, or a YAML file with a block a view, or fewer, taken in turn; auto: cifar below 96
+    pixels, else byol."""
     size: int = 32
     """Side of a view, in pixels."""
     views: int = 2

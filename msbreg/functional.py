@@ -3,6 +3,10 @@
 The mathematics is in `msbreg.reference`. Half-precision inputs are raised to float32 before anything is subtracted,
 gradients come back in the dtype of their tensor, and nothing waits for the device: the functions trace under
 `torch.compile(fullgraph=True)` and record in CUDA graphs. (The solvers `"eigh"` and `"svd"` wait inside torch.)
+
+Floating-point dtypes are float16, bfloat16, float32 and float64. CUDA tensors take the kernels up to `kernels.MAX_DIM`
+dimensions, and plain torch beyond, without Triton, and for the nuclear spectrum with another solver than
+`"newton_schulz"`. A second derivative, and `torch.func`, is a RuntimeError.
 """
 
 import functools
@@ -44,12 +48,14 @@ Per = Literal["image", "view"]
 Reduction = Literal["mean", "none"]
 
 # The defaults that functions, modules and configurations share.
-LAMBDA_M = 1.0
-LAMBDA_S = 0.004  # the paper's
-LAMBDA_B = 0.5  # the paper's
+LAMBDA_M = 1.0  # the paper's
+LAMBDA_S = 0.004  # the paper's largest
+LAMBDA_B = 0.5  # the paper's largest
 LEAVE_ONE_OUT = False
 SPECTRUM: Spectrum = "nuclear"
-SMOOTHING = 0.03
+SMOOTHING = (
+    0.03  # ours: small beside a flat spectrum's 1, large enough for an inverse root of 10 or 11 steps in float32
+)
 SOLVER: Solver = "auto"
 PER: Per = "image"
 
@@ -115,9 +121,10 @@ def msbreg_loss(
 
     Raises:
         ValueError: shapes that do not fit, empty tensors, tensors on several devices, an unknown option, a weight that
-            is not finite, a negative smoothing, a seed, step or first image beyond 64 bits, `"svd"` with a group.
-        TypeError: not tensors, or not floating point; a weight that is a tensor or None; a seed, step or first image
-            that is no integer.
+            is not finite, a smoothing that is negative or infinite, a seed, step or first image beyond 64 bits,
+            `"svd"` with a group; on a GPU more than 32,767 views with a singular value loss.
+        TypeError: not tensors, or not floating point; a weight or smoothing that is no number; a seed, step or first
+            image that is no integer.
     """
     z, t = stacked(online, "online"), stacked(target, "target")
     y = None if embedding is None or embedding is online else stacked(embedding, "embedding")
@@ -200,9 +207,9 @@ def singular_value_loss(
         A scalar, float32, or float64 for float64 embeddings.
 
     Raises:
-        ValueError: a wrong shape, an empty tensor, an unknown spectrum or solver, a negative smoothing, `"svd"` with a
-            group; on a GPU more than 32,767 views.
-        TypeError: not tensors, or not floating point.
+        ValueError: a wrong shape, an empty tensor, an unknown spectrum or solver, a smoothing that is negative or
+            infinite, `"svd"` with a group; on a GPU more than 32,767 views.
+        TypeError: not tensors, or not floating point; a smoothing that is no number.
     """
     z = stacked(embeddings, "embeddings", one=True)
     check_spectral(spectrum, smoothing)
@@ -259,9 +266,9 @@ def nuclear_norm(
         (K,), or a scalar for one tensor (N, D); float32, or float64 for float64 embeddings.
 
     Raises:
-        ValueError: a wrong shape, an empty tensor, an unknown solver, a negative smoothing, `"svd"` with a group;
-            on a GPU more than 32,767 matrices.
-        TypeError: not tensors, or not floating point.
+        ValueError: a wrong shape, an empty tensor, an unknown solver, a smoothing that is negative or infinite, `"svd"`
+            with a group; on a GPU more than 32,767 matrices.
+        TypeError: not tensors, or not floating point; a smoothing that is no number.
     """
     z = stacked(embeddings, "embeddings", one=True)
     check_smoothing(smoothing)

@@ -43,7 +43,7 @@ def brownian_directions(
         (batch, dim), or (views, batch, dim).
 
     Raises:
-        ValueError: batch, dim or views below 1, a seed or step beyond 64 bits.
+        ValueError: batch, dim or views below 1, a seed, step or first image beyond 64 bits.
         TypeError: a seed or step that is neither an int nor a zero-dimensional int64 tensor, a first image that is no
             int, or a dtype that is not floating point.
     """
@@ -97,7 +97,7 @@ def integer_on(device: torch.device, value: int | Tensor) -> Tensor:
 def check_noise(seed: int | Tensor, step: int | Tensor, first_image: int) -> None:
     """Raises TypeError for a seed or step that is no int or int64 scalar, or a first image that is no int.
 
-    ValueError for a seed or step beyond 64 bits.
+    ValueError for one of them beyond 64 bits.
     """
     for name, value in (("seed", seed), ("step", step)):
         if isinstance(value, Tensor):
@@ -108,10 +108,11 @@ def check_noise(seed: int | Tensor, step: int | Tensor, first_image: int) -> Non
                 )
         elif not _is_integer(value):
             raise TypeError(f"expected {name} to be an int or an int64 tensor, got {type(value).__name__}")
-        elif type(value) is int and not -(2**63) <= value < 2**63:
-            raise ValueError(f"expected {name} to be an int of 64 bits, got {value}")
     if isinstance(first_image, Tensor) or not _is_integer(first_image):
         raise TypeError(f"expected first_image to be an int, got {type(first_image).__name__}")
+    for name, value in (("seed", seed), ("step", step), ("first_image", first_image)):
+        if type(value) is int and not -(2**63) <= value < 2**63:
+            raise ValueError(f"expected {name} to be an int of 64 bits, got {value}")
 
 
 def _is_integer(value: object) -> bool:

@@ -79,7 +79,7 @@ class MMCRLoss(Loss):
 
         Raises:
             ValueError: one view in all, shapes that do not fit, empty tensors, tensors on several devices, an unknown
-                solver, `"svd"` with a group.
+                solver, `"svd"` with a group; on a GPU more than 32,767 images with a local term.
             TypeError: not tensors, or not floating point.
         """
         z = stacked(online, "online")
@@ -135,7 +135,8 @@ class SVMaxLoss(Loss):
             embeddings: (K, N, D), K tensors (N, D), or one tensor (N, D), any floating-point dtype.
 
         Raises:
-            ValueError: a wrong shape, an empty tensor, an unknown solver, `"svd"` with a group.
+            ValueError: a wrong shape, an empty tensor, an unknown solver, `"svd"` with a group; on a GPU more than
+                32,767 views.
             TypeError: not tensors, or not floating point.
         """
         z_hat = _UnitRows.apply(stacked(embeddings, "embeddings", one=True))
@@ -192,7 +193,8 @@ class CodingRateLoss(Loss):
             embeddings: (K, B, D) or K tensors (B, D), any floating-point dtype.
 
         Raises:
-            ValueError: a wrong shape, an empty tensor, a precision that is not positive.
+            ValueError: a wrong shape, an empty tensor, a precision that is not positive; on a GPU more than 32,767
+                views.
             TypeError: not tensors, or not floating point.
         """
         z_hat = _UnitRows.apply(stacked(embeddings, "embeddings"))

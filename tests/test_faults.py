@@ -321,7 +321,7 @@ def test_a_rank_that_is_killed_under_torchrun_ends_the_run(tmp_path, small, free
     ("options", "status", "why"),
     [
         ([], -signal.SIGUSR1, "as torchrun is gone"),  # which it does not pass on unless it is told to
-        (["--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1"], 1, "by a signal"),
+        (["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGUSR1"], 1, "by a signal"),
     ],
 )
 def test_a_signal_to_torchrun_lets_all_ranks_save(tmp_path, small, free_port, options, status, why):

@@ -682,6 +682,7 @@ REFUSED = [
     (lambda: SingularValueLoss(solver="qr"), ValueError, "solver to be one of .*got 'qr'"),
     (lambda: BrownianLoss(per="batch"), ValueError, "per to be one of 'image', 'view'"),
     (lambda: msbreg_loss(OK, OK, lambda_b=0, seed=0, step="1"), TypeError, "step to be an int"),
+    (lambda: brownian_loss(OK, first_image=2**70, **NOISE), ValueError, "first_image to be an int of 64 bits"),
     (lambda: brownian_loss(OK, first_image=0.5, **NOISE), TypeError, "first_image to be an int"),
     (lambda: brownian_loss(OK, first_image=np.array([1, 2, 3]), **NOISE), TypeError, "first_image to be an int"),
     (lambda: torch.vmap(lambda z: singular_value_loss(z))(OK[None]), RuntimeError, "inside vmap"),

@@ -87,6 +87,7 @@ def test_one_dimension_is_a_sign():
         ({"step": 1.5}, TypeError, "expected step to be an int"),
         ({"step": 2**63}, ValueError, "64 bits"),
         ({"seed": torch.tensor([1])}, TypeError, "zero-dimensional int64"),
+        ({"first_image": 2**63}, ValueError, "expected first_image to be an int of 64 bits"),
         ({"first_image": torch.tensor(1)}, TypeError, "first_image to be an int, got .*Tensor"),
     ],
 )
