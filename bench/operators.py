@@ -210,7 +210,8 @@ def measure(
             for work in pair:
                 turn(work, device, 0)
         except (RuntimeError, ValueError, TypeError) as error:  # as DALI raises them
-            refused[f"{way.step}: {way.name}"] = str(error).strip().splitlines()[-1]
+            _, _, reason = str(error).rpartition("encountered:\n")
+            refused[f"{way.step}: {way.name}"] = (reason.strip() or type(error).__name__).splitlines()[0]
             continue
         measured.append(Measured(way, copies, pair, []))
     for _ in range(rounds):

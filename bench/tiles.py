@@ -138,7 +138,7 @@ def measure(case: Case, device: torch.device, *, seconds: float, rounds: int) ->
         try:
             wrong = [said for pair in zip(call(), expected, strict=True) if (said := difference(*pair))]
         except TritonError as reason:  # more shared memory than there is, or an assembler that fails
-            wrong = [str(reason).strip().splitlines()[0]]
+            wrong = [(str(reason).strip() or type(reason).__name__).splitlines()[0]]
         if wrong:
             misfits.append(row | {"misfit": wrong[0]})
             continue

@@ -28,17 +28,17 @@ def compile_regions(network: nn.Module) -> None:
     settings.recompile_limit = max(settings.recompile_limit, GRAPHS_OF_ONE_BLOCK)
     settings.optimize_ddp = False  # which would cut regions at the ends of DDP's buckets: whole ones are small enough
     for region in regions(network):
-        region._compiled_call_impl = torch.compile(_call_of(region), dynamic=False)
+        if type(region).forward is nn.Sequential.forward:
+            region._compiled_call_impl = torch.compile(_call_of(region), dynamic=False)
+        else:
+            region.compile(dynamic=False)
 
 
-def _call_of(region: nn.Module) -> Callable[..., Tensor]:
-    """What the region does when it is called, as a function of ours.
+def _call_of(region: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What the region does when it is called, as a function of ours: of torch's, torch 2.11 compiles nothing."""
 
-    `Module.compile` compiles torch's own, and for an `nn.Sequential` torch 2.11 then compiles nothing.
-    """
-
-    def call(*inputs: Tensor) -> Tensor:
-        return region._call_impl(*inputs)
+    def call(x: Tensor) -> Tensor:
+        return region._call_impl(x)
 
     return call
 

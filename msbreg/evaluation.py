@@ -191,11 +191,13 @@ def linear_probe(
     classes, numbers = bank_labels.to(bank.device).unique(return_inverse=True)
     with torch.no_grad():
         bank, queries = (features.float().nan_to_num(0.0, 0.0, 0.0) for features in (bank, queries))
-        largest = bank.abs().max().clamp(min=torch.finfo(torch.float32).tiny)  # so that no square overflows
-        bank, queries = bank / largest, queries / largest
-        std, mean = torch.std_mean(bank, dim=0, correction=0)
+        largest = bank.abs().amax(dim=0)  # of each feature, so that no square overflows
+        largest = torch.where(largest > 0, largest, 1.0)
+        x, x_query = bank.div_(largest), queries.div_(largest)
+        std, mean = torch.std_mean(x, dim=0, correction=0)
         scale = torch.where(std > 0, 1 / std, 0.0)
-        x, x_query = (bank - mean) * scale, (queries - mean) * scale
+        for features in (x, x_query):
+            features.sub_(mean).mul_(scale)
     weight = torch.zeros(len(classes), bank.shape[1], device=bank.device, requires_grad=True)
     bias = torch.zeros(len(classes), device=bank.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe")

@@ -53,7 +53,8 @@ class Evaluator:
 
     Attributes:
         task: "labels" or "instances".
-        protocol: the task, its options and a hash of the images: figures of another one are not to be compared.
+        protocol: the task, its options and a hash of the images' names and labels: figures of another one are not to be
+            compared.
         measured: features (N, F) of the queries by the backbone that was measured last, and their labels (N,).
     """
 

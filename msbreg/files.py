@@ -80,14 +80,15 @@ def read_yaml(path: Path) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            keys: list[Any] = []
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)
+            seen = set()
             for key, _ in node.value:
-                keys.append(self.construct_object(key, deep=True))
-                if keys[-1] in keys[:-1]:
+                if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
                     again = key.start_mark.line + 1
-                    raise MSBRegError(f"{path} has {keys[-1]} twice, again in line {again}; leave one of them out.")
-            return super().construct_mapping(node, deep)
+                    raise MSBRegError(f"{path} has {key.value} twice, again in line {again}; leave one of them out.")
+                seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
+            return node
 
     return yaml.load(path.read_text(encoding="utf-8"), Loader)
 

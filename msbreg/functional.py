@@ -53,9 +53,8 @@ LAMBDA_S = 0.004  # the paper's largest
 LAMBDA_B = 0.5  # the paper's largest
 LEAVE_ONE_OUT = False
 SPECTRUM: Spectrum = "nuclear"
-SMOOTHING = (
-    0.03  # ours: small beside a flat spectrum's 1, large enough for an inverse root of 10 or 11 steps in float32
-)
+# Ours: small beside a flat spectrum's 1, large enough for an inverse root of 10 or 11 steps in float32.
+SMOOTHING = 0.03
 SOLVER: Solver = "auto"
 PER: Per = "image"
 

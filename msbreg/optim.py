@@ -94,13 +94,11 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         adaptation are on for parameters of two dimensions and more, those of size 1 not counted, and off for the rest,
         as in BYOL. Empty groups are left out.
     """
-    excepted = {
-        id(w)
-        for part in module.modules()
-        if callable(getattr(part, "no_weight_decay", None))
-        for name, w in part.named_parameters()
-        if name in part.no_weight_decay()  # type: ignore[operator]
-    }
+    excepted: set[int] = set()
+    for part in module.modules():
+        if callable(getattr(part, "no_weight_decay", None)):
+            names = part.no_weight_decay()  # type: ignore[operator]
+            excepted |= {id(w) for name, w in part.named_parameters() if name in names}
 
     def decays(w: Tensor) -> bool:
         return sum(size > 1 for size in w.shape) > 1 and id(w) not in excepted

@@ -26,7 +26,8 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, *, title: str, score: st
 
     train = [row for row in rows if row["event"] == "train"]
     evaluations = [row for row in rows if row["event"] == "eval"]
-    evaluations = [row for row in evaluations if row.get("protocol") == evaluations[-1].get("protocol")]
+    protocol = evaluations[-1].get("protocol") if evaluations else None
+    evaluations = [row for row in evaluations if row.get("protocol", protocol) == protocol]  # older ones have none
     figure, ((losses, accuracy), (rank, spectrum)) = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
     figure.suptitle(title)
 
@@ -64,8 +65,8 @@ def draw_curves(rows: list[dict[str, Any]], path: Path, *, title: str, score: st
     rank.set(title="Effective rank of a batch's embeddings", xlabel="step")
     rank.set_ylim(bottom=0)
 
-    for row, label in zip(evaluations[:: max(1, len(evaluations) - 1)], ("start", "end"), strict=False):
-        values = row["spectrum"]
+    for row in evaluations[:: max(1, len(evaluations) - 1)]:
+        label, values = f"step {row['step']}", row["spectrum"]
         spectrum.semilogy(
             range(1, len(values) + 1), [None if value is None else max(value, 1e-4) for value in values], label=label
         )

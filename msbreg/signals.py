@@ -24,6 +24,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: list[int] = []
+        self._interrupted = False
         first = threading.current_thread() is threading.main_thread()
         numbers = [*SENT_BY_LAUNCHERS, signal.SIGINT] if first else []
         if first and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
@@ -32,11 +33,12 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received:
+            self._interrupted = True
             raise KeyboardInterrupt
         self.received.append(number)
         if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":  # all ranks get it
             with contextlib.suppress(OSError):  # and not by print, which may be what was interrupted
-                os.write(2, b"\nCtrl-C: the run saves itself after its step or evaluation; again: it ends at once\n")
+                os.write(2, b"\nCtrl-C: a run saves itself after its step or evaluation; again: it ends at once\n")
 
     def __enter__(self) -> "StopSignals":
         return self
@@ -61,7 +63,9 @@ class StopSignals:
     def ignore(self) -> None:
         """From here on no signal is heard, up to the end of the process, whose status is settled.
 
-        A handler would not do: Python takes it off some time before the process ends.
+        A handler would not do: Python takes it off some time before the process ends. Whoever has interrupted it may
+        do so again.
         """
         for number in self._before:
-            signal.signal(number, signal.SIG_IGN)
+            again = self._interrupted and number == signal.SIGINT
+            signal.signal(number, signal.SIG_DFL if again else signal.SIG_IGN)

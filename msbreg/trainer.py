@@ -5,6 +5,7 @@ learning rate, the EMA momentum. So a run that was killed and started again walk
 """
 
 import contextlib
+import functools
 import gc
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from msbreg import checkpoint
 from msbreg.collapse import embedding_statistics
@@ -134,8 +136,9 @@ class Trainer:
         """What is to be said of the number of processes, where it is another one than before."""
         if state is not None:
             self._restore(state)
-            if processes.first and self._kept():  # a kill may have come between saving and keeping it
-                checkpoint.keep_checkpoint(folder, self.done, anew=False)
+            if self._kept():  # a kill may have come between saving and keeping it
+                keep = functools.partial(checkpoint.keep_checkpoint, folder, self.done, anew=False)
+                processes.of_first(keep, "keep the checkpoint")
         self.logged = self.done
 
     def run(self, stop: list[int]) -> dict[str, Any]:
@@ -170,15 +173,13 @@ class Trainer:
                     self._evaluate()  # during which it was killed
             try:
                 self._train(stop)
-            except MSBRegError:
-                raise
-            except Exception as error:
+            except TorchDynamoException as error:
                 if not stop:
                     raise
-                # A terminal's Ctrl-C goes to a compiler that is at work, too.
+                # A terminal's Ctrl-C goes to the C++ compiler, too.
                 raise MSBRegError(
-                    f"step {self.done + 1} failed when a signal had come ({reason(error)}); the same command goes on "
-                    "from the last checkpoint."
+                    f"step {self.done + 1} was not compiled, since a signal came ({reason(error)}); the same command "
+                    "goes on from the last checkpoint, or begins anew where there is none."
                 ) from error
             return self._finish() if self.done == self.steps else {"finished": False, "step": self.done}
 
@@ -317,8 +318,10 @@ class Trainer:
             self.progress.say(
                 "other images are evaluated than before, or with other options, so that figures of before are left out"
             )
-            results.pop("knn_top1_untrained", None)
+            for name in ("knn_top1_untrained", "online_linear_top1", "linear_top1"):
+                results.pop(name, None)
             results |= {"protocol": evaluator.protocol, "knn_top1_pixels": evaluator.pixels()}
+        results["task"] = evaluator.task
         if self.done == 0:
             results["knn_top1_pixels"] = evaluator.pixels()
         accuracy = evaluator(network.backbone, linear=linear)
@@ -375,7 +378,8 @@ class Trainer:
             self.step.load_state_dict(state)
         except (RuntimeError, ValueError, AttributeError, TypeError, KeyError) as error:
             raise MSBRegError(
-                f"the checkpoint in {self.folder} does not fit the networks of this config; choose another --run.dir."
+                f"the checkpoint in {self.folder} does not fit the networks of this config, or is of another version "
+                "of msbreg; choose another --run.dir."
             ) from error
         self.loader.recall(state["unreadable"])
         self.done, self.results = state["step"], state["results"]
@@ -401,7 +405,8 @@ class Trainer:
         if self.evaluator is None:  # not the first rank
             return {"finished": True, "step": self.done}
         summary_file = self.folder / "summary.json"
-        config, summary = self.config, self._summary(self.evaluator.task)
+        task = self.results.get("task", self.evaluator.task)  # of a finished run, which may be another one by now
+        config, summary = self.config, self._summary(task)
         written = read_json(summary_file) if before else {}
         again = summary.keys() <= written.keys()
         if again:
@@ -413,7 +418,7 @@ class Trainer:
                 read_metrics(self.folder / "metrics.jsonl"),
                 self.folder / "curves.png",
                 title=title,
-                score=TASKS[self.evaluator.task],
+                score=TASKS[task],
                 start=start_of(summary),
             )
             write_json(summary_file, finite(summary))

@@ -800,11 +800,17 @@ def test_recipes_by_name():
 
 def test_recipes_from_a_file(tmp_path, monkeypatch):
     path = tmp_path / "mine.yaml"
-    path.write_text("- blur: 5e-1\n  area: [2e-1, 1]\n- size: 16\n  interpolation: linear\n")
+    path.write_text("- &first\n  blur: 5e-1\n  area: [2e-1, 1]\n- size: 1.6e1\n  interpolation: linear\n")
     first, second = View(size=32, blur=0.5, area=(0.2, 1)), View(size=16, interpolation="linear")
     assert load_recipe(str(path), 3, 32) == (first, second, first)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load_recipe("~/mine.yaml", 3, 32) == (first, second, first)
+
+
+def test_a_block_of_a_recipe_may_be_another_with_changes(tmp_path):
+    (tmp_path / "mine.yaml").write_text("- &first {blur: 0.5, flip: 0}\n- <<: *first\n  blur: 0\n")
+    first, second = load_recipe(str(tmp_path / "mine.yaml"), 2, 32)
+    assert (first, second) == (View(size=32, blur=0.5, flip=0), View(size=32, blur=0, flip=0))
 
 
 def test_no_block_of_a_recipe_is_left_out(tmp_path):
@@ -838,6 +844,7 @@ def test_no_block_of_a_recipe_is_left_out(tmp_path):
         ("- just a word", "expected field: value pairs"),
         ("", "should be a list of blocks"),
         ("- [", "is not YAML"),
+        ("- !!map blur", "is not YAML"),
         ("- flip: 0.5\n  blur: 0\n  flip: 0", "wrong.yaml has flip twice, again in line 3; leave one of them out"),
     ],
 )

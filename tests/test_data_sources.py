@@ -307,6 +307,9 @@ def test_images_of_kinds_that_are_not_decoded_are_said_to_be_passed_over(tmp_pat
     fill(tmp_path, dict.fromkeys(["a/1.jpg", "a/IMG_2.HEIC", "b/3.nef", "b/notes.md"], encoded()))
     with pytest.warns(UserWarning, match=r"has 2 images of kinds that are not decoded, such as a/IMG_2\.HEIC"):
         assert ImageFolder(tmp_path).paths == ["a/1.jpg"]
+    (tmp_path / "a/1.jpg").unlink()
+    with pytest.raises(DataError, match=r"no file below it ends in .*; 2 such as a/IMG_2\.HEIC are of kinds"):
+        ImageFolder(tmp_path)
 
 
 @pytest.mark.parametrize("held_out", ["val", "test", "validation"])

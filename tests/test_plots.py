@@ -35,7 +35,7 @@ def test_curves_show_what_they_are_called(tmp_path, monkeypatch):
     assert list(rank.lines[0].get_xdata()) == [2, 4]
     assert shown["kNN, this run"] == [0.2, 0.3, 0.4] and list(accuracy.lines[0].get_xdata()) == [0, 2, 4]
     assert shown["kNN, untrained network"] == [0.2, 0.2] and shown["kNN, raw pixels"] == [0.1, 0.1]
-    assert shown["start"] == [1.0, 1e-4] and shown["end"] == [1.2, None]
+    assert shown["step 0"] == [1.0, 1e-4] and shown["step 4"] == [1.2, None]
 
 
 def test_evaluations_by_other_rules_are_not_drawn_beside_the_last(tmp_path, monkeypatch):
@@ -43,8 +43,8 @@ def test_evaluations_by_other_rules_are_not_drawn_beside_the_last(tmp_path, monk
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)
     row = {"event": "eval", "knn_top1_pixels": 0.1, "spectrum": [1.0]}
-    rules = ((0, 0.5, "five"), (2, 0.2, "ten"), (4, 0.3, "ten"))
-    rows = [row | {"step": step, "knn_top1": knn, "protocol": protocol} for step, knn, protocol in rules]
+    rules = ((0, 0.5, {"protocol": "five"}), (2, 0.2, {}), (4, 0.3, {"protocol": "ten"}))  # one by an older version
+    rows = [row | {"step": step, "knn_top1": knn} | protocol for step, knn, protocol in rules]
     draw_curves(rows, tmp_path / "curves.png", title="a run", score="kNN", start="untrained network")
     monkeypatch.undo()
     plt.close(figure := drawn[-1])

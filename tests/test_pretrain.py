@@ -19,6 +19,7 @@ pytest.importorskip("jsonargparse", reason="this needs the extra [train]")
 import numpy as np
 import torch
 from PIL import Image
+from torch._dynamo.exc import TorchDynamoException
 
 from msbreg import trainer as training
 from msbreg.checkpoint import load_checkpoint
@@ -208,6 +209,7 @@ def test_figures_of_another_evaluation_are_left_out(tmp_path, small, swatches, o
     summary = json.loads((run / "summary.json").read_text())
     last = [row for row in read_metrics(run / "metrics.jsonl") if row["event"] == "eval"][-1]
     assert "knn_top1_untrained" not in summary and summary["knn_top1_pixels"] == last["knn_top1_pixels"]
+    assert summary.get("online_linear_top1") == last.get("online_linear_top1")
     assert summary["task"] == last["task"] == task
     if task == "instances":  # a view's pixels do not tell which image it is of as well as an image's own do
         assert summary["knn_top1_pixels"] < before["knn_top1_pixels"] == 1
@@ -219,20 +221,20 @@ def test_a_checkpoint_that_a_kill_left_unkept_is_kept_when_the_run_goes_on(tmp_p
     assert (tmp_path / "checkpoint-12.pt").read_bytes() == (undisturbed / "checkpoint.pt").read_bytes()
 
 
-def test_what_fails_when_a_signal_has_come_is_one_sentence(tmp_path, small, monkeypatch, capsys):
-    """As a compiler does, to which a terminal's Ctrl-C goes too."""
+def test_a_compiler_that_a_signal_ended_is_one_sentence(tmp_path, small, monkeypatch, capsys):
+    """A terminal's Ctrl-C goes to it, too."""
     step = TrainingStep.__call__
 
     def interrupted(self, batch, number):
         if number < 5:
             return step(self, batch, number)
         os.kill(os.getpid(), signal.SIGINT)
-        raise RuntimeError("the compiler failed\nand said much")
+        raise TorchDynamoException("the compiler failed\nand said much")
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingStep, "__call__", interrupted)
         text = refusal(capsys, "--run.dir", tmp_path, *small)
-    assert "step 6 failed when a signal had come (the compiler failed); the same command goes on from the last" in text
+    assert "step 6 was not compiled, since a signal came (the compiler failed); the same command goes on from" in text
     assert pretrain("--run.dir", tmp_path, *small) == 0
 
 

@@ -87,6 +87,11 @@ def test_folder_that_has_lost_images_is_rendered_again(tmp_path):
     for split in ("train", "test"):
         next((folder / split / "dots").iterdir()).unlink()
         assert contents(render(folder, images=20, test_images=10)) == before
+    for file in [path for path in folder.rglob("*") if path.is_file()]:
+        file.unlink()
+    assert contents(render(folder, images=20, test_images=10)) == before
+    (folder / "train" / "dots" / "mine.jpg").write_bytes(b"")
+    assert len(contents(render(folder, images=20, test_images=10))) == len(before) + 1
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
 
 

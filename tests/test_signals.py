@@ -50,14 +50,14 @@ def test_a_closed_terminal_is_not_heard_under_nohup(heard):
 
 
 def test_ctrl_c_is_acknowledged_by_the_first_rank_alone(heard, capfd, monkeypatch):
-    for rank, said in (("1", ""), ("0", "\nCtrl-C: the run saves itself")):
+    for rank, said in (("1", ""), ("0", "\nCtrl-C: a run saves itself")):
         monkeypatch.setenv("RANK", rank)
         with StopSignals():
             signal.raise_signal(signal.SIGTERM)
             assert not capfd.readouterr().err
         with StopSignals():
             signal.raise_signal(signal.SIGINT)
-            assert capfd.readouterr().err[: len("\nCtrl-C: the run saves itself")] == said
+            assert capfd.readouterr().err[: len("\nCtrl-C: a run saves itself")] == said
 
 
 def test_a_second_ctrl_c_interrupts(heard):
@@ -74,6 +74,15 @@ def test_nothing_is_heard_once_the_status_is_settled(heard):
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
         signal.raise_signal(number)
     assert not heard and not signals.received
+
+
+def test_whoever_has_interrupted_may_do_so_again(heard):
+    signals = StopSignals()
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    signals.ignore()
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL and signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
 
 
 def test_a_thread_notes_none(heard):

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from msbreg import reference
 from msbreg.batch_norm import CrossRankBatchNorm
-from msbreg.compilation import regions
+from msbreg.compilation import compile_regions, regions
 from msbreg.config import Config
 from msbreg.data import Batch, ViewLoader
 from msbreg.errors import MSBRegError
@@ -259,6 +259,34 @@ def test_each_region_is_one_graph(graphs):
     step.loss_alone(batch())()
     step(batch(), 1)
     assert graphs["stats"]["unique_graphs"] == 2 + 2 + 1
+
+
+def test_blocks_that_take_keywords_are_compiled(graphs):
+    """As those of timm's transformers."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(3, 3)
+
+        def forward(self, x, *, scale):
+            return self.inner(x) * scale
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([Block(), Block()])
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x, scale=2.0)
+            return x
+
+    network, x = Network(), torch.randn(2, 3)
+    expected = network(x)
+    compile_regions(network)
+    torch.testing.assert_close(network(x), expected)
+    assert graphs["stats"]["unique_graphs"] == 2  # of inputs with and without a gradient
 
 
 def test_no_bucket_of_ddp_cuts_a_region(graphs, free_port):

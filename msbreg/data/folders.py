@@ -75,13 +75,15 @@ class ImageFolder(_Files):
             raise DataError(f"{folder} is not a folder" if self.folder.exists() else f"no such folder: {folder}")
         found = sorted(files_below(self.folder, EXTENSIONS + OTHER_EXTENSIONS))
         self.paths = [path for path in found if last_ending(path) in EXTENSIONS]
+        others = [path for path in found if last_ending(path) in OTHER_EXTENSIONS]
         if not self.paths:
-            raise DataError(f"{self.folder} holds no images: no file below it ends in {ENDINGS}")
+            instead = f"; {len(others):,} such as {others[0]} are of kinds that are not decoded" if others else ""
+            raise DataError(f"{self.folder} holds no images: no file below it ends in {ENDINGS}{instead}")
         top = [path.split("/", 1)[0] if "/" in path else None for path in self.paths]
         self.labels, self.classes = number_classes(top)
         if len(self.classes) < 2:
             self.labels, self.classes = np.full(len(top), -1), []
-        if others := [path for path in found if last_ending(path) in OTHER_EXTENSIONS]:
+        if others:
             warnings.warn(
                 f"{self.folder} has {len(others):,} images of kinds that are not decoded, such as {others[0]}, "
                 "which are passed over: convert them to be trained on",

@@ -236,7 +236,8 @@ def _plain(value: Any) -> Any:
         return tuple(map(_plain, value))
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
-            return float(value)
+            number = float(value)
+            return int(number) if number.is_integer() else number
     return value
 
 

@@ -237,7 +237,7 @@ def render(
     manifest = {"version": VERSION, "images": images, "test_images": test_images, "size": size, "seed": seed}
     if _is_whole(folder, manifest):
         return folder
-    if folder.exists() and not (folder.is_dir() and (_manifest_of(folder) or not any(folder.iterdir()))):
+    if folder.exists() and not (_manifest_of(folder) or _is_empty(folder)):
         raise DataError(f"{folder} is not a folder of rendered images and is left as it is; choose another place")
     partial = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     try:
@@ -270,10 +270,15 @@ def _manifest_of(folder: Path) -> dict[str, int] | None:
         return None
 
 
+def _is_empty(folder: Path) -> bool:
+    """Whether it is a folder without a file in it, at whatever depth."""
+    return folder.is_dir() and all(path.is_dir() for path in folder.rglob("*"))
+
+
 def _is_whole(folder: Path, manifest: dict[str, int]) -> bool:
     """Whether the folder has all that was rendered with these arguments."""
     there = manifest["images"] + manifest["test_images"]
-    return _manifest_of(folder) == manifest and sum(1 for _ in folder.glob("*/*/*.jpg")) == there
+    return _manifest_of(folder) == manifest and sum(1 for _ in folder.glob("*/*/*.jpg")) >= there
 
 
 def _write_split(folder: Path, count: int, size: int, random: np.random.Generator) -> None:
@@ -293,7 +298,7 @@ def _jpeg(picture: NDArray[np.uint8]) -> bytes:
 
 
 def _put_in_place(partial: Path, folder: Path, manifest: dict[str, int]) -> None:
-    if _manifest_of(folder) is not None and not _is_whole(folder, manifest):
+    if folder.exists() and not _is_whole(folder, manifest):
         outdated = partial.with_name(partial.name + "-outdated")
         os.rename(folder, outdated)
         shutil.rmtree(outdated, ignore_errors=True)
