@@ -84,9 +84,9 @@ NARROW = {  # smaller pieces, in bits, in which arguments may be loaded, and why
     "product z_pointer": (64, "Triton copies four half-precision numbers of a factor at a time"),
 }
 SHARED_BYTES = {  # that a program may have
-    "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_87": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10,
-    "sm_100": 227 << 10, "sm_103": 227 << 10, "sm_120": 99 << 10, "gfx90a": 64 << 10, "gfx942": 64 << 10,
-    "gfx950": 160 << 10,
+    "sm_75": 64 << 10, "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_87": 163 << 10, "sm_89": 99 << 10,
+    "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_103": 227 << 10, "sm_120": 99 << 10,
+    "gfx90a": 64 << 10, "gfx942": 64 << 10, "gfx950": 160 << 10,
 }  # fmt: skip
 
 

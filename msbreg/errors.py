@@ -2,7 +2,7 @@
 
 import torch
 
-__all__ = ["DataError", "MSBRegError", "is_of_memory"]
+__all__ = ["DataError", "MSBRegError", "is_of_a_compiler", "is_of_memory"]
 
 
 class MSBRegError(Exception):
@@ -19,3 +19,10 @@ class DataError(MSBRegError):
 def is_of_memory(error: RuntimeError) -> bool:
     """Whether torch could not allocate; of a CPU's errors only the text tells."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def is_of_a_compiler(error: RuntimeError) -> bool:
+    """Whether `torch.compile` raised it."""
+    from torch._dynamo.exc import TorchDynamoException  # a second's work
+
+    return isinstance(error, TorchDynamoException)

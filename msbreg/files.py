@@ -82,12 +82,12 @@ def read_yaml(path: Path) -> Any:
     class Loader(yaml.SafeLoader):
         def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
             node = super().compose_mapping_node(anchor)
-            seen = set()
-            for key, _ in node.value:
-                if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+            seen: set[str] = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in seen:
                     again = key.start_mark.line + 1
                     raise MSBRegError(f"{path} has {key.value} twice, again in line {again}; leave one of them out.")
-                seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
+                seen.add(key.value)
             return node
 
     return yaml.load(path.read_text(encoding="utf-8"), Loader)

@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 from msbreg import checkpoint
 from msbreg.collapse import embedding_statistics
 from msbreg.config import Config, with_absolute_paths
 from msbreg.console import say
-from msbreg.errors import MSBRegError
+from msbreg.errors import MSBRegError, is_of_a_compiler
 from msbreg.evaluator import TASKS, Evaluator
 from msbreg.export import export_backbone
 from msbreg.files import expanded, read_json, reason, write_json
@@ -173,8 +172,8 @@ class Trainer:
                     self._evaluate()  # during which it was killed
             try:
                 self._train(stop)
-            except TorchDynamoException as error:
-                if not stop:
+            except RuntimeError as error:
+                if not (stop and is_of_a_compiler(error)):
                     raise
                 # A terminal's Ctrl-C goes to the C++ compiler, too.
                 raise MSBRegError(

@@ -215,6 +215,18 @@ def test_figures_of_another_evaluation_are_left_out(tmp_path, small, swatches, o
         assert summary["knn_top1_pixels"] < before["knn_top1_pixels"] == 1
 
 
+def test_a_finished_run_is_described_by_the_task_that_it_had(tmp_path, small, swatches):
+    for split in ("train", "test"):
+        in_classes(tmp_path / "images" / split, swatches, "ab", 40)
+    options = ["--run.dir", tmp_path / "run", *small, "--data.path", tmp_path / "images", "--optim.steps", "1"]
+    assert pretrain(*options) == 0
+    before = (tmp_path / "run" / "summary.json").read_text()
+    (tmp_path / "run" / "summary.json").unlink()
+    assert pretrain(*options, "--data.eval_path", tmp_path / "images" / "test" / "a") == 0  # of no class
+    after = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert after["task"] == "labels" and after["knn_top1"] == json.loads(before)["knn_top1"]
+
+
 def test_a_checkpoint_that_a_kill_left_unkept_is_kept_when_the_run_goes_on(tmp_path, undisturbed, small):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     assert pretrain("--run.dir", tmp_path, *small, "--run.keep_every", "6") == 0
