@@ -9,8 +9,8 @@ from msbreg.losses import MSBRegLoss
 from msbreg.methods.byol import BYOL
 from msbreg.methods.encoder import Encoder
 from msbreg.methods.msbreg import MSBReg
+from msbreg.methods.outputs import StepOutput
 from msbreg.methods.simsiam import SimSiam
-from msbreg.methods.step import StepOutput
 from msbreg.models import build_backbone, mlp_head
 from msbreg.weights import load_weights
 

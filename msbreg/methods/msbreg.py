@@ -15,7 +15,7 @@ from msbreg.ema import ema_update
 from msbreg.functional import MSBRegOutput
 from msbreg.losses import MSBRegLoss
 from msbreg.methods.encoder import Encoder
-from msbreg.methods.step import Embeddings, StepOutput
+from msbreg.methods.outputs import Embeddings, StepOutput
 
 __all__ = ["MSBReg"]
 
