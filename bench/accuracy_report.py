@@ -9,7 +9,9 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from records import markdown, percent
+from records import percent
+
+from msbreg.tables import markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,7 +132,7 @@ def everything(found: list[Point]) -> str:
         "minutes": lambda point: f"{point.mean_minutes:.2f}",
         "views/s": lambda point: f"{statistics.mean(point.rates):,.0f}",
     }
-    return markdown(list(columns), ([cell(point) for cell in columns.values()] for point in found))
+    return markdown_table(list(columns), ([cell(point) for cell in columns.values()] for point in found))
 
 
 def equal_lengths(shown: list[Point], lengths: Iterable[float], length: Callable[[Point], float], unit: str) -> str:
@@ -144,7 +146,7 @@ def equal_lengths(shown: list[Point], lengths: Iterable[float], length: Callable
         cells = [cell for value in columns for cell in (cells_of(there[value]) if value in there else [""] * 3)]
         rows += [[name, *cells]] if any(cells) else []
     header = [f"{unit} {value:g}: {column}" for value in columns for column in ("linear, %", "kNN, %", "minutes")]
-    return markdown(["method", *header], rows)
+    return markdown_table(["method", *header], rows)
 
 
 def cells_of(point: Point) -> list[str]:
@@ -159,7 +161,7 @@ def equal_minutes(found: list[Point]) -> str:
     for name, of_method in by_name(found).items():
         longest = {point.mark: point for point in sorted(of_method, key=lambda point: point.epochs)}
         rows.append([name, *(timed(longest[mark]) if mark in longest else "" for mark in marks)])
-    return markdown(["method", *(f"{mark:g} min" for mark in marks)], rows)
+    return markdown_table(["method", *(f"{mark:g} min" for mark in marks)], rows)
 
 
 def timed(point: Point) -> str:

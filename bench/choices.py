@@ -14,10 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
-from records import commit, markdown, percent, processor, versions
+from records import commit, percent, processor, versions
 from runs import RunError, train
 
 from msbreg.machine import usable_cores
+from msbreg.tables import markdown_table
 
 COMMON = [  # with the choices themselves, so that rows mean the same when a default changes
     "--method.leave_one_out", "false", "--method.disperse", "projector", "--method.spectrum", "nuclear",
@@ -91,7 +92,7 @@ def table(rows: dict[str, list[dict]]) -> str:
     first = next(iter(rows.values()))
     for label, key in (("untrained network", "knn_top1_untrained"), ("raw pixels", "knn_top1_pixels")):
         rows_of_cells.append([label, percent([summary[key] for summary in first]), ""])
-    return markdown(["choice", "kNN top-1, %", "linear top-1, %"], rows_of_cells)
+    return markdown_table(["choice", "kNN top-1, %", "linear top-1, %"], rows_of_cells)
 
 
 def page(result: dict) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from records import keep, markdown, provenance
+from records import keep, provenance
 
 from msbreg import MSBRegLoss
+from msbreg.tables import markdown_table
 
 GRAM_BYTES = 4
 """Of a float32."""
@@ -46,7 +47,7 @@ def table(views: int, batch: int, dim: int) -> str:
         sizes = [cell for sent in (ours, gathered) for cell in (megabytes(sent), f"{1e6 * sent / rate:,.0f}")]
         rows.append([f"{world:,}", f"{world * batch:,}", link, *sizes, f"{gathered / ours:,.0f}"])
     head = ["GPUs", "images", "link", "Gram matrices, MB", "µs", "embeddings in bf16, MB", "µs", "times as much"]
-    return markdown(head, rows, text=0)
+    return markdown_table(head, rows, text=0)
 
 
 def loopback_bytes() -> int:
@@ -90,7 +91,7 @@ def counted(rows: list[dict]) -> str:
         ]
         for row in rows
     ]
-    return markdown(["K, B, D", "bytes a process by the formula", "counted", "ratio"], cells)
+    return markdown_table(["K, B, D", "bytes a process by the formula", "counted", "ratio"], cells)
 
 
 def main() -> None:

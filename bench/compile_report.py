@@ -53,6 +53,7 @@ from triton.runtime.jit import JITFunction
 
 from msbreg.functional import LAMBDA_B, LAMBDA_S, SMOOTHING
 from msbreg.kernels import halves, tiles
+from msbreg.tables import markdown_table
 
 __all__ = ["CASES", "QUICK", "Case", "Launch", "Row", "calls", "compiled", "faults", "main", "recorded", "specialised"]
 
@@ -427,21 +428,12 @@ def cost_of(case: Case, call: str, launches: Sequence[Launch]) -> dict[str, Any]
     }
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    cells = [[str(cell) for cell in line] for line in (head, *lines)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
-    cells.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
-    )
-
-
 def kernel_table(rows: Iterable[Row]) -> str:
     """One line for each kernel that was compiled."""
     head = ["kernel", "first of its cases", "arch", "blocks", "warps", "registers", "spilled", "shared", "instructions"]
-    return table(
-        [*head, "widest load", "tensor cores", "faults"],
+    head += ["widest load", "tensor cores", "faults"]
+    return markdown_table(
+        head,
         (
             [
                 row.kernel.removesuffix("_kernel"),
@@ -457,6 +449,7 @@ def kernel_table(rows: Iterable[Row]) -> str:
             ]
             for row in rows
         ),
+        text=len(head),
     )
 
 
@@ -466,8 +459,9 @@ def summary_table(rows: Iterable[Row]) -> str:
     for row in rows:
         groups.setdefault((row.kernel.removesuffix("_kernel"), row.arch), []).append(row)
     head = ["kernel", "arch", "specialisations", "most registers", "spilled bytes", "most shared bytes", "widest load"]
-    return table(
-        [*head, "tensor cores", "faults"],
+    head += ["tensor cores", "faults"]
+    return markdown_table(
+        head,
         (
             [
                 kernel,
@@ -482,14 +476,16 @@ def summary_table(rows: Iterable[Row]) -> str:
             ]
             for (kernel, arch), group in sorted(groups.items())
         ),
+        text=len(head),
     )
 
 
 def cost_table(costs: Iterable[Mapping[str, Any]]) -> str:
     """One line for each call."""
     head = ["call", "case", "launches", "inputs and gradient, MB", "each launch's tensors, MB", "loaded and stored, MB"]
-    return table(
-        [*head, "products, GFLOP", "three of halves each, GFLOP", "H200 at least, µs"],
+    head += ["products, GFLOP", "three of halves each, GFLOP", "H200 at least, µs"]
+    return markdown_table(
+        head,
         (
             [
                 cost["call"],
@@ -501,6 +497,7 @@ def cost_table(costs: Iterable[Mapping[str, Any]]) -> str:
             ]
             for cost in costs
         ),
+        text=len(head),
     )
 
 

@@ -3,7 +3,6 @@
 import os
 import platform
 import shlex
-import sys
 import time
 from dataclasses import dataclass
 from itertools import product
@@ -13,9 +12,8 @@ import pytest
 import shapes
 import torch
 from providers import Provider, providers
-from records import gpu_state, without_folder
+from records import gpu_state, versions, without_folder
 
-import msbreg
 from msbreg.machine import usable_cores
 
 MODES = ("forward", "backward", "both")
@@ -127,7 +125,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "load_before": wanted.load,
         "device": wanted.device.type,
         "gpu": gpu_state(wanted.device),
-        "versions": versions(),
+        "versions": versions("triton", "lightly") | {"cuda": torch.version.cuda},
         "spectrum": wanted.spectrum,
         "command": shlex.join(["python", "-m", "pytest", *(without_folder(str(word)) for word in arguments)]),
     }
@@ -148,12 +146,3 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             f"{wanted.load[0]:.1f} processes ran before this with {threads} threads on {cores} cores: the ratios are "
             "not to be trusted. On a busy machine set OMP_NUM_THREADS=1, or OMP_WAIT_POLICY=PASSIVE."
         )
-
-
-def versions() -> dict[str, str | None]:
-    """Of the packages that make the figures."""
-    found = {"msbreg": msbreg.__version__, "torch": torch.__version__, "cuda": torch.version.cuda}
-    for name in ("triton", "lightly"):
-        module = sys.modules.get(name)
-        found[name] = getattr(module, "__version__", None)
-    return found

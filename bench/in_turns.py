@@ -18,10 +18,12 @@ import shapes
 import torch
 from gate import Reference, reference, refusal
 from providers import Loss, providers
-from records import cell, keep, markdown, provenance, spread
+from records import cell, keep, provenance, spread
 from shapes import Shape
 from timing import Round, calls, copies, device_round
 from torch import Tensor
+
+from msbreg.tables import markdown_table
 
 __all__ = ["main", "measure"]
 
@@ -108,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep(result, options.json)
     print(f"{shape} in {options.dtype}, forward and backward, {result['device_name']}, {result['threads']} threads\n")
     cells = [[row["provider"], row["clock"], cell(row["ms"], 2), cell(row["ratio"], 2)] for row in result["rows"]]
-    print(markdown(["provider", "clock", "ms", f"time / {options.providers[0]}"], cells, text=2))
+    print(markdown_table(["provider", "clock", "ms", f"time / {options.providers[0]}"], cells, text=2))
 
 
 if __name__ == "__main__":

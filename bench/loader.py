@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from records import cell, keep, markdown, provenance, spread
+from records import cell, keep, provenance, spread
 from runs import end_with_parent
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
@@ -38,6 +38,7 @@ from msbreg.data.recipes import MEAN, STD, WHOLE_IMAGE_BELOW, Recipe
 from msbreg.data.rendered import render
 from msbreg.errors import MSBRegError
 from msbreg.machine import synchronize, usable_cores
+from msbreg.tables import markdown_table
 
 __all__ = ["LOADERS", "Case", "Loader", "Turn", "loaders", "rows", "table", "turn"]
 
@@ -361,7 +362,7 @@ def table(result: dict[str, Any]) -> str:
     header += [f"images/s over {BASES[base]}" for base in bases] + [f"CPU time over {BASES[base]}" for base in bases]
     cells = [
         [
-            str(row["views"]),
+            row["views"],
             row["loader"],
             cell(row["images_per_second"], 0),
             cell(row["views_per_second"], 0),
@@ -377,8 +378,8 @@ def table(result: dict[str, Any]) -> str:
         f"{result['device_name']}, {result['threads']} threads, {result['processor']}"
     )
     notes = [f"Left out: {name}: {reason}." for name, reason in result["left_out"].items()]
-    lines = [heading, "", markdown(header, cells, text=2), "", *(f"* `{k}`: {v}" for k, v in about.items()), "", *notes]
-    return "\n".join(lines).strip()
+    loaders = [f"* `{name}`: {text}" for name, text in about.items()]
+    return "\n".join([heading, "", markdown_table(header, cells, text=2), "", *loaders, "", *notes]).strip()
 
 
 def facts(options: argparse.Namespace, source: Source, script: str = "bench/loader.py") -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import cell, keep, markdown, provenance, spread
+from records import cell, keep, provenance, spread
 from timing import device_round, plan
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from msbreg.kernels.inverse_root import inverse_root
 from msbreg.kernels.totals import spectral_sums
 from msbreg.linalg import newton_schulz_plan
 from msbreg.machine import synchronize
+from msbreg.tables import markdown_table
 
 __all__ = ["measure", "table"]
 
@@ -85,7 +86,7 @@ def queuing(call: Callable[[], object], device: torch.device) -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: the median of the rounds, the smallest and largest in brackets."""
     cells = [
-        [str(row["views"]), str(row["side"]), str(row["steps"])]
+        [row["views"], row["side"], row["steps"]]
         + [
             cell(spread(times), 1)
             for clock in ("gpu_microseconds", "host_microseconds")
@@ -94,7 +95,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     head = [f"{where}: {way}, µs" for where in ("GPU", "host") for way in WAYS]
-    return markdown(["K", "p", "steps", *head], cells, text=0)
+    return markdown_table(["K", "p", "steps", *head], cells, text=0)
 
 
 def main() -> None:

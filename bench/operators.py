@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from loader import images
 from numpy.typing import NDArray
-from records import cell, keep, markdown, provenance, spread
+from records import cell, keep, provenance, spread
 
 from msbreg.data import Source, View
 from msbreg.data.dali_backend import gaussian_row
@@ -31,6 +31,7 @@ from msbreg.data.images import decode
 from msbreg.data.recipes import MEAN, STD
 from msbreg.errors import MSBRegError
 from msbreg.machine import synchronize, usable_cores
+from msbreg.tables import markdown_table
 
 __all__ = ["Operator", "measure", "operators", "pipeline", "table"]
 
@@ -231,7 +232,7 @@ def table(result: dict[str, Any]) -> str:
         f"Views of {result['size']} pixels, batches of {result['batch']}, {result['device_name']}, "
         f"{result['threads']} threads, {result['processor']}"
     )
-    figures = markdown(["step", "operator", "CPU µs an image", "µs an image"], rows, text=2)
+    figures = markdown_table(["step", "operator", "CPU µs an image", "µs an image"], rows, text=2)
     notes = [f"Refused by DALI: {name}: {reason}" for name, reason in result["refused"].items()]
     return "\n\n".join([heading, figures, *notes])
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from peer_trainers import CASES, PROVIDERS, Case, Peer, Setting
-from records import gpu_state, keep, markdown, provenance
+from records import gpu_state, keep, provenance
 from torch import Tensor, nn
 
 from msbreg.data.rendered import render
@@ -34,6 +34,7 @@ from msbreg.errors import MSBRegError
 from msbreg.files import cache_folder
 from msbreg.machine import gpu_megabytes_in_use, synchronize, usable_cores
 from msbreg.stopwatch import Stopwatch
+from msbreg.tables import markdown_table
 
 CHECK_STEPS = 3
 WARM_UP = 3
@@ -269,7 +270,7 @@ def table(result: dict[str, Any]) -> str:
     rows = result["rows"]
     known = [key for key in COLUMNS if any(row[key] is not None for row in rows)]
     cells = [["" if one[key] is None else COLUMNS[key][1].format(one[key]) for key in known] for one in rows]
-    figures = [markdown([COLUMNS[key][0] for key in known], cells), ""] if rows else []
+    figures = [markdown_table([COLUMNS[key][0] for key in known], cells), ""] if rows else []
     case = result["case"]
     heading = f"{case['backbone']} at {case['size']} pixels, {case['batch']} images a step, {result['device_name']}"
     notes = [f"Left out: {name}: {reason}." for name, reason in result["left_out"].items()]

@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from records import cell, keep, markdown, provenance, spread
+from records import cell, keep, provenance, spread
 from timing import device_round, plan
 from torch import Tensor
 
 from msbreg.data.draws import Draw, colour_matrices
 from msbreg.data.pixels import joined_views, normalisation, packed, pixelwise_plain
 from msbreg.data.recipes import View
+from msbreg.tables import markdown_table
 
 __all__ = ["measure", "plain", "random_views", "refusal"]
 
@@ -110,7 +111,7 @@ def main() -> None:
     keep(result, options.json)
     print(f"{options.images} images of four views of {options.size} pixels in bfloat16, {result['device_name']}\n")
     cells = [[row["way"], cell(row["microseconds_a_view"], 3)] for row in rows]
-    print(markdown(["way", "µs a view"], cells))
+    print(markdown_table(["way", "µs a view"], cells))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What results files hold beside their figures, and how tables show them: where figures are from, and their spread."""
+"""What results files hold beside their figures: where these are from, and their spread."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +24,6 @@ __all__ = [
     "commit",
     "gpu_state",
     "keep",
-    "markdown",
     "percent",
     "processor",
     "provenance",
@@ -44,14 +43,13 @@ def provenance(script: str, data: object, device: torch.device, packages: Sequen
         script: which one it is.
         data: what the command line calls the images.
         device: that was measured.
-        packages: whose versions matter, beside `versions`; None in the record for one that is not installed.
+        packages: whose versions matter, see `versions`.
     """
-    installed = {one.metadata["Name"]: one.version for one in metadata.distributions()}
     return {
         "command": shlex.join(["python", script, *(without_folder(word, str(data)) for word in sys.argv[1:])]),
         "date": date.today().isoformat(),
         "commit": commit(),
-        "versions": versions() | {name: installed.get(name) for name in packages},
+        "versions": versions(*packages),
         "processor": processor(),
         "cores": usable_cores(),
         "load_before": os.getloadavg(),
@@ -79,9 +77,11 @@ def commit() -> str:
         return ""
 
 
-def versions() -> dict[str, str]:
-    """Of what makes the figures."""
-    return {"msbreg": msbreg.__version__, "torch": torch.__version__, "python": platform.python_version()}
+def versions(*packages: str) -> dict[str, str | None]:
+    """Of what makes the figures, and of these packages: None for one that is not installed."""
+    installed = {one.metadata["Name"]: one.version for one in metadata.distributions()}
+    always = {"msbreg": msbreg.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {**always, **{name: installed.get(name) for name in packages}}
 
 
 def processor() -> str:
@@ -105,12 +105,6 @@ def percent(shares: Sequence[float]) -> str:
     """Mean of some shares and, of two and more, their standard deviation, in percent."""
     spread = f" ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
     return f"{100 * statistics.mean(shares):.1f}{spread}" if shares else ""
-
-
-def markdown(header: list[str], rows: Iterable[list[str]], *, text: int = 1) -> str:
-    """A Markdown table whose columns after the first `text` ones are numbers, and stand to the right."""
-    rule = ["---" if column < text else "---:" for column in range(len(header))]
-    return "\n".join(f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|" for cells in (header, rule, *rows))
 
 
 def spread(values: list[float]) -> dict[str, float]:

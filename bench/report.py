@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from msbreg.tables import markdown_table
+
 __all__ = ["Figure", "figures", "page", "plot", "tables"]
 
 MODES = ("forward", "backward", "both")
@@ -77,9 +79,9 @@ COLUMNS: dict[str, Callable[[Figure], str | None]] = {
     "provider": lambda f: f.provider,
     "dtype": lambda f: f.dtype,
     "mode": lambda f: f.mode,
+    "clock": lambda f: f.info["clock"],
     "time": lambda f: time_of(f.seconds),
     "time / fused": lambda f: f.ratio and digits(f.ratio),
-    "clock": lambda f: f.info["clock"],
     "kernels": lambda f: optional(f, "busy_seconds", time_of),
     "eager": lambda f: optional(f, "eager_seconds", time_of),
     "eager / fused": lambda f: f.eager_ratio and digits(f.eager_ratio),
@@ -91,6 +93,8 @@ COLUMNS: dict[str, Callable[[Figure], str | None]] = {
     "launches": lambda f: optional(f, "launches", str),
     "of a ResNet-50 step": lambda f: optional(f, "resnet_seconds", lambda step: share(f.seconds, step)),
 }
+TEXT = {"provider", "dtype", "mode", "clock"}
+"""Columns of words, before those of numbers."""
 
 
 def optional(figure: Figure, name: str, text: Callable[[Any], str]) -> str | None:
@@ -113,10 +117,8 @@ def table(rows: list[Figure], columns: Iterable[str]) -> str:
     """Markdown, without the columns that have nothing in them."""
     cells = {name: [COLUMNS[name](row) for row in rows] for name in columns}
     cells = {name: column for name, column in cells.items() if any(column)}
-    text = {"provider", "dtype", "mode", "clock"}
-    lines = [" | ".join(cells), " | ".join("---" if name in text else "---:" for name in cells)]
-    lines += [" | ".join(cell or "" for cell in row) for row in zip(*cells.values(), strict=True)]
-    return "\n".join(f"| {line} |" for line in lines)
+    lines = ([cell or "" for cell in line] for line in zip(*cells.values(), strict=True))
+    return markdown_table(list(cells), lines, text=len(TEXT & cells.keys()))
 
 
 def tables(found: list[Figure], columns: Iterable[str] = COLUMNS) -> str:
@@ -137,12 +139,13 @@ def page(run: dict[str, Any], plots: Iterable[str] = ()) -> str:
     gpu = machine["gpu"]
     name = gpu.get("name") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
     state = ", ".join(f"{key} {value}" for key, value in gpu.items() if key != "name")
-    versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items() if version)
+    packages = {"python": machine["python_version"], **machine["versions"]}
+    versions = ", ".join(f"{package} {version}" for package, version in packages.items() if version)
     load = ", ".join(f"{load:.2f}" for load in machine["load_before"])
     facts = {
         "machine": f"{name}{'; at the end ' * bool(state)}{state}",
         "load before (1, 5, 15 minutes)": load,
-        "versions": f"Python {machine['python_version']}, {versions}",
+        "versions": versions,
         "commit": f"{commit.get('id')}{' with changes' * bool(commit.get('dirty'))}",
         "date": run["datetime"][:10],
         "command": f"`{machine['command']}`",

@@ -16,12 +16,13 @@ import torch
 import triton
 from assembly import executed, ptxas_resources
 from compile_report import Case, assembler_log, machine_code, recorded, specialised
-from records import keep, markdown, provenance
+from records import keep, provenance
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
 from msbreg import ops
 from msbreg.functional import LAMBDA_B, LAMBDA_S, SMOOTHING
+from msbreg.tables import markdown_table
 
 KERNELS = ("rows_forward_kernel", "image_gradient_kernel")
 TARGET = GPUTarget("cuda", 90, 32)
@@ -97,11 +98,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         "a processor's warps",
     ]
     cells = [
-        [row["kernel"], row["case"], "yes" if row["spectral"] else "no", str(row["warps"]), f"{row['instructions']:,}"]
-        + [str(row[name]) for name in ("registers", "spilled_bytes", "warps_of_a_processor")]
+        [row["kernel"], row["case"], "yes" if row["spectral"] else "no", row["warps"], f"{row['instructions']:,}"]
+        + [row[name] for name in ("registers", "spilled_bytes", "warps_of_a_processor")]
         for row in rows
     ]
-    return markdown(head, cells, text=3)
+    return markdown_table(head, cells, text=3)
 
 
 def main(arguments: list[str] | None = None) -> None:

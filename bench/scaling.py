@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import torch
 import torchvision
-from records import markdown
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from msbreg.config import Config, ModelConfig
 from msbreg.methods import build_method
+from msbreg.tables import markdown_table
 
 GPUS = 8
 """Of a machine, each with a network port of its own, as in NVIDIA's DGX and HGX."""
@@ -137,7 +137,7 @@ def table(counts: Counts, links: Links, *, views: int, batch: int, rate: float, 
         cells += [f"{1e3 * wait:.2f}" for wait in waits.values()]
         cells += [f"{1e3 * step:.0f}", f"{compute / step:.0%}", f"{batch / step:,.0f}"]
         rows.append([*cells, f"{JPEG * world * batch / step / 1e9:.1f}"])
-    return markdown(names, rows, text=0)
+    return markdown_table(names, rows, text=0)
 
 
 def main() -> None:

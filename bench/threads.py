@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from loader import Case, Loader, OurLoader, Turn, costs, facts, images, measure, rates, ratios
-from records import cell, keep, markdown, spread
+from records import cell, keep, spread
 
 from msbreg.data import load_recipe
 from msbreg.data.recipes import WHOLE_IMAGE_BELOW
 from msbreg.errors import MSBRegError
 from msbreg.machine import usable_cores
+from msbreg.tables import markdown_table
 
 __all__ = ["Setting", "main", "rows", "settings"]
 
@@ -94,15 +95,15 @@ def main() -> None:
     )
     cells = [
         [
-            str(row["threads"]),
-            str(row["prefetch"]),
+            row["threads"],
+            row["prefetch"],
             cell(row["images_per_second"], 0),
             cell(row["over_the_first"], 2),
             cell(row["cpu_ms_per_view"], 2),
         ]
         for row in result["rows"]
     ]
-    print(markdown(["threads", "batches ahead", "images/s", "over the first", "CPU ms a view"], cells, text=0))
+    print(markdown_table(["threads", "batches ahead", "images/s", "over the first", "CPU ms a view"], cells, text=0))
 
 
 if __name__ == "__main__":

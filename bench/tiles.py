@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from records import cell, keep, markdown, provenance, spread
+from records import cell, keep, provenance, spread
 from timing import Round, device_round, plan
 from torch import Tensor
 from triton.errors import TritonError
@@ -28,6 +28,7 @@ from msbreg.functional import SMOOTHING
 from msbreg.kernels import gradient, gram, inverse_root, product, rows
 from msbreg.kernels.halves import SCALE, split
 from msbreg.linalg import newton_schulz_plan
+from msbreg.tables import markdown_table
 
 __all__ = ["Case", "cases", "chosen", "measure", "table"]
 
@@ -205,7 +206,7 @@ def table(shape: str, found: Sequence[Mapping[str, Any]]) -> str:
         share = min(row["microseconds"]) / usual
         if share <= 1.1:
             lines.append([shape, name, tile, cell(spread(row["microseconds"]), 1), f"{share:.2f}"])
-    return markdown(["shape", "kernel", "launch_config", "µs", "of the chosen"], lines, text=3)
+    return markdown_table(["shape", "kernel", "launch_config", "µs", "of the chosen"], lines, text=3)
 
 
 def main() -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from msbreg.config import Config
-from msbreg.console import markdown_table, say
+from msbreg.console import say
 from msbreg.errors import MSBRegError
 from msbreg.machine import synchronize
 from msbreg.processes import Processes
+from msbreg.tables import markdown_table
 from msbreg.trainer import Trainer
 
 __all__ = ["benchmark"]
@@ -88,7 +89,7 @@ def benchmark(config: Config, *, steps: int) -> str | None:
         for name, time_ in parts.items()
     ]
     device = torch.cuda.get_device_name() if processes.device.type == "cuda" else "cpu"
-    return markdown_table(rows, (f"{config.model.backbone}, {views} views of {images} images, {device}", "a step"))
+    return markdown_table((f"{config.model.backbone}, {views} views of {images} images, {device}", "a step"), rows)
 
 
 def milliseconds(seconds: float) -> str:

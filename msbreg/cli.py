@@ -235,13 +235,13 @@ def show(table: str | None) -> None:
 
 
 def run_eval(options: Namespace) -> int:
-    from msbreg.console import markdown_table
     from msbreg.data.recipes import View
     from msbreg.evaluator import TASKS, Evaluator
     from msbreg.export import backbone_of
     from msbreg.inputs import open_images
     from msbreg.machine import usable_cores
     from msbreg.processes import Processes
+    from msbreg.tables import markdown_table
 
     refuse_peers("eval")
     state = read_run(run_of(options.path, "eval"))
@@ -267,7 +267,7 @@ def run_eval(options: Namespace) -> int:
         if accuracy.linear is not None:
             rows.insert(1, ("linear probe top-1", f"{accuracy.linear:.1%}"))
         evaluator.close()
-    show(markdown_table(rows, (f"{config.model.backbone}, step {state['step']:,}", "value")))
+    show(markdown_table((f"{config.model.backbone}, step {state['step']:,}", "value"), rows))
     return 0
 
 

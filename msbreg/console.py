@@ -5,7 +5,7 @@ import os
 import sys
 from typing import TextIO
 
-__all__ = ["GONE", "close_console", "is_terminal", "markdown_table", "open_console", "say"]
+__all__ = ["GONE", "close_console", "is_terminal", "open_console", "say"]
 
 GONE = (OSError, ValueError)
 """What it raises to write to a pipe that nobody reads, a terminal that is gone, a full disk or a closed file."""
@@ -40,10 +40,3 @@ def close_console() -> None:
 def is_terminal(stream: TextIO | None) -> bool:
     """Whether somebody sees it; False where it is closed."""
     return stream is not None and not stream.closed and stream.isatty()
-
-
-def markdown_table(rows: list[tuple[str, str]], header: tuple[str, str]) -> str:
-    """A two-column Markdown table, padded so that it reads well in a terminal too."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in (0, 1)]
-    lines = [f"| {left:<{widths[0]}} | {right:>{widths[1]}} |" for left, right in [header, *rows]]
-    return "\n".join([lines[0], f"| {'-' * widths[0]} | {'-' * (widths[1] - 1)}: |", *lines[1:]])

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from msbreg.config import Config
-from msbreg.console import markdown_table
 from msbreg.cuda_graph import WARM_UP
 from msbreg.data import ViewLoader, open_source, rendered
 from msbreg.data.loader import whole_batches
@@ -19,6 +18,7 @@ from msbreg.machine import gpu_megabytes_in_use, memory_megabytes, synchronize, 
 from msbreg.preflight import planned_steps, require_packages
 from msbreg.processes import Processes
 from msbreg.step import TrainingStep
+from msbreg.tables import markdown_table
 
 __all__ = ["dry_run"]
 
@@ -95,7 +95,7 @@ def dry_run(config: Config) -> str | None:
     ]
     if gpu:
         rows.insert(-2, ("memory in use on its GPU, DALI and others included, MB", f"{measured.gpu_memory:,.0f}"))
-    return markdown_table(rows, (f"dry run: {config.method.name}, {config.model.backbone}", "value"))
+    return markdown_table((f"dry run: {config.method.name}, {config.model.backbone}", "value"), rows)
 
 
 def _images(config: Config, processes: Processes) -> tuple[int, object]:

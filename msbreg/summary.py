@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from msbreg.console import markdown_table
 from msbreg.evaluator import TASKS
+from msbreg.tables import markdown_table
 
 __all__ = ["start_of", "summary_table"]
 
@@ -37,7 +37,7 @@ def summary_table(summary: dict[str, Any]) -> str:
     ]
     if summary["unreadable_images"]:
         rows.append(("unreadable images left out", f"{summary['unreadable_images']:,}"))
-    return markdown_table(rows, (f"{summary['method']}, {summary['backbone']}", "value"))
+    return markdown_table((f"{summary['method']}, {summary['backbone']}", "value"), rows)
 
 
 def start_of(summary: dict[str, Any]) -> str:

@@ -27,14 +27,14 @@ def test_figures_are_of_the_rounds_that_count(monkeypatch, tmp_path, capsys):
     assert fused["ms"] == {"median": 2e3, "min": 1e3, "max": 3e3}
     assert svd["ratio"] == {"median": 2, "min": 2, "max": 2}
     assert (result["shape"], result["dtype"], result["threads"], result["rounds"]) == ("2x24x16", "float32", 1, 3)
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
     assert "| svd | wall | 4,000.00 (2,000.00 to 6,000.00) | 2.00 (2.00 to 2.00) |" in text
 
 
 def test_it_runs(capsys):
     in_turns.main([*OPTIONS, "--dtype", "bfloat16", "--providers", "svd", "fused", "fused_spectral"])
     head, _, *rows = capsys.readouterr().out.splitlines()[2:]
-    assert head.endswith("| time / svd |")
+    assert head.endswith(" time / svd |")
     assert [row.split()[1] for row in rows] == ["svd", "fused", "fused_spectral"]
 
 
