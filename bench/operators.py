@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from records import cell, keep, provenance, spread
 
 from msbreg.data import Source, View
-from msbreg.data.dali_backend import gaussian_row
+from msbreg.data.blur import gaussian_window
 from msbreg.data.draws import draw
 from msbreg.data.images import decode
 from msbreg.data.recipes import MEAN, STD
@@ -75,7 +75,7 @@ def operators(source: Source, view: View, batch: int, device: torch.device) -> l
     random = np.random.default_rng(0)
     views = list(random.integers(0, 256, (batch, view.size, view.size, 3), np.uint8))
     box = one.box.astype(np.float32)
-    windows = [gaussian_row(*each) for each in zip(one.sigma.tolist(), one.radius.tolist(), strict=True)]
+    windows = [window[None] for window in map(gaussian_window, one.sigma.tolist(), one.radius.tolist())]
     jitter = random.uniform(0.6, 1.4, (3, batch)).astype(np.float32)
     hue = random.uniform(-36, 36, batch).astype(np.float32)
 

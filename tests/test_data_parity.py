@@ -15,9 +15,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F  # noqa: N812
 
 from msbreg.data import ImageFolder, View, ViewLoader, byol, cifar, evaluation, multi_crop, open_source
+from msbreg.data.blur import gaussian_blur
 from msbreg.data.draws import draw
 from msbreg.data.recipes import MEAN, STD
-from msbreg.data.torchvision_backend import gaussian_blur, make_view
+from msbreg.data.torchvision_backend import make_view
 
 try:
     import nvidia.dali as dali

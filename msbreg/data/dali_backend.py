@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from msbreg.data.blur import gaussian_window
 from msbreg.data.draws import Draw
 from msbreg.data.images import UndecodableError
 from msbreg.data.pixels import joined_views, packed
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from nvidia.dali import Pipeline, types
     from nvidia.dali.data_node import DataNode
 
-__all__ = ["DaliBackend", "gaussian_row"]
+__all__ = ["DaliBackend"]
 
 Bytes = NDArray[np.uint8]
 
@@ -190,7 +191,8 @@ def _crop_inputs(view: View, draw: Draw, device: torch.device) -> dict[str, np.n
     if view.blur > 0 and device.type == "cuda":
         inputs["sigma"], inputs["window"] = draw.sigma, 2 * draw.radius + 1
     elif view.blur > 0:
-        inputs["blur"] = [gaussian_row(*each) for each in zip(draw.sigma.tolist(), draw.radius.tolist(), strict=True)]
+        windows = map(gaussian_window, draw.sigma.tolist(), draw.radius.tolist())
+        inputs["blur"] = [window[None] for window in windows]  # each (1, 2 radius + 1)
     return inputs
 
 
@@ -202,13 +204,6 @@ def _finish_inputs(view: View, draw: Draw) -> dict[str, np.ndarray]:
     if view.solarize > 0:
         inputs["solarize"] = 255 * draw.solarize.astype(np.uint8)
     return inputs
-
-
-def gaussian_row(sigma: float, radius: int) -> NDArray[np.float32]:
-    """The window of `fn.gaussian_blur` as one row, (1, 2 radius + 1)."""
-    offsets = np.arange(-radius, radius + 1)
-    weights = np.exp(-0.5 * (offsets / sigma) ** 2) if radius else np.ones(1)
-    return (weights / weights.sum()).astype(np.float32)[None]
 
 
 def _argument(name: str, number: int, dtype: types.DALIDataType, ndim: int) -> DataNode:

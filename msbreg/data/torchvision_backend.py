@@ -18,12 +18,13 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F  # noqa: N812
 
+from msbreg.data.blur import gaussian_blur
 from msbreg.data.draws import Draw
 from msbreg.data.images import UndecodableError, UnreadableError, decode
 from msbreg.data.pixels import joined_views, normalisation, packed
 from msbreg.data.recipes import Recipe, View, size_groups
 
-__all__ = ["TorchvisionBackend", "gaussian_blur", "make_crop", "make_view"]
+__all__ = ["TorchvisionBackend", "make_crop", "make_view"]
 
 SCALE, SHIFT = (np.array(values, np.float32) for values in normalisation())
 INTERPOLATION = {"cubic": InterpolationMode.BICUBIC, "linear": InterpolationMode.BILINEAR}
@@ -154,23 +155,3 @@ def make_view(image: Image.Image, view: View, draw: Draw, position: int, out: ND
         pixels = np.where(pixels >= 128, 255 - pixels, pixels)
     np.multiply(pixels, SCALE, out=out)
     out += SHIFT
-
-
-def gaussian_blur(pixels: NDArray[np.uint8], sigma: float, radius: int) -> NDArray[np.uint8]:
-    """Separable Gaussian blur of (H, W, 3) bytes with a window of 2 radius + 1 pixels, mirrored about border pixels.
-
-    In numpy, because torch's convolution would start a team of threads inside every thread of the pool.
-    """
-    offsets = np.arange(radius + 1)
-    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
-    weights = (weights / (2 * weights.sum() - weights[0])).astype(np.float32)
-    x = np.pad(pixels, ((radius, radius), (radius, radius), (0, 0)), mode="reflect").astype(np.float32)
-    for axis in (0, 1):
-        x = x.swapaxes(0, axis)
-        length = x.shape[0] - 2 * radius
-        total = weights[0] * x[radius : radius + length]
-        for offset, weight in zip(offsets[1:], weights[1:], strict=True):
-            before = x[radius - offset : radius - offset + length]
-            total += weight * (before + x[radius + offset : radius + offset + length])
-        x = total.swapaxes(0, axis)
-    return (x + 0.5).astype(np.uint8)
