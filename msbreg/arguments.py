@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, get_args
 
 import torch
@@ -22,9 +21,6 @@ __all__ = [
     "check_spectral",
     "check_targets",
     "check_weight",
-    "full_precision",
-    "raised",
-    "raised_dtype",
     "stacked",
 ]  # fmt: skip
 
@@ -139,19 +135,3 @@ def check_choice(name: str, value: str, choices: Any) -> None:
     """Raises ValueError for what is not among the values of a Literal."""
     if value not in get_args(choices):
         raise ValueError(f"expected {name} to be one of {', '.join(map(repr, get_args(choices)))}, got {value!r}")
-
-
-def full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """Within it autocast is off; meta tensors have none."""
-    kind = x.device.type
-    return nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False)
-
-
-def raised_dtype(x: Tensor) -> torch.dtype:
-    """Float32, or float64 for float64."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def raised(x: Tensor) -> Tensor:
-    """Half precisions in float32, the others as they are."""
-    return x.to(raised_dtype(x))

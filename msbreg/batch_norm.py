@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from msbreg.derivatives import Saved, once_differentiable
 from msbreg.distributed import Shared, all_reduce_sum
 from msbreg.errors import MSBRegError
+from msbreg.precision import raised
 
 __all__ = ["CrossRankBatchNorm", "convert_sync_batchnorm"]
 
@@ -107,7 +108,7 @@ class _CrossRankNormalise(torch.autograd.Function):
             mean, inverse = torch.batch_norm_stats(x, eps)  # float32 for halves
             variance = inverse.square().reciprocal() - eps
         else:
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            wide = raised(x)
             variance, mean = torch.var_mean(wide, _not_channels(x), correction=0)
         dtype = mean.dtype
 

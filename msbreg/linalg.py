@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from msbreg import kernels
+from msbreg.precision import raised
 
 __all__ = ["Solver", "effective_rank", "polar", "singular_values"]
 
@@ -114,7 +115,7 @@ def checked(matrix: Tensor) -> Tensor:
         raise TypeError(f"expected a floating-point matrix, got {matrix.dtype}")
     if matrix.dim() < 2:
         raise ValueError(f"expected a matrix (..., N, D), got shape {tuple(matrix.shape)}")
-    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    return raised(matrix)
 
 
 def resolve_solver(solver: Solver, device: torch.device) -> Solver:

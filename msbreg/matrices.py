@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msbreg import kernels, linalg, reference
-from msbreg.arguments import full_precision, raised
 from msbreg.derivatives import Saved, once_differentiable
 from msbreg.distributed import all_reduce_sum, world_size
 from msbreg.linalg import Solver
+from msbreg.precision import full_precision, raised
 
 __all__ = ["coding_rates", "gram_and_inverse_root", "nuclear_norms", "products"]
 

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msbreg import linalg, reference
-from msbreg.arguments import full_precision
 from msbreg.derivatives import Saved, once_differentiable
 from msbreg.distributed import world_size
 from msbreg.kernels.gradient import row_losses_backward
@@ -27,6 +26,7 @@ from msbreg.kernels.product import product
 from msbreg.kernels.rows import row_losses
 from msbreg.kernels.tiles import accumulator
 from msbreg.kernels.totals import spectral_sums, totals
+from msbreg.precision import full_precision
 
 __all__ = ["gram", "losses", "multiply", "newton_schulz"]
 

@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msbreg import linalg, reference
-from msbreg.arguments import full_precision, raised, raised_dtype
 from msbreg.derivatives import Saved, once_differentiable
 from msbreg.distributed import world_size
 from msbreg.linalg import Solver
 from msbreg.matrices import gram_and_inverse_root
 from msbreg.noise import brownian_directions
+from msbreg.precision import full_precision, raised, raised_dtype
 from msbreg.reference import Spectrum
 
 __all__ = ["Spectral", "losses"]

@@ -16,22 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msbreg import reference
-from msbreg.arguments import (
-    Views,
-    check_choice,
-    check_precision,
-    check_targets,
-    check_weight,
-    full_precision,
-    raised,
-    stacked,
-)
+from msbreg.arguments import Views, check_choice, check_precision, check_targets, check_weight, stacked
 from msbreg.derivatives import Saved, once_differentiable
 from msbreg.distributed import world_size
 from msbreg.functional import SOLVER, coding_rate, nuclear_norm
 from msbreg.linalg import Solver
 from msbreg.losses import Loss
 from msbreg.matrices import products
+from msbreg.precision import full_precision, raised
 
 __all__ = ["CodingRateLoss", "MMCRLoss", "SVMaxLoss", "covariance_energy", "cross_correlation_energy"]
 
