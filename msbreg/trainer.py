@@ -32,7 +32,14 @@ from msbreg.plots import draw_curves
 from msbreg.preflight import planned_steps, require_images, require_packages
 from msbreg.processes import Processes
 from msbreg.progress import Progress
-from msbreg.run_folder import forget_results, refuse_other_config, run_folder
+from msbreg.run_folder import (
+    forget_results,
+    refuse_other_config,
+    refuse_other_images,
+    refuse_other_recipe,
+    run_folder,
+    state_to_go_on_from,
+)
 from msbreg.signals import StopSignals
 from msbreg.step import TrainingStep
 from msbreg.stopwatch import Stopwatch
@@ -84,40 +91,20 @@ class Trainer:
     def __init__(self, config: Config, processes: Processes, folder: Path) -> None:
         self.config, self.processes, self.folder = config, processes, folder
         self.device = processes.device
-        state = checkpoint.load_run(folder, to_go_on=processes.first) if config.run.resume else None
-        processes.agree(-1 if state is None else state["step"], f"the run folder {folder}")
-        if state is None and checkpoint.holds_one(folder):
-            raise MSBRegError(f"{folder} holds a run already and --run.resume is false; choose another --run.dir.")
-        if state is None and (kept := checkpoint.kept_in(folder)):
-            raise MSBRegError(
-                f"{folder} holds no checkpoint.pt to go on from, but {kept[-1].name}, which an earlier run has kept: "
-                "rename it to checkpoint.pt to go on from it, or move such files elsewhere to start anew."
-            )
+        state = state_to_go_on_from(folder, config, processes)
         self.recipe = [asdict(view) for view in recipe_of(config)]
         if state is not None:
             refuse_other_config(state, config, folder)
-            if state.get("recipe", self.recipe) != self.recipe:  # of a file, whose name alone is in the config
-                raise MSBRegError(
-                    f"--data.recipe {config.data.recipe} makes other views than when the run in {folder} began; "
-                    "restore it to go on with the run, or choose another --run.dir to start anew."
-                )
+            refuse_other_recipe(state, self.recipe, config, folder)
 
         # Those of a run that goes on are in its checkpoint, and the file of its first ones may be gone.
         begun = config if state is None else replace(config, model=replace(config.model, weights=None))
         if begun.model.weights is not None:
             read_weights(expanded(begun.model.weights))  # now, since listing the images may take minutes
         self.source, self.held_out = open_images(config, processes)
-        if state is not None and state["images"] != len(self.source):
-            raise MSBRegError(
-                f"the run in {folder} was trained on {state['images']:,} images, but there are {len(self.source):,} "
-                "now; choose another --run.dir, or the images it had."
-            )
         self.fingerprint = self.source.fingerprint()
-        if state is not None and state["fingerprint"] != self.fingerprint:
-            raise MSBRegError(
-                f"the run in {folder} was trained on images of other names or labels than those of {self.source}; "
-                "choose another --run.dir, or the images it had."
-            )
+        if state is not None:
+            refuse_other_images(state, self.source, self.fingerprint, folder)
         self.loader = open_loader(config, processes, self.source)
         self.steps = planned_steps(config, self.loader.steps_per_epoch)
         self.warmup_steps = min(self.steps, round(config.optim.warmup_epochs * self.loader.steps_per_epoch))
