@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and where msbreg keeps what it can make again."""
+"""Files that are whole or not there, where msbreg keeps what it can make again, and what a run's folder is known by."""
 
 import contextlib
 import errno
@@ -10,7 +10,13 @@ from typing import Any
 
 from msbreg.errors import MSBRegError
 
-__all__ = ["cache_folder", "expanded", "read_json", "read_yaml", "reason", "sync_folder", "whole_file", "write_json"]
+__all__ = [
+    "LOCK", "METRICS", "cache_folder", "expanded", "read_json", "read_yaml", "reason", "sync_folder", "whole_file",
+    "write_json",
+]  # fmt: skip
+
+LOCK, METRICS = ".lock", "metrics.jsonl"
+"""What every run has in its folder, and no folder of images has."""
 
 
 @contextlib.contextmanager

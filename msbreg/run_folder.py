@@ -10,7 +10,7 @@ from msbreg.checkpoint import holds_one, kept_in, load_run
 from msbreg.config import Config, config_of, flatten, with_absolute_paths
 from msbreg.data import Source
 from msbreg.errors import MSBRegError
-from msbreg.files import expanded
+from msbreg.files import LOCK, expanded
 from msbreg.processes import Processes
 
 __all__ = [
@@ -36,7 +36,7 @@ def run_folder(config: Config, processes: Processes) -> Iterator[Path]:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 - held until the run ends
+        lock = open(folder / LOCK, "w")  # noqa: SIM115 - held until the run ends
     except OSError as error:
         raise MSBRegError(
             f"cannot write to the run folder {folder}: {error.strerror}; choose another --run.dir."

@@ -23,7 +23,7 @@ from msbreg.console import say
 from msbreg.errors import MSBRegError, is_of_a_compiler
 from msbreg.evaluator import TASKS, Evaluator
 from msbreg.export import export_backbone
-from msbreg.files import expanded, read_json, reason, write_json
+from msbreg.files import METRICS, expanded, read_json, reason, write_json
 from msbreg.inputs import has_labels, open_images, open_loader, recipe_of
 from msbreg.machine import memory_megabytes
 from msbreg.methods import StepOutput
@@ -143,7 +143,7 @@ class Trainer:
                 if self.done < self.steps:
                     forget_results(self.folder)
                 last = {"train": self.done, "eval": self.results["evaluated"]} if self.done else None
-                self.metrics = MetricsFile(self.folder / "metrics.jsonl", last)
+                self.metrics = MetricsFile(self.folder / METRICS, last)
                 self.board = tensorboard(self.folder, self.done) if config.run.tensorboard else None
                 opened.callback(lambda: self.board is None or self.board.close())
             if self.done == 0:
@@ -401,7 +401,7 @@ class Trainer:
             export_backbone(self.step.method.online.backbone, self.folder)
             title = f"msbreg pretrain: {config.method.name}, {config.model.backbone}, K = {config.data.views}"
             draw_curves(
-                read_metrics(self.folder / "metrics.jsonl"),
+                read_metrics(self.folder / METRICS),
                 self.folder / "curves.png",
                 title=title,
                 score=TASKS[task],

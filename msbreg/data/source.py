@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import features
 
 from msbreg.errors import DataError
+from msbreg.files import LOCK, METRICS
 
 __all__ = [
     "ENDINGS", "EXTENSIONS", "OTHER_EXTENSIONS", "Labels", "Source", "Subset", "base_name", "files_below", "label_of",
@@ -118,7 +119,7 @@ def files_below(folder: Path, endings: tuple[str, ...]) -> Iterator[str]:
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = os.path.relpath(parent, folder).replace(os.sep, "/")
-        if below != "." and ".lock" in files and "metrics.jsonl" in files:  # a run, whose curves.png is no image to see
+        if below != "." and {LOCK, METRICS} <= set(files):  # a run, whose curves.png is no image to see
             continue
         for name in files:
             if not name.startswith(".") and last_ending(name) in endings:
