@@ -10,7 +10,6 @@ are of queuing a call while the GPU is busy. Needs a GPU.
 
 import argparse
 import functools
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 from records import cell, keep, provenance, spread
-from timing import device_round, plan
+from timing import device_round, turns
 from torch import Tensor
 
 from msbreg.functional import SMOOTHING
@@ -62,13 +61,11 @@ def measure(views: int, side: int, device: torch.device, *, seconds: float, roun
     clocks = {
         name: device_round(lambda call=call: [call] * CALLS, device, waits=False)[0] for name, call in calls.items()
     }
-    counts = {name: plan(clock, CALLS, seconds / rounds) for name, clock in clocks.items()}
-    gpu: dict[str, list[float]] = {name: [] for name in WAYS}
+    gpu = turns(clocks, CALLS, seconds=seconds, rounds=rounds)
     host: dict[str, list[float]] = {name: [] for name in WAYS}
     for _ in range(rounds):
-        for name, clock in clocks.items():
-            gpu[name].append(1e6 * statistics.median(clock() for _ in range(counts[name])))
-            host[name].append(1e6 * queuing(calls[name], device))
+        for name, call in calls.items():
+            host[name].append(1e6 * queuing(call, device))
     return {"views": views, "side": side, "steps": len(steps), "gpu_microseconds": gpu, "host_microseconds": host}
 
 

@@ -12,7 +12,6 @@ cast. Needs a GPU.
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from records import cell, keep, provenance, spread
-from timing import device_round, plan
+from timing import device_round, turns
 from torch import Tensor
 
 from msbreg.data.draws import Draw, colour_matrices
@@ -85,12 +84,10 @@ def measure(
     made = [part.clone() for part in expected.to(torch.float16).chunk(len(crops))]
     ways["joining and cast alone"] = lambda: torch.cat(made).to(dtype)
     clocks = {name: device_round(lambda way=way: [way], device, waits=False)[0] for name, way in ways.items()}
-    rounds_of = {name: plan(clock, 1, seconds / rounds) for name, clock in clocks.items()}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, clock in clocks.items():
-            times[name].append(1e6 / count * statistics.median(clock() for _ in range(rounds_of[name])))
-    return [{"way": name, "microseconds_a_view": spread(taken)} for name, taken in times.items()]
+    return [
+        {"way": name, "microseconds_a_view": spread([time / count for time in taken])}
+        for name, taken in turns(clocks, 1, seconds=seconds, rounds=rounds).items()
+    ]
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ that does not fit into the GPU, is refused with the reason. Needs a GPU.
 
 import argparse
 import functools
-import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from unittest import mock
 
 import torch
 from records import cell, keep, provenance, spread
-from timing import Round, device_round, plan
+from timing import device_round, turns
 from torch import Tensor
 from triton.errors import TritonError
 
@@ -131,8 +130,7 @@ def present(losses: rows.RowLosses) -> list[Tensor]:
 def measure(case: Case, device: torch.device, *, seconds: float, rounds: int) -> list[dict[str, Any]]:
     """The chosen tile first, then the others, quickest first, then those that do not fit."""
     usual, expected = chosen(case), case.call()
-    measured, misfits = [], []
-    clocks: list[Round] = []
+    measured, misfits, clocks = [], [], {}
     for tile in tried(usual, case.others):
         call = functools.partial(with_tile, case, tile)
         row = {"kernel": case.kernel, "tile": tile, "chosen": tile == usual}
@@ -143,12 +141,10 @@ def measure(case: Case, device: torch.device, *, seconds: float, rounds: int) ->
         if wrong:
             misfits.append(row | {"misfit": wrong[0]})
             continue
-        measured.append(row | {"microseconds": []})
-        clocks.append(device_round(lambda call=call: [call] * CALLS, device, waits=False)[0])
-    counts = [plan(clock, CALLS, seconds / rounds) for clock in clocks]
-    for _ in range(rounds):
-        for row, clock, count in zip(measured, clocks, counts, strict=True):
-            row["microseconds"].append(1e6 * statistics.median(clock() for _ in range(count)))
+        clocks[len(measured)] = device_round(lambda call=call: [call] * CALLS, device, waits=False)[0]
+        measured.append(row)
+    for number, taken in turns(clocks, CALLS, seconds=seconds, rounds=rounds).items():
+        measured[number]["microseconds"] = taken
     first, *rest = measured
     return [first, *sorted(rest, key=lambda row: min(row["microseconds"])), *misfits]
 

@@ -6,8 +6,10 @@ loss reads of them is together three times larger than the L2 cache, so that inp
 
 import itertools
 import math
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from cost import Mode
@@ -16,7 +18,9 @@ from torch import Tensor
 
 from msbreg.machine import synchronize
 
-__all__ = ["CLOCK", "Call", "Round", "calls", "copies", "device_round", "plan", "wall_round"]
+__all__ = ["CLOCK", "Call", "Round", "calls", "copies", "device_round", "plan", "turns", "wall_round"]
+
+K = TypeVar("K")
 
 Call = Callable[[], object]
 Round = Callable[[], float]
@@ -161,3 +165,20 @@ def plan(round: Round, calls: int, seconds: float) -> int:
         last = calls * round()
         spent, shortest = spent + last, min(shortest, last)
     return min(1000, max(3, math.ceil(seconds / shortest)))
+
+
+def turns(clocks: Mapping[K, Round], calls: int, *, seconds: float, rounds: int) -> dict[K, list[float]]:
+    """Microseconds a call by each clock, a figure for each of its turns: the median of as many rounds as fill it.
+
+    Args:
+        clocks: that take turns.
+        calls: of a round of theirs.
+        seconds: of each clock, over all its turns.
+        rounds: turns of each.
+    """
+    counts = {name: plan(clock, calls, seconds / rounds) for name, clock in clocks.items()}
+    taken: dict[K, list[float]] = {name: [] for name in clocks}
+    for _ in range(rounds):
+        for name, clock in clocks.items():
+            taken[name].append(1e6 * statistics.median(clock() for _ in range(counts[name])))
+    return taken
