@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 import msbreg.data.rendered as rendered
-from msbreg.data.rendered import CLASSES, render, swatches
+from msbreg.data.rendered import render
+from msbreg.data.swatches import CLASSES, swatches
 from msbreg.errors import DataError
 from msbreg.evaluation import knn_accuracy
 
