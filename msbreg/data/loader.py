@@ -318,7 +318,7 @@ class ViewLoader:
                 return self._backend.receive()
             except UndecodableError as error:
                 refused = [decoding[0].samples[position] for position in error.positions]
-                if any(sample.plain for sample in refused):  # then it is not the images that something is wrong with
+                if any(sample.decoded for sample in refused):  # then it is not the images that something is wrong with
                     raise error.__cause__ or error from None
                 for sample in refused:
                     self._wait(self._reading.submit(self._reader.distrust, sample.image))

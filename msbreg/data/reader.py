@@ -26,7 +26,7 @@ class Sample(NamedTuple):
     """Pixels, upright."""
     width: int
     """Pixels, upright."""
-    plain: bool
+    decoded: bool
     """Whether it is such a PPM file, which any backend in working order decodes."""
 
 
@@ -80,11 +80,10 @@ class Reader:
     def _read(self, index: int) -> Sample:
         data = self._bytes(index)
         size = None if index in self._distrusted else probe(data)  # each time: the file may be another one by now
-        plain = size is None
-        if size is None:
-            image = decode(data)
-            data, size = as_ppm(image), (image.height, image.width)
-        return Sample(index, np.frombuffer(data, np.uint8), *size, plain)
+        if size is not None:
+            return Sample(index, np.frombuffer(data, np.uint8), *size, decoded=False)
+        image = decode(data)
+        return Sample(index, np.frombuffer(as_ppm(image), np.uint8), image.height, image.width, decoded=True)
 
     def _bytes(self, index: int) -> bytes:
         self._under_way[threading.get_ident()] = index
