@@ -16,21 +16,21 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import lru_cache
-from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from msbreg.data.backends import open_backend
 from msbreg.data.draws import Draw, draw, permutation
 from msbreg.data.images import UndecodableError
 from msbreg.data.reader import Reader, Sample
 from msbreg.data.recipes import Recipe
 from msbreg.data.source import Source
 from msbreg.data.threads import Threads
-from msbreg.errors import DataError, MSBRegError
+from msbreg.errors import DataError
 from msbreg.machine import usable_cores
 
 __all__ = ["Batch", "ViewLoader", "whole_batches"]
@@ -41,10 +41,6 @@ READING_THREADS = 8
 """At the most; those that wait for disks and networks do not compute, so they are not counted by cores."""
 WORTH_A_THREAD = 1e-4
 """Seconds of an image. From memory one takes a third of that, from a network milliseconds."""
-LARGE = 128
-"""Side of the views from which on Pillow and numpy take a CPU: at 224 they are 1.1 to 1.5 times as fast as DALI, at 128
-0.8 to 0.9 times, at 96 between 0.7 and 1.1 times, by the machine, and at 32 DALI is several times as fast
-(bench/README.md, "On two cores")."""
 READ_TOGETHER = 16
 """Images that one thread reads in a row, where several read."""
 
@@ -60,22 +56,6 @@ class Batch(NamedTuple):
     """(B,) int64 on the CPU, -1 where unknown."""
     index: Tensor  # type: ignore[assignment]  # tuples have a method of this name, which nobody needs here
     """(B,) int64 on the CPU: which images of the source these are."""
-
-
-class Backend(Protocol):
-    """What decodes and augments; see `DaliBackend`."""
-
-    def submit(self, encoded: list[NDArray[np.uint8]], draws: list[Draw]) -> None:
-        """Starts work on a batch."""
-
-    def receive(self) -> tuple[Tensor, ...]:
-        """Waits for the earliest batch."""
-
-    def discard(self) -> None:
-        """Forgets all batches under way."""
-
-    def close(self) -> None:
-        """Frees threads and memory."""
 
 
 class _Work(NamedTuple):
@@ -184,7 +164,7 @@ class ViewLoader:
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(images, seed=seed, epoch=epoch))
         self.threads = threads or usable_cores()
         self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
-        self._backend = _open_backend(backend, recipe, min(batch_size, images), self.device, self.threads, self.dtype)
+        self._backend = open_backend(backend, recipe, min(batch_size, images), self.device, self.threads, self.dtype)
         self._reading = Threads(READING_THREADS, "read", WORTH_A_THREAD)
         self._drawing, self._ordering = Threads(1, "draw"), Threads(1, "order")
         self._stream: _Stream | None = None
@@ -365,29 +345,3 @@ def whole_batches(images: int, batch_size: int, world_size: int = 1, *, of: obje
             "smaller batch or more images"
         )
     return batches
-
-
-def _open_backend(
-    name: str, recipe: Recipe, batch_size: int, device: torch.device, threads: int, dtype: torch.dtype
-) -> Backend:
-    if name not in ("auto", "dali", "torchvision"):
-        raise ValueError(f'backend is "auto", "dali" or "torchvision", not {name!r}')
-    if name == "auto" and device.type == "cpu" and max(view.size for view in recipe) >= LARGE:
-        name = "torchvision" if find_spec("torchvision") else "dali"
-    if name != "torchvision":
-        from msbreg.data.dali_backend import DaliBackend
-
-        try:
-            return DaliBackend(recipe, batch_size, device, threads, dtype)
-        except ImportError as error:
-            if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):
-                raise KeyboardInterrupt from None  # Ctrl-C, of which DALI's C++ makes an import that failed
-            if name == "dali":
-                raise MSBRegError(
-                    f"DALI cannot be imported ({error}); install it with pip install 'msbreg[train]' or use torchvision"
-                ) from error
-            slower = "so torchvision decodes and augments, which is slower"
-            warnings.warn(f"DALI cannot be imported ({error}), {slower}", stacklevel=3)
-    from msbreg.data.torchvision_backend import TorchvisionBackend
-
-    return TorchvisionBackend(recipe, device, threads, dtype)
