@@ -17,6 +17,7 @@ from typing import Any
 import shapes
 import torch
 from gate import Reference, reference, refusal
+from options import add_device, positive
 from providers import Loss, providers
 from records import cell, keep, provenance, spread
 from shapes import Shape
@@ -83,20 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="8x512x256", help="K x B x D; default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    add_device(parser, "of the losses")
     parser.add_argument(
         "--providers", nargs="+", choices=known, default=["fused", "svd"], metavar="NAME",
         help=f"the first is what the others are compared with; default: fused svd; of {', '.join(known)}",
     )  # fmt: skip
-    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
-    parser.add_argument("--rounds", type=int, default=31, help="that count; default: %(default)s")
+    parser.add_argument("--threads", type=positive, help="of torch; default: its own choice")
+    parser.add_argument("--rounds", type=positive, default=31, help="that count; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no GPU here")
-    if options.rounds < 1 or (options.threads is not None and options.threads < 1):
-        parser.error("--rounds and --threads: expected 1 or more")
+    device = torch.device(options.device)
     try:
         (shape,) = shapes.parse(options.shape)
     except ValueError:

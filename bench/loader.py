@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
+from options import add_device, positive
 from PIL import Image, ImageFilter
 from records import cell, keep, provenance, spread
 from runs import end_with_parent
@@ -408,23 +409,17 @@ def images(options: argparse.Namespace, folder: str) -> Source:
 
 
 def parse() -> argparse.Namespace:
-    gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="images, as for msbreg pretrain; default: images that msbreg renders")
-    parser.add_argument("--images", type=int, help="of these at most; default: two batches, at least 128")
-    parser.add_argument("--size", type=int, default=32, help="side of a view, pixels; default: %(default)s")
+    parser.add_argument("--images", type=positive, help="of these at most; default: two batches, at least 128")
+    parser.add_argument("--size", type=positive, default=32, help="side of a view, pixels; default: %(default)s")
     parser.add_argument("--recipe", default="auto", help="byol, cifar, ...; default: auto, which goes by the size")
-    parser.add_argument("--views", type=int, nargs="+", default=[2, 4, 8], help="of an image; default: 2 4 8")
+    parser.add_argument("--views", type=positive, nargs="+", default=[2, 4, 8], help="of an image; default: 2 4 8")
     parser.add_argument("--loaders", nargs="+", choices=LOADERS, metavar="NAME", help="only these; default: all")
-    parser.add_argument("--batch", type=int, help="images; default: 256, from views of 96 pixels on 32")
-    parser.add_argument("--threads", type=int, default=usable_cores(), help="and cores; default: all, %(default)s")
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if gpu else "cpu",
-        help="where the views are to be; default: cuda where there is a GPU, here %(default)s",
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each loader; default: %(default)s")
+    parser.add_argument("--batch", type=positive, help="images; default: 256, from views of 96 pixels on 32")
+    parser.add_argument("--threads", type=positive, default=usable_cores(), help="and cores; default: all, %(default)s")
+    add_device(parser, "where the views are to be")
+    parser.add_argument("--rounds", type=positive, default=3, help="turns of each loader; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=1.0, help="of a turn at least; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args()
@@ -432,11 +427,6 @@ def parse() -> argparse.Namespace:
         options.batch = 256 if options.size < WHOLE_IMAGE_BELOW else 32
     if options.images is None:
         options.images = max(128, 2 * options.batch)
-    if options.device == "cuda" and not gpu:
-        parser.error("--device cuda: torch sees no GPU here")
-    for name in ("images", "batch", "threads", "rounds"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: expected 1 or more, got {getattr(options, name)}")
     return options
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from options import the_gpu
 from records import cell, keep, provenance, spread
 from timing import device_round, turns
 from torch import Tensor
@@ -101,9 +102,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.2, help="timed for each way; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("bench/one_launch.py measures a GPU, and torch finds none here; msbreg doctor says what it finds.")
-    device = torch.device("cuda")
+    device = the_gpu("bench/one_launch.py")
     result = provenance("bench/one_launch.py", None, device, ("triton",)) | {"rows": []}
     for views, side in SHAPES:
         result["rows"].append(measure(views, side, device, seconds=options.seconds, rounds=options.rounds))

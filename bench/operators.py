@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from loader import images
 from numpy.typing import NDArray
+from options import add_device, positive
 from records import cell, keep, provenance, spread
 
 from msbreg.data import Source, View
@@ -241,22 +242,17 @@ def parse() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="images, as for msbreg pretrain; default: images that msbreg renders")
-    parser.add_argument("--size", type=int, default=224, help="side of a view, pixels; default: %(default)s")
-    parser.add_argument("--batch", type=int, default=256 if gpu else 16, help="images; default: %(default)s")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
+    parser.add_argument("--size", type=positive, default=224, help="side of a view, pixels; default: %(default)s")
+    parser.add_argument("--batch", type=positive, default=256 if gpu else 16, help="images; default: %(default)s")
+    add_device(parser, "of the operators")
     parser.add_argument(
-        "--threads", type=int, default=usable_cores() if gpu else 1, help="of DALI; default: %(default)s"
+        "--threads", type=positive, default=usable_cores() if gpu else 1, help="of DALI; default: %(default)s"
     )
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each operator; default: %(default)s")
+    parser.add_argument("--rounds", type=positive, default=7, help="turns of each operator; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=0.3, help="of a turn; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args()
     options.images = options.batch
-    for name in ("size", "batch", "threads", "rounds"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name}: expected 1 or more, got {getattr(options, name)}")
-    if options.device == "cuda" and not gpu:
-        parser.error("--device cuda: torch sees no GPU here")
     return options
 
 

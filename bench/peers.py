@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from options import add_device, positive
 from peer_trainers import CASES, PROVIDERS, Case, Peer, Setting
 from records import gpu_state, keep, provenance
 from torch import Tensor, nn
@@ -357,27 +358,23 @@ def parse() -> argparse.Namespace:
         "--case", choices=CASES, default="small" if gpu else "tiny", help=f"{cases}; default: %(default)s"
     )
     parser.add_argument("--providers", default=",".join(PROVIDERS), help="names, with commas; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each provider; default: %(default)s")
+    parser.add_argument("--rounds", type=positive, default=3, help="turns of each provider; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=8.0, help="of a turn at least; default: %(default)s")
-    parser.add_argument("--steps", type=int, default=1, help="of a turn at least; default: %(default)s")
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cuda" if gpu else "cpu",
-        help="that trains; default: cuda where there is a GPU, here %(default)s",
-    )
+    parser.add_argument("--steps", type=positive, default=1, help="of a turn at least; default: %(default)s")
+    add_device(parser, "that trains")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 autocast on a GPU, fp32 on a CPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks of all; default: off")
     parser.add_argument("--cuda-graph", action="store_true", help="msbreg's step as one CUDA graph; default: off")
     parser.add_argument(
         "--threads",
-        type=int,
+        type=positive,
         default=usable_cores(),
         help="that load images, a DataLoader's are processes; default: the cores, here %(default)s",
     )
     for name, meaning in CASE_OPTIONS.items():
         usual = ", ".join(f"{getattr(case, name)} ({label})" for label, case in CASES.items())
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{meaning}; default: {usual}")
+        kind = int if name == "view_chunk" else positive
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{meaning}; default: {usual}")
     parser.add_argument(
         "--data", type=Path, help="image folder; default: images that msbreg renders, kept in its cache"
     )
@@ -386,11 +383,6 @@ def parse() -> argparse.Namespace:
     options.providers = options.providers.split(",")
     if unknown := [name for name in options.providers if name not in PROVIDERS]:
         parser.error(f"--providers: expected some of {', '.join(PROVIDERS)}, got {unknown[0]}")
-    if options.device == "cuda" and not gpu:
-        parser.error("--device cuda: torch sees no GPU here")
-    for name in ("rounds", "threads", "steps", "batch", "hidden", "dim"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            parser.error(f"--{name}: expected 1 or more, got {value}")
     return options
 
 

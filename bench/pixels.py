@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from options import the_gpu
 from records import cell, keep, provenance, spread
 from timing import device_round, turns
 from torch import Tensor
@@ -98,9 +99,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="timed for each way; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("bench/pixels.py measures a GPU, and torch finds none here; msbreg doctor says what it finds.")
-    device = torch.device("cuda")
+    device = the_gpu("bench/pixels.py")
     crops, drawn = random_views(options.images, options.size, device)
     rows = measure(crops, drawn, torch.bfloat16, seconds=options.seconds, rounds=options.rounds)
     result = provenance("bench/pixels.py", None, device, ("triton",))

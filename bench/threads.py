@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from loader import Case, Loader, OurLoader, Turn, costs, facts, images, measure, rates, ratios
+from options import add_device, positive
 from records import cell, keep, spread
 
 from msbreg.data import load_recipe
@@ -60,22 +61,15 @@ def rows(case: Case, turns: dict[Setting, list[Turn]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="images, as for msbreg pretrain; default: images that msbreg renders")
-    parser.add_argument("--size", type=int, default=32, help="side of a view, pixels; default: %(default)s")
-    parser.add_argument("--views", type=int, default=4, help="of an image; default: %(default)s")
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu", help="default: %(default)s"
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each setting; default: %(default)s")
+    parser.add_argument("--size", type=positive, default=32, help="side of a view, pixels; default: %(default)s")
+    parser.add_argument("--views", type=positive, default=4, help="of an image; default: %(default)s")
+    add_device(parser, "where the views are to be")
+    parser.add_argument("--rounds", type=positive, default=5, help="turns of each setting; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=1.0, help="of a turn at least; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args()
-    if options.device == "cuda" and not gpu:
-        parser.error("--device cuda: torch sees no GPU here")
-    if min(options.rounds, options.views) < 1:
-        parser.error("--rounds and --views: expected 1 or more")
     options.batch = 256 if options.size < WHOLE_IMAGE_BELOW else 32
     options.images, options.threads, options.recipe = 2 * options.batch, usable_cores(), "auto"
     try:

@@ -10,7 +10,6 @@ that does not fit into the GPU, is refused with the reason. Needs a GPU.
 
 import argparse
 import functools
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from options import the_gpu
 from records import cell, keep, provenance, spread
 from timing import device_round, turns
 from torch import Tensor
@@ -213,9 +213,7 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="those whose names begin like this; default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("bench/tiles.py measures a GPU, and torch finds none here; msbreg doctor says what it finds.")
-    device = torch.device("cuda")
+    device = the_gpu("bench/tiles.py")
     result = provenance("bench/tiles.py", None, device, ("triton",)) | {"shapes": []}
     for shape in options.shapes:
         sizes, dtype = shape.split()

@@ -1,0 +1,38 @@
+"""What options of several scripts take: whole numbers from 1 on, and the device."""
+
+import argparse
+import sys
+
+import torch
+
+__all__ = ["add_device", "positive", "the_gpu"]
+
+
+def positive(text: str) -> int:
+    """The `type` of an option that counts."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
+
+
+def add_device(parser: argparse.ArgumentParser, meaning: str) -> None:
+    """Adds --device, which has that meaning and is cpu or cuda."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    text = f"{meaning}; default: cuda where there is a GPU, here {default}"
+    parser.add_argument("--device", type=device, metavar="{cpu,cuda}", default=default, help=text)
+
+
+def device(text: str) -> str:
+    if text not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text}")
+    if text == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("torch sees no GPU here")
+    return text
+
+
+def the_gpu(script: str) -> torch.device:
+    """The GPU, or the end of a script that measures nothing else."""
+    if not torch.cuda.is_available():
+        sys.exit(f"{script} measures a GPU, and torch finds none here; msbreg doctor says what it finds.")
+    return torch.device("cuda")
