@@ -243,6 +243,7 @@ def brownian_loss(
     """
     z = stacked(embeddings, "embeddings", one=True)
     check_choice("per", per, Per)
+    check_noise(seed, step, first_image)
     return _losses(z, weights=(0.0, 0.0, 1.0), noise=(seed, step, first_image), per=per)[0]
 
 
@@ -348,7 +349,6 @@ def _losses(
             seed: Tensor | None = None
             step: Tensor | None = None
             if noise is not None:
-                check_noise(*noise)
                 seed, step = integer_on(z.device, noise[0]), integer_on(z.device, noise[1])
             return ops.losses(
                 z,
