@@ -14,7 +14,7 @@ from msbreg.errors import MSBRegError
 
 __all__ = [
     "LIMITS", "Config", "DataConfig", "EvalConfig", "MethodConfig", "ModelConfig", "OptimConfig", "RunConfig",
-    "config_of", "flatten", "option_types", "packaged_configs", "require_number", "require_text",
+    "config_of", "flatten", "option_types", "packaged_configs", "require_text", "with_absolute_paths",
 ]  # fmt: skip
 
 MANY = 10**9

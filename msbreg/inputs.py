@@ -15,7 +15,9 @@ from msbreg.errors import MSBRegError
 from msbreg.files import cache_folder, expanded
 from msbreg.processes import Processes
 
-__all__ = ["LABELLED_IMAGES_A_CLASS", "has_labels", "open_images", "open_loader", "recipe_of", "share_of_batch"]
+__all__ = [
+    "LABELLED_IMAGES_A_CLASS", "has_labels", "input_dtype", "open_images", "open_loader", "recipe_of", "share_of_batch",
+]  # fmt: skip
 
 LABELLED_IMAGES_A_CLASS = 4
 """Training images that a class needs on average before their labels are voted on."""
