@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import triton
 from assembly import executed, ptxas_resources
-from compile_report import Case, assembler_log, machine_code, recorded, specialised
+from compile_report import assembler_log, machine_code
+from launches import Case, recorded, specialised
 from records import keep, provenance
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import assembly
 import row_instructions
 import torch
-from compile_report import Case
+from launches import Case
 
 from msbreg import kernels
 

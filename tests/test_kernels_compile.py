@@ -177,26 +177,27 @@ def compile_all() -> dict:
     import dataclasses
 
     import compile_report as report
+    from launches import QUICK, Case, calls, recorded
 
     from msbreg.kernels.pixels import pixelwise
 
     rows = []
     for name in ("90", "80", "100", "gfx942"):
-        cases = report.QUICK if name == "90" else report.QUICK[:2]
+        cases = QUICK if name == "90" else QUICK[:2]
         rows += report.report(cases, [name], lambda text: None)[0]
     x, y = torch.empty(64, 8192), torch.empty(64, 8192)
     twins = {}
     for name, (kernel, options, _) in TWINS.items():
-        (launch,) = report.recorded(lambda k=kernel, o=options: k[(64,)](x, y, x.stride(0), **{"num_warps": 4} | o))
+        (launch,) = recorded(lambda k=kernel, o=options: k[(64,)](x, y, x.stride(0), **{"num_warps": 4} | o))
         twins[name] = report.compiled(launch, report.target_of("90")).faults
-    launches = [launch for case in report.QUICK for made in report.calls(case).values() for launch in made]
-    one = report.calls(report.Case(1, 1, 1, torch.bfloat16, ("whitening",)))["forward"]
-    large = report.calls(report.Case(2, 1024, 1024, torch.float64, ("matrix",)))["matrix"][1:]
-    wide = report.calls(report.Case(2, 64, 2048, torch.float64, ("leave_one_out",)))
+    quick = [launch for case in QUICK for made in calls(case).values() for launch in made]
+    one = calls(Case(1, 1, 1, torch.bfloat16, ("whitening",)))["forward"]
+    large = calls(Case(2, 1024, 1024, torch.float64, ("matrix",)))["matrix"][1:]
+    wide = calls(Case(2, 64, 2048, torch.float64, ("leave_one_out",)))
     wide = [wide["forward"][0], wide["backward"][-1]]
     crops, flags = torch.empty(2, 3, 40, 37, dtype=torch.uint8).permute(0, 2, 3, 1), torch.empty(2, dtype=torch.bool)
     views, normal = torch.empty(2, 40, 37, 3), {"scale": (1.0,) * 3, "shift": (0.0,) * 3}
-    planar = report.recorded(lambda: pixelwise(crops, torch.empty(2, 3, 4), flags, flags, views, **normal))
+    planar = recorded(lambda: pixelwise(crops, torch.empty(2, 3, 4), flags, flags, views, **normal))
     return {
         "planar": [report.compiled(launch, report.target_of("90")).faults for launch in planar],
         "rows": [dataclasses.asdict(row) for row in rows],
@@ -206,21 +207,22 @@ def compile_all() -> dict:
         "wide": [dataclasses.asdict(report.compiled(launch, report.target_of("86"))) for launch in wide],
         "additions": {
             launch.kernel.__name__: additions(launch)
-            for made in report.calls(report.QUICK[0]).values()
+            for made in calls(QUICK[0]).values()
             for launch in made
             if launch.kernel.__name__ in ("unit_gram_kernel", "step_kernel", "unit_product_kernel")
         },
-        "options": [sorted(launch.options) for launch in launches],
-        "specialised": [(specialised(launch), by_triton(launch)) for launch in launches],
+        "options": [sorted(launch.options) for launch in quick],
+        "specialised": [(specialised(launch), by_triton(launch)) for launch in quick],
     }
 
 
 def additions(launch) -> int:
     """Of tiles, in the loop of a kernel as compiled for an H100."""
     import compile_report as report
+    import launches
     from triton.compiler import ASTSource
 
-    source = ASTSource(launch.kernel, *report.specialised(launch))
+    source = ASTSource(launch.kernel, *launches.specialised(launch))
     ir = triton.compile(source, target=report.target_of("90"), options=dict(launch.options)).asm["ttgir"]
     loop = ir[ir.index("scf.for") :]
     return loop[: loop.index("scf.yield")].count("arith.addf")
@@ -228,9 +230,9 @@ def additions(launch) -> int:
 
 def specialised(launch) -> dict:
     """What the report takes each argument for: its type, and whether 16 divides it."""
-    import compile_report as report
+    import launches
 
-    signature, _, attributes = report.specialised(launch)
+    signature, _, attributes = launches.specialised(launch)
     numbers = {name: number for number, name in enumerate(launch.kernel.arg_names)}
     return {name: [kind, (numbers[name],) in attributes] for name, kind in signature.items()}
 
