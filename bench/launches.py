@@ -35,9 +35,10 @@ class Case(NamedTuple):
     dim: int
     dtype: torch.dtype
     options: tuple[str, ...] = ()
-    """Of `leave_one_out`, `per_view`, `each` (the centroid loss of each row) and `whitening`; or one alone of
-    `directions`, `root` (the inverse root of K matrices (D, D) in one launch), `matrix` (the Gram matrices of any
-    matrices, and a product with them), and `pixels` (K views of B images, of D x D pixels)."""
+    """Of `leave_one_out`, `per_view`, `each` (the centroid loss of each row), and `whitening` or `rows` (no singular
+    value loss); or one alone of `directions`, `root` (the inverse root of K matrices (D, D) in one launch), `matrix`
+    (the Gram matrices of any matrices, and a product with them), and `pixels` (K views of B images, of D x D
+    pixels)."""
 
     def __str__(self) -> str:
         return " ".join([f"{self.views}x{self.batch}x{self.dim}", TYPES[self.dtype], *self.options])
@@ -126,7 +127,7 @@ def calls(case: Case) -> dict[str, list[Launch]]:
         colour, normal = drawn[:, :, :12].unflatten(2, (3, 4)), {"scale": (0.02,) * 3, "shift": (-2.0,) * 3}
         parts = list(zip(crops, colour, drawn[:, :, 12], drawn[:, :, 13], views, strict=True))
         return {"pixels": recorded(lambda: [pixels.pixelwise(*part, **normal) for part in parts])}
-    shape, whitening = (case.views, case.batch, case.dim), "whitening" in case.options
+    shape = (case.views, case.batch, case.dim)
     z = torch.empty(shape, dtype=case.dtype, requires_grad=True)
     t = torch.empty(shape, dtype=case.dtype)
     seed, step = torch.empty((), dtype=torch.int64), torch.empty((), dtype=torch.int64)
@@ -144,12 +145,13 @@ def calls(case: Case) -> dict[str, list[Launch]]:
         call = lambda: (gram.gram(z, smaller=True), product.product(z, square))  # noqa: E731
         return {"matrix": recorded(call)}
     options = {name: name in case.options for name in ("leave_one_out", "per_view", "each")}
+    spectrum = None if "rows" in case.options else "whitening" if "whitening" in case.options else "nuclear"
     results: list[Tensor] = []
 
     def forward() -> None:
         total, _, each = ops.losses(
             z, t, seed, step, first_image=0, weights=(1.0, LAMBDA_S, LAMBDA_B), group=None, smoothing=SMOOTHING,
-            spectrum="whitening" if whitening else "nuclear", **options,
+            spectrum=spectrum, **options,
         )  # fmt: skip
         results[:] = [each if options["each"] else total]
 

@@ -16,13 +16,11 @@ import torch
 import triton
 from assembly import executed, ptxas_resources
 from compile_report import assembler_log, machine_code
-from launches import Case, recorded, specialised
+from launches import Case, calls, specialised
 from records import keep, provenance
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from msbreg import ops
-from msbreg.functional import LAMBDA_B, LAMBDA_S, SMOOTHING
 from msbreg.tables import markdown_table
 
 KERNELS = ("rows_forward_kernel", "image_gradient_kernel")
@@ -39,25 +37,9 @@ def count(case: Case, *, spectral: bool, warps: int | None = None) -> list[dict[
         spectral: whether it has a singular value loss, for which the forward kernel writes ẑ and the other reads ẑ W.
         warps: of a program; None for those of the chosen tile.
     """
-    shape = case.views, case.batch, case.dim
-    z, t = torch.empty(shape, dtype=case.dtype, requires_grad=True), torch.empty(shape, dtype=case.dtype)
-    seed, step = torch.empty((), dtype=torch.int64), torch.empty((), dtype=torch.int64)
-    options = {name: name in case.options for name in ("leave_one_out", "per_view", "each")}
-    totals = []
-
-    def forward() -> None:
-        total, _, _ = ops.losses(
-            z, t, seed, step, first_image=0, weights=(1.0, LAMBDA_S * spectral, LAMBDA_B), group=None,
-            smoothing=SMOOTHING, spectrum="nuclear" if spectral else None, **options,
-        )  # fmt: skip
-        totals.append(total)
-
     rows = []
-    launches = recorded(forward)
-    launches += recorded(lambda: totals[0].backward(torch.empty_like(totals[0])))
-    for launch in launches:
-        if launch.kernel.__name__ not in KERNELS:
-            continue
+    by_call = calls(case if spectral else case._replace(options=(*case.options, "rows")))
+    for launch in (launch for made in by_call.values() for launch in made if launch.kernel.__name__ in KERNELS):
         compile_options = dict(launch.options) | ({} if warps is None else {"num_warps": warps})
         kernel = triton.compile(ASTSource(launch.kernel, *specialised(launch)), target=TARGET, options=compile_options)
         backend = make_backend(TARGET)
