@@ -39,42 +39,25 @@ def benchmark(config: Config, *, steps: int) -> str | None:
     with Processes(config.run.device, timeout=config.run.timeout) as processes, tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, processes, Path(folder))
         trainer.step.train()
-        batches = trainer.loader.batches()
+        step, batches = trainer.step, trainer.loader.batches()
         batch = next(batches)
-
-        # Batches prepared ahead would flatter the loader: the first ones are not timed.
-        warm_up = 2 * config.data.prefetch + 1
-
-        def seconds(name: str, work: Callable[[], object]) -> float:
-            for _ in range(warm_up):
-                work()
-            synchronize(trainer.device)
-            began = time.perf_counter()
-            for _ in range(steps):
-                work()
-            synchronize(trainer.device)
-            taken = (time.perf_counter() - began) / steps
-            if processes.first:  # now: who stops it here keeps what there is
-                say(f"{name}: {milliseconds(taken)}", sys.stderr)
-            return taken
-
-        def timed(work: dict[str, Callable[[], object]]) -> dict[str, float]:
-            return {name: seconds(name, one) for name, one in work.items()}
-
-        step = trainer.step
-        whole = timed(
+        whole = _timed(
             {
                 "loader alone": lambda: next(batches),
                 "step alone": lambda: step(batch, 0),
                 "both": lambda: step(next(batches), 0),
-            }
+            },
+            trainer,
+            steps,
         )
-        parts = timed(
+        parts = _timed(
             {
                 "loss, forward and backward": step.loss_alone(batch),
                 "optimizer": step.optimizer.step,
                 "moving average": lambda: step.method.after_step(1.0),
-            }
+            },
+            trainer,
+            steps,
         )
         trainer.loader.close()
         if not processes.first:
@@ -90,6 +73,25 @@ def benchmark(config: Config, *, steps: int) -> str | None:
     ]
     device = torch.cuda.get_device_name() if processes.device.type == "cuda" else "cpu"
     return markdown_table((f"{config.model.backbone}, {views} views of {images} images, {device}", "a step"), rows)
+
+
+def _timed(work: dict[str, Callable[[], object]], trainer: Trainer, steps: int) -> dict[str, float]:
+    """Seconds of each kind of work, one after the other; the first process says each as it has it."""
+    # Batches prepared ahead would flatter the loader: the first ones are not timed.
+    warm_up = 2 * trainer.config.data.prefetch + 1
+    seconds = {}
+    for name, one in work.items():
+        for _ in range(warm_up):
+            one()
+        synchronize(trainer.device)
+        began = time.perf_counter()
+        for _ in range(steps):
+            one()
+        synchronize(trainer.device)
+        seconds[name] = (time.perf_counter() - began) / steps
+        if trainer.processes.first:  # now: who stops it here keeps what there is
+            say(f"{name}: {milliseconds(seconds[name])}", sys.stderr)
+    return seconds
 
 
 def milliseconds(seconds: float) -> str:
