@@ -41,6 +41,15 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
     patch_once_a_launch()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips tests that need a GPU where there is none; kernels run in Triton's interpreter, too."""
+    if item.get_closest_marker("gpu") and not item.get_closest_marker("interpreter"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("there is no NVIDIA GPU")
+
+
 @pytest.fixture
 def free_port() -> int:
     """A TCP port on this machine that was free a moment ago."""

@@ -10,11 +10,7 @@ from torch import nn
 from msbreg.batch_norm import CrossRankBatchNorm, convert_sync_batchnorm
 from msbreg.errors import MSBRegError
 
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU"),
-]
-ON_A_GPU = pytest.param("cuda", marks=gpu)
+ON_A_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 @pytest.fixture(params=["cpu", ON_A_GPU])

@@ -31,7 +31,6 @@ from msbreg.functional import SMOOTHING
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
 SHAPE = shapes.Shape(2, 48, 32)
 SAME = [name for name, provider in providers("nuclear").items() if provider.terms and not provider.compiled]
 
@@ -339,7 +338,6 @@ def test_what_the_report_computes():
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("mode", ["forward", "backward", "both"])
 @pytest.mark.parametrize("name", ["fused", "newton_schulz", "svd"])
 def test_clocks_of_a_gpu_agree(name, mode):
@@ -356,7 +354,6 @@ def test_clocks_of_a_gpu_agree(name, mode):
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_usage_and_ceilings_of_a_gpu():
     device = torch.device("cuda")
     x = torch.randn(2**20, device=device)

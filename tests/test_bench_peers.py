@@ -323,7 +323,6 @@ def test_a_turn_times_waiting_and_training_and_throws_away_what_was_ready():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
 @pytest.mark.parametrize(("host", "sleeps", "least", "most"), [(0.01, 0, 0, 2), (0, 10_000_000, 4, 20)])
 def test_waiting_on_a_gpu_is_the_gpus(host, sleeps, least, most):
     """It is busy while the host waits 10 ms; then the host does not wait, and the GPU does, for some 10^7 cycles."""

@@ -100,7 +100,6 @@ def split(matrix):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
 def test_no_number_of_warps_is_refused():
     for case in tiles.cases(4, 64, 256, torch.bfloat16, torch.device("cuda")):
         found = tiles.measure(case, torch.device("cuda"), seconds=0, rounds=1)

@@ -26,7 +26,6 @@ except ImportError:
     dali = None
 
 needs_dali = pytest.mark.skipif(dali is None, reason="DALI is not installed")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
 
 MEAN_TOLERANCE = 0.6
 """Mean absolute difference of an image's views, in units of 1/255. Photographs differ by 0.2 on average: a rounding or
@@ -249,7 +248,6 @@ def _chroma_turn(linear):
     return turned[1, 2], turned[1, 1]
 
 
-@needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["torchvision", pytest.param("dali", marks=needs_dali)])
@@ -274,7 +272,6 @@ def test_views_made_on_a_gpu_are_those_made_on_the_cpu(pictures, backend, dtype)
     theirs.close()
 
 
-@needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["torchvision", pytest.param("dali", marks=needs_dali)])
 def test_one_view_of_a_short_last_batch_comes_from_a_gpu(pictures, backend):

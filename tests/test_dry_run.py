@@ -165,7 +165,6 @@ def test_the_first_process_alone_tells(small, free_port):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
 def test_a_graph_is_recorded_before_the_last_step(small, capsys):
     assert main(["pretrain", "--dry-run", *small, "--run.device", "cuda", "--model.cuda_graph", "true"]) == 0
     rows = table(capsys.readouterr().out)

@@ -31,10 +31,6 @@ from msbreg.stopwatch import Stopwatch
 from msbreg.trainer import pretrain
 
 BATCH, VIEWS, STEPS = 6, 2, 8
-gpu = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU"),
-]
 
 
 def build(device: str = "cpu", processes: Processes | None = None, **options) -> TrainingStep:
@@ -316,7 +312,7 @@ def test_regions_are_blocks_or_whole_networks():
     ("option", "device", "compiles"),
     [
         (False, "cpu", False), (True, "cpu", True), ("auto", "cpu", False),
-        pytest.param("auto", "cuda", True, marks=gpu),
+        pytest.param("auto", "cuda", True, marks=pytest.mark.gpu),
     ],
 )  # fmt: skip
 def test_the_option_compiles_every_region(option, device, compiles):
@@ -334,7 +330,7 @@ def test_a_size_that_the_backbone_does_not_take_is_refused_before_the_first_step
         build(model__backbone="squeezenet1_1", data__size=8)
 
 
-@pytest.mark.parametrize("name", [pytest.param("cuda", marks=gpu), "cpu"])
+@pytest.mark.parametrize("name", [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
 def test_waiting_is_counted_once(name):
     watch = Stopwatch(torch.device(name), 3.0, 1.0)
     watch.start()
@@ -349,7 +345,7 @@ def test_waiting_is_counted_once(name):
 
 
 @pytest.mark.parametrize("name", ["msbreg", "byol", "simsiam"])
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_recorded_step_is_the_step(device, name):
     """Losses, weights and noise of steps that replay a graph, against those of steps that do not."""
     eager, recorded = (
@@ -368,7 +364,7 @@ def test_a_recorded_step_is_the_step(device, name):
 
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("optimizer", ["lars", "sgd", "adamw"])
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_no_step_makes_the_host_wait_for_the_gpu(device, optimizer, graph):
     step = build(device, optim__name=optimizer, model__cuda_graph=graph)
     for number in range(5):  # compiling, choosing algorithms and recording may
@@ -381,7 +377,7 @@ def test_no_step_makes_the_host_wait_for_the_gpu(device, optimizer, graph):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_compiled_regions_on_a_gpu(device):
     eager, compiled = (
         build(device, model__backbone="resnet18", model__stem="cifar", model__compile=on, optim__name="sgd")
@@ -392,7 +388,7 @@ def test_compiled_regions_on_a_gpu(device):
         torch.testing.assert_close(eager(images, number).loss, compiled(images, number).loss, rtol=2e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=gpu)])
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_run_records_its_graph_while_dali_is_at_work(device, tmp_path, swatches):
     """DALI's threads go on calling CUDA for the batches ahead."""
     pytest.importorskip("nvidia.dali")
