@@ -1,15 +1,14 @@
-"""How good frozen features are: nearest neighbours, matching of instances, and linear classifiers."""
+"""How good frozen features are: nearest neighbours, matching of instances, and a linear classifier."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, layer_norm, normalize
+from torch.nn.functional import cross_entropy, normalize
 
-__all__ = ["OnlineProbe", "evaluation_mode", "extract_features", "instance_accuracy", "knn_accuracy", "linear_probe"]
+__all__ = ["evaluation_mode", "extract_features", "instance_accuracy", "knn_accuracy", "linear_probe"]
 
 SIMILARITIES_AT_ONCE = 2**25  # 128 MiB in fp32
 VOTE_UNIT = 2**40  # votes are counted in whole parts of this, so that their sum does not depend on the order
@@ -213,63 +212,3 @@ def linear_probe(
     with torch.no_grad():
         predicted = classes[(x_query @ weight.T + bias).argmax(dim=1)]
         return (predicted == query_labels.to(bank.device)).double().mean().item()
-
-
-class OnlineProbe(nn.Module):
-    """A linear classifier that trains beside the encoder, on features it cannot change: accuracy while training runs.
-
-    Each row is standardised first, so that the probe keeps up with features whose scale moves; then comes one step of
-    Adam a batch. The optimizer's state is part of `state_dict`.
-
-    Args:
-        num_features: F.
-        num_classes: C.
-        lr: Adam's learning rate; our default.
-        group: process group that shares each batch, whose gradients are averaged; None for one process.
-    """
-
-    def __init__(
-        self, num_features: int, num_classes: int, *, lr: float = 1e-3, group: dist.ProcessGroup | None = None
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_classes, num_features))
-        self.bias = nn.Parameter(torch.zeros(num_classes))
-        self.group = group
-        self._optimizer = torch.optim.Adam([self.weight, self.bias], lr)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, F) features of any floating dtype to (B, C) logits in float32; no gradient reaches the features."""
-        with torch.autocast(features.device.type, enabled=False):
-            x = features.detach().float()
-            return layer_norm(x, x.shape[1:]) @ self.weight.T + self.bias
-
-    @torch.enable_grad()
-    def learn(self, features: Tensor, labels: Tensor) -> None:
-        """Takes one step on a batch.
-
-        Args:
-            features: (B, F).
-            labels: (B,) int64; rows with a negative label are passed over.
-        """
-        known = (labels >= 0).sum().clamp(min=1)
-        loss = cross_entropy(self(features), labels.clamp(min=-1), ignore_index=-1, reduction="sum") / known
-        parameters = (self.weight, self.bias)
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            if self.group is not None:
-                dist.all_reduce(gradient, group=self.group)
-                gradient /= dist.get_world_size(self.group)
-            parameter.grad = gradient
-        self._optimizer.step()
-
-    @torch.no_grad()
-    def accuracy(self, features: Tensor, labels: Tensor) -> float:
-        """Top-1 accuracy in [0, 1] on features (N, F) and labels (N,) as `extract_features` gives them."""
-        return (self(features).argmax(dim=1) == labels).double().mean().item()
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """The optimizer's part of `state_dict`."""
-        return self._optimizer.state_dict()
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restores what `get_extra_state` gave."""
-        self._optimizer.load_state_dict(state)

@@ -19,9 +19,9 @@ from msbreg.config import Config
 from msbreg.cuda_graph import RecordedPass
 from msbreg.data import Batch
 from msbreg.errors import MSBRegError
-from msbreg.evaluation import OnlineProbe
 from msbreg.inputs import input_dtype, share_of_batch
 from msbreg.methods import StepOutput, build_method
+from msbreg.online_probe import OnlineProbe
 from msbreg.optim import build_optimizer
 from msbreg.preflight import require_sizes
 from msbreg.processes import Processes

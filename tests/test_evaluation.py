@@ -12,7 +12,8 @@ import torch.multiprocessing as multiprocessing
 from torch import nn
 
 import msbreg.evaluation
-from msbreg.evaluation import OnlineProbe, extract_features, instance_accuracy, knn_accuracy, linear_probe
+from msbreg.evaluation import extract_features, instance_accuracy, knn_accuracy, linear_probe
+from msbreg.online_probe import OnlineProbe
 
 
 def at(*degrees: float) -> torch.Tensor:

@@ -22,9 +22,9 @@ from msbreg.compilation import compile_regions, regions
 from msbreg.config import Config
 from msbreg.data import Batch, ViewLoader
 from msbreg.errors import MSBRegError
-from msbreg.evaluation import OnlineProbe
 from msbreg.metrics import read_metrics
 from msbreg.models import build_backbone, mlp_head
+from msbreg.online_probe import OnlineProbe
 from msbreg.processes import Processes
 from msbreg.step import TrainingStep
 from msbreg.stopwatch import Stopwatch
