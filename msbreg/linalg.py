@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from msbreg import kernels
-from msbreg.precision import raised
+from msbreg.precision import full_precision, raised
 
 __all__ = ["Solver", "effective_rank", "polar", "singular_values"]
 
@@ -106,7 +106,8 @@ def polar(matrix: Tensor, *, solver: Solver = "auto") -> Tensor:
     tolerance = rank_tolerance(m, solver)
     if solver == "eigh":
         m = m.double()
-    return multiply(m, inverse_root(gram(m), 0.0, solver, m, tolerance)).to(matrix.dtype)
+    with full_precision(m):
+        return multiply(m, inverse_root(gram(m), 0.0, solver, m, tolerance)).to(matrix.dtype)
 
 
 def checked(matrix: Tensor) -> Tensor:

@@ -343,6 +343,14 @@ def test_nuclear_norm_of_zero_and_of_odd_scales(solver, dtype):
 
 
 @pytest.mark.parametrize("solver", ["eigh", "newton_schulz", "svd"])
+def test_the_polar_factor_keeps_its_digits_inside_autocast(solver):
+    m = gaussian(64, 32).float()
+    outside = linalg.polar(m, solver=solver)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linalg.polar(m, solver=solver), outside)
+
+
+@pytest.mark.parametrize("solver", ["eigh", "newton_schulz", "svd"])
 def test_nuclear_norm_of_nan(solver):
     m = gaussian(2, 6, 4)
     m[0, 0, 0] = math.nan
