@@ -30,7 +30,7 @@ from msbreg.arguments import (
 )
 from msbreg.linalg import Solver
 from msbreg.matrices import coding_rates, nuclear_norms
-from msbreg.noise import brownian_directions, check_noise, integer_on
+from msbreg.noise import as_int, brownian_directions, check_noise, integer_on
 from msbreg.reference import Spectrum
 
 __all__ = [
@@ -355,7 +355,7 @@ def _losses(
                 targets,
                 seed,
                 step,
-                first_image=0 if noise is None else noise[2],
+                first_image=0 if noise is None else as_int(noise[2]),
                 leave_one_out=leave_one_out,
                 per_view=per == "view",
                 each=each,
@@ -371,7 +371,7 @@ def _losses(
         leave_one_out=leave_one_out,
         per_view=per == "view",
         weights=weights,
-        spectral=None if spectrum is None else plain.Spectral(spectrum, smoothing, solver, group),
+        spectral=None if spectrum is None else plain.SpectralOptions(spectrum, smoothing, solver, group),
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from msbreg import kernels
 from msbreg.philox import WORD, normals, philox4x32
 
-__all__ = ["brownian_directions", "check_noise", "integer_on", "plain_directions"]
+__all__ = ["as_int", "brownian_directions", "check_noise", "integer_on", "plain_directions"]
 
 
 def brownian_directions(
@@ -58,9 +58,14 @@ def brownian_directions(
         return plain_directions(batch, dim, seed, step, first_image, views, device, dtype)
     from msbreg.kernels import philox  # needs triton
 
-    seed, step = integer_on(where, seed), integer_on(where, step)
     return philox.brownian_directions(
-        batch, dim, seed=seed, step=step, first_image=first_image, views=views, dtype=dtype
+        as_int(batch),
+        as_int(dim),
+        seed=integer_on(where, seed),
+        step=integer_on(where, step),
+        first_image=as_int(first_image),
+        views=None if views is None else as_int(views),
+        dtype=dtype,
     )
 
 
@@ -90,8 +95,13 @@ def plain_directions(
 def integer_on(device: torch.device, value: int | Tensor) -> Tensor:
     """A zero-dimensional int64 tensor there."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return value.to(device, non_blocking=device.type != "cpu")  # a CPU would read it before it has come
     return torch.full((), value, dtype=torch.int64, device=device)
+
+
+def as_int(value: int) -> int:
+    """One of NumPy's integers as Python's, which alone a kernel takes."""
+    return value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
 
 
 def check_noise(seed: int | Tensor, step: int | Tensor, first_image: int) -> None:

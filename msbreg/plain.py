@@ -18,10 +18,10 @@ from msbreg.noise import brownian_directions
 from msbreg.precision import full_precision, raised, raised_dtype
 from msbreg.reference import Spectrum
 
-__all__ = ["Spectral", "losses"]
+__all__ = ["SpectralOptions", "losses"]
 
 
-class Spectral(NamedTuple):
+class SpectralOptions(NamedTuple):
     """The singular value loss that is wanted."""
 
     spectrum: Spectrum
@@ -38,7 +38,7 @@ def losses(
     leave_one_out: bool,
     per_view: bool,
     weights: tuple[float, float, float],
-    spectral: Spectral | None,
+    spectral: SpectralOptions | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The losses of one tensor of embeddings, in float32, or float64 for float64 embeddings; differentiable in z.
 
@@ -70,7 +70,7 @@ class _RowLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, c_hat: Tensor | None, n_hat: Tensor | None, spectral: Spectral | None
+        ctx: Any, z: Tensor, c_hat: Tensor | None, n_hat: Tensor | None, spectral: SpectralOptions | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         with full_precision(z):
             z_hat, norms = reference.unit_rows(raised(z))
@@ -100,7 +100,7 @@ class _RowLosses(torch.autograd.Function):
             return reference.tangent(g, z_hat, norms).to(z.dtype), None, None, None
 
 
-def _spectral_loss(z_hat: Tensor, options: Spectral) -> tuple[Tensor, Tensor]:
+def _spectral_loss(z_hat: Tensor, options: SpectralOptions) -> tuple[Tensor, Tensor]:
     """L_S and the weight W, (K, p, p), of its gradient ẑ W in this process."""
     spectrum, smoothing, solver, group = options
     world, (views, rows, dim) = world_size(group), z_hat.shape

@@ -9,7 +9,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -213,7 +215,21 @@ def compile_all() -> dict:
         },
         "options": [sorted(launch.options) for launch in quick],
         "specialised": [(specialised(launch), by_triton(launch)) for launch in quick],
+        "numpy": [by_triton(launch)["first_image"][0] for launch in launches_with_numbers_of_numpy()],
     }
+
+
+def launches_with_numbers_of_numpy() -> list:
+    import compile_report as report
+
+    from msbreg import kernels
+    from msbreg.functional import brownian_directions, brownian_loss
+
+    three, noise = np.int64(3), {"seed": np.int64(0), "step": np.int64(0)}
+    with mock.patch.object(kernels, "DEVICE_TYPE", "cpu"):
+        loss = lambda: brownian_loss(torch.empty(2, 4, 8), **noise, first_image=three)  # noqa: E731
+        directions = lambda: brownian_directions(three, three, **noise, first_image=three, views=three)  # noqa: E731
+        return [*report.recorded(loss), *report.recorded(directions)][::2]  # without the sum of the loss
 
 
 def additions(launch) -> int:
@@ -359,6 +375,11 @@ def test_launches_are_specialised_as_triton_does_it(compiled):
     for ours, tritons in compiled["specialised"]:
         assert ours == tritons
         assert not any(kind == "fp32" for kind, _ in ours.values())  # Python's floats are float64
+
+
+def test_launches_take_numbers_of_numpy(compiled):
+    """Triton's interpreter does, its launcher does not."""
+    assert compiled["numpy"] == ["i64", "i64"]
 
 
 def test_launches_begin_early_from_hopper_on(compiled):
