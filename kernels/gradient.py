@@ -11,7 +11,7 @@ from torch import Tensor
 from msbreg.kernels.philox import brownian_rows
 from msbreg.kernels.product import unit_product
 from msbreg.kernels.rows import centroid_of_others, launch_config
-from msbreg.kernels.tiles import early, inverse_length, load_tile, offsets, wait_for_last_launch
+from msbreg.kernels.tiles import early, inverse_length, load_tile, offsets, scalar, wait_for_last_launch
 
 __all__ = ["image_gradient_kernel", "row_gradient", "row_losses_backward"]
 
@@ -96,7 +96,7 @@ def image_gradient_kernel(
         row = k.to(tl.int64) * batch + i
         norm = tl.load(norm_pointer + row, mask=k < views, other=1.0)
         z = load_tile(z_pointer + i * z_stride_i, k, views, z_stride_k, d, dim, z_stride_d, ACC)
-        d_attraction = tl.zeros([BLOCK_K], ACC) + 2 * tl.full([], attraction_weight, ACC) * d_total
+        d_attraction = tl.zeros([BLOCK_K], ACC) + 2 * scalar(attraction_weight, ACC) * d_total
         if d_attraction_pointer is not None:
             d_attraction += 2 * tl.load(d_attraction_pointer + row, mask=k < views, other=0.0)
         if LEAVE_ONE_OUT:
@@ -117,9 +117,9 @@ def image_gradient_kernel(
         w_hat = None
         if product_pointer is not None:
             product = tl.load(product_pointer + place, mask=mask, other=0.0)
-            w_hat = tl.full([], product_weight, ACC) * d_total * product
+            w_hat = scalar(product_weight, ACC) * d_total * product
         z_hat = z * (1.0 / norm)[:, None]
-        d_push = tl.full([], push_weight, ACC) * d_total
+        d_push = scalar(push_weight, ACC) * d_total
         dz = row_gradient(z_hat, norm, c_hat, n_hat, w_hat, d_attraction, d_push)
         tl.store(dz_pointer + place, dz.to(dz_pointer.dtype.element_ty), mask=mask)
 

@@ -15,6 +15,7 @@ from msbreg.kernels.tiles import (
     next_power_of_2,
     offsets,
     precision,
+    scalar,
     stages,
     wait_for_last_launch,
 )
@@ -39,7 +40,7 @@ def gram_kernel(
 ):
     """MᵀM of each matrix, or with ROWS M Mᵀ.
 
-    z_pointer: [views, batch, dim], M, any strides, any floating dtype, numbers of any size.
+    z_pointer: [views, batch, dim], M, any strides, any floating dtype, numbers whose squares have one.
     gram_pointer: [views, side, side], float32, or float64 for float64 matrices; side is dim, or batch with ROWS.
 
     One program makes a tile of one matrix's lower triangle and writes it on both sides of the diagonal.
@@ -94,24 +95,19 @@ def unit_gram_kernel(
     k = tl.program_id(2).to(tl.int64)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     r = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    plane = tl.full([], batch, tl.int64) * width
+    plane = scalar(batch, tl.int64) * width
     m = z_hat_pointer + k * parts_of(z_hat_pointer) * plane
     if ROWS:
-        sums = split_product(
-            left=m, left_plane=plane, left_stride_p=width, left_stride_q=1,
-            right=m, right_plane=plane, right_stride_q=1, right_stride_r=width,
-            p=p, p_count=batch, left_count=width, right_count=width, r=r, r_count=batch,
-            BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS, WHOLE=WHOLE,
-        )  # fmt: skip
-        store_symmetric(gram_pointer + k * batch * batch, sums, p, r, batch)
+        side, padded_side, length, stride_p, stride_q = batch, batch, width, width, 1
     else:
-        sums = split_product(
-            left=m, left_plane=plane, left_stride_p=1, left_stride_q=width,
-            right=m, right_plane=plane, right_stride_q=width, right_stride_r=1,
-            p=p, p_count=width, left_count=batch, right_count=batch, r=r, r_count=width,
-            BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS, WHOLE=WHOLE,
-        )  # fmt: skip
-        store_symmetric(gram_pointer + k * dim * dim, sums, p, r, dim)
+        side, padded_side, length, stride_p, stride_q = dim, width, batch, 1, width
+    sums = split_product(
+        left=m, left_plane=plane, left_stride_p=stride_p, left_stride_q=stride_q,
+        right=m, right_plane=plane, right_stride_q=stride_q, right_stride_r=stride_p,
+        p=p, p_count=padded_side, left_count=length, right_count=length, r=r, r_count=padded_side,
+        BLOCK_Q=BLOCK_Q, IN_PARTS=IN_PARTS, WHOLE=WHOLE,
+    )  # fmt: skip
+    store_symmetric(gram_pointer + k * side * side, sums, p, r, side)
     let_next_launch_begin(EARLY)
     row, column, rows = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(0).to(tl.int64)
     square = tl.sum(sums * sums).to(tl.float64) * tl.where(row == column, 1.0, 2.0)
@@ -134,8 +130,8 @@ def gram(z: Tensor, *, smaller: bool) -> Tensor:
         smaller: whether the smaller of the two may be taken; it does not add up over processes.
     """
     views, batch, dim = z.shape
-    rows = smaller and batch < dim
-    side = batch if rows else dim
+    by_rows = smaller and batch < dim
+    side = batch if by_rows else dim
     output = torch.empty(views, side, side, device=z.device, dtype=accumulator(z.dtype))
     config = launch_config(side, output)
     tiles = cdiv(side, config["BLOCK_P"])
@@ -147,7 +143,7 @@ def gram(z: Tensor, *, smaller: bool) -> Tensor:
             dim,
             side,
             *z.stride(),
-            ROWS=rows,
+            ROWS=by_rows,
             PRECISION=precision(output.dtype),
             **config,
         )
@@ -161,8 +157,8 @@ def unit_gram(z_hat: Tensor, dim: int, *, smaller: bool) -> tuple[Tensor, Tensor
         The Gram matrices, and (K, n), float64, which add up over a view to |G|², its squared Frobenius norm.
     """
     views, _, batch, width = z_hat.shape
-    rows = smaller and batch < dim
-    side = batch if rows else dim
+    by_rows = smaller and batch < dim
+    side = batch if by_rows else dim
     output = torch.empty(views, side, side, device=z_hat.device, dtype=sum_dtype(z_hat))
     config = unit_launch_config(side, output)
     tiles = cdiv(side, config["BLOCK_P"])
@@ -175,9 +171,9 @@ def unit_gram(z_hat: Tensor, dim: int, *, smaller: bool) -> tuple[Tensor, Tensor
             batch,
             dim,
             width,
-            ROWS=rows,
-            IN_PARTS=in_parts(dim if rows else batch),
-            WHOLE=side % config["BLOCK_P"] == (width if rows else batch) % config["BLOCK_Q"] == 0,
+            ROWS=by_rows,
+            IN_PARTS=in_parts(dim if by_rows else batch),
+            WHOLE=side % config["BLOCK_P"] == (width if by_rows else batch) % config["BLOCK_Q"] == 0,
             **config,
             **early(z_hat.device, output.numel()),
         )

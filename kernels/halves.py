@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.tiles import STAGES, cdiv, load_tile, offsets
+from msbreg.kernels.tiles import STAGES, cdiv, load_tile, offsets, scalar
 
 __all__ = [
     "LARGEST",
@@ -110,7 +110,7 @@ def split_product(
     q = tl.arange(0, BLOCK_Q)
     x_place = left + offsets(p, left_stride_p, q, left_stride_q)
     y_place = right + offsets(q, right_stride_q, r, right_stride_r)
-    block = tl.full([], BLOCK_Q, tl.int64)
+    block = scalar(BLOCK_Q, tl.int64)
     sums = tl.zeros([p.shape[0], r.shape[0]], ACC)  # high times high, but with IN_PARTS
     cross = tl.zeros([p.shape[0], r.shape[0]], ACC)  # SCALE times all other products
     THREE_SUMS: tl.constexpr = tl.float16 == NUMBER and not IN_PARTS and p.shape[0] * r.shape[0] <= 4096
@@ -157,8 +157,8 @@ def split_kernel(
     k = tl.program_id(2).to(tl.int64)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    x = load_tile(matrix_pointer + k * side * side, p, side, side, q, side, 1, ACC) * tl.full([], scale, ACC)
-    plane = tl.full([], width, tl.int64) * width
+    x = load_tile(matrix_pointer + k * side * side, p, side, side, q, side, 1, ACC) * scalar(scale, ACC)
+    plane = scalar(width, tl.int64) * width
     place = split_pointer + k * parts_of(split_pointer) * plane + offsets(p, width, q, 1)
     store_split(place, plane, x, (p < width)[:, None] & (q < width)[None, :])
 

@@ -1,10 +1,10 @@
 """Inverse square roots of symmetric positive matrices, all views at once, by matrix products alone.
 
 The iteration is in `newton_schulz`. Each product needs all tiles of the one before. In a sequence of launches, two a
-step, that is a matter of course; in one launch, the programs of a view wait for each other. Both make the same numbers,
+step, that is a matter of course; in one launch, the programs of a view wait for each other. Both make the same roots,
 bit for bit. A GPU is faster with the sequence, but for small matrices the host takes longer to launch it than the GPU
-to compute it: so fewer than `FEW` numbers are one launch, unless it is recorded in a CUDA graph, or on a GPU
-without `ample_shared_memory`.
+to compute it: so fewer than `FEW` numbers are one launch, unless it is recorded in a CUDA graph, or on a GPU without
+`ample_shared_memory`.
 """
 
 import functools
@@ -17,7 +17,16 @@ from torch import Tensor
 
 from msbreg.kernels.halves import ample_shared_memory, depth, empty_split, in_parts, parts_of
 from msbreg.kernels.newton_schulz import affine_product, first_factors, loss_sum, normalisation, store_matrix
-from msbreg.kernels.tiles import FEW, cdiv, early, let_next_launch_begin, next_power_of_2, stages, wait_for_last_launch
+from msbreg.kernels.tiles import (
+    FEW,
+    cdiv,
+    early,
+    let_next_launch_begin,
+    next_power_of_2,
+    scalar,
+    stages,
+    wait_for_last_launch,
+)
 
 __all__ = ["first_factors_kernel", "inverse_root", "last_step_kernel", "root_kernel", "step_kernel"]
 
@@ -88,17 +97,17 @@ def step_kernel(
     One program makes a tile of one product; those from `views` on in the third grid axis are the second batch.
     """
     wait_for_last_launch(EARLY)
-    batch = tl.program_id(2)
-    second = batch >= views
-    k = tl.where(second, batch - views, batch).to(tl.int64)
-    matrix = tl.full([], parts_of(left_pointer), tl.int64) * width * width
+    number = tl.program_id(2)
+    second = number >= views
+    k = tl.where(second, number - views, number).to(tl.int64)
+    matrix = scalar(parts_of(left_pointer), tl.int64) * width * width
     p, r = block(tl.program_id(0), BLOCK_P), block(tl.program_id(1), BLOCK_P)
     left = tl.where(second, second_left_pointer, left_pointer) + k * matrix
     right = tl.where(second, second_right_pointer, right_pointer) + k * matrix
-    i, s = tl.full([], identity, tl.float64), tl.full([], scale, tl.float64)
+    i, s = scalar(identity, tl.float64), scalar(scale, tl.float64)
     x = affine_product(left, right, side, width, i, s, p, r, BLOCK_Q, IN_PARTS, WHOLE)
     let_next_launch_begin(EARLY)
-    store_matrix(output_pointer + batch * matrix, x, p, r, width)
+    store_matrix(output_pointer + number * matrix, x, p, r, width)
 
 
 @triton.jit
@@ -137,10 +146,10 @@ def last_step_kernel(
     k = tl.program_id(2).to(tl.int64)
     matrix = k * parts_of(left_pointer) * width * width
     p, r = block(tl.program_id(0), BLOCK_P), block(tl.program_id(1), BLOCK_P)
-    i, s = tl.full([], 0.0, tl.float64), tl.load(root_scale_pointer + k)
+    i, s = scalar(0.0, tl.float64), tl.load(root_scale_pointer + k)
     z = affine_product(left_pointer + matrix, right_pointer + matrix, side, width, i, s, p, r, BLOCK_Q, IN_PARTS, WHOLE)
     let_next_launch_begin(EARLY)
-    size = tl.full([], parts_of(output_pointer), tl.int64) * output_width * output_width
+    size = scalar(parts_of(output_pointer), tl.int64) * output_width * output_width
     store_matrix(output_pointer + k * size, z, p, r, output_width)
     if sums_pointer is not None:
         total = loss_sum(gram_pointer + k * side * side, z, p, r, side, shift, trace_weight, root_weight)
@@ -186,21 +195,21 @@ def root_kernel(
     that falls to them.
     """
     member = (tl.program_id(0) % members).to(tl.int64)
-    across = tl.full([], tl.cdiv(width, BLOCK_P), tl.int64)
+    across = scalar(tl.cdiv(width, BLOCK_P), tl.int64)
     tiles = across * across
-    phases = tl.full([], 2, tl.int64) * steps
-    matrix = tl.full([], parts_of(work_pointer), tl.int64) * width * width
-    batch = views * matrix
+    phases = scalar(2, tl.int64) * steps
+    matrix = scalar(parts_of(work_pointer), tl.int64) * width * width
+    iterate = views * matrix  # numbers of one iterate of all views
     for view in range(tl.program_id(0) // members, views, tl.num_programs(0) // members):
-        k = tl.full([], view, tl.int64)
+        k = scalar(view, tl.int64)
         gram, counter = gram_pointer + k * side * side, counter_pointer + 32 * k
         work = work_pointer + k * matrix
-        t = work + 4 * batch
+        t = work + 4 * iterate
         s, h = normalisation(squares_pointer + k * count, count, shift, floor)
         a, b = tl.load(coefficients_pointer), tl.load(coefficients_pointer + 1)
         for tile in range(member, tiles, members):  # A is where T will be, and the first T is Z
             p, r = block(tile // across, BLOCK_P), block(tile % across, BLOCK_P)
-            first_factors(gram, t, work + batch, side, width, a, b, s, h, p, r)
+            first_factors(gram, t, work + iterate, side, width, a, b, s, h, p, r)
 
         # phase                     makes
         # 1, the first step's       Y = T A
@@ -212,8 +221,8 @@ def root_kernel(
             wait_for_all(counter, phase * members)
             step = phase // 2
             first, mixing, last = phase == 1, phase % 2 == 0, phase == phases - 1
-            y, new = work + (step + 1) % 2 * 2 * batch, work + step % 2 * 2 * batch  # Z comes behind Y
-            identity, scale = tl.full([], 0.0, tl.float64), tl.full([], 1.0, tl.float64)
+            y, new = work + (step + 1) % 2 * 2 * iterate, work + step % 2 * 2 * iterate  # Z comes behind Y
+            identity, scale = scalar(0.0, tl.float64), scalar(1.0, tl.float64)
             if mixing:
                 place = coefficients_pointer + 2 * step
                 identity, scale = tl.load(place), tl.load(place + 1)
@@ -221,17 +230,17 @@ def root_kernel(
                 scale = tl.sqrt(s)
             for tile in range(member, tl.where(first | mixing | last, tiles, 2 * tiles), members):
                 second = last | (tile >= tiles)
-                left = tl.where(first, new + batch, tl.where(second, y + batch, tl.where(mixing, y, t)))
-                right = tl.where(first | second, t, tl.where(mixing, y + batch, y))
+                left = tl.where(first, new + iterate, tl.where(second, y + iterate, tl.where(mixing, y, t)))
+                right = tl.where(first | second, t, tl.where(mixing, y + iterate, y))
                 p, r = block(tile % tiles // across, BLOCK_P), block(tile % across, BLOCK_P)
                 x = affine_product(left, right, side, width, identity, scale, p, r, BLOCK_Q, IN_PARTS, WHOLE)
                 if last:
-                    size = tl.full([], parts_of(output_pointer), tl.int64) * output_width * output_width
+                    size = scalar(parts_of(output_pointer), tl.int64) * output_width * output_width
                     store_matrix(output_pointer + k * size, x, p, r, output_width)
                     if sums_pointer is not None:
                         total += loss_sum(gram, x, p, r, side, shift, trace_weight, root_weight)
                 else:
-                    store_matrix(tl.where(mixing, t, tl.where(second, new + batch, new)), x, p, r, width)
+                    store_matrix(tl.where(mixing, t, tl.where(second, new + iterate, new)), x, p, r, width)
         if sums_pointer is not None:
             tl.store(sums_pointer + k * members + member, total)
 
@@ -252,7 +261,7 @@ def wait_for_all(counter, goal):
 @triton.jit
 def block(number, BLOCK: tl.constexpr):
     """The rows or columns of a block, int32."""
-    return (tl.full([], number, tl.int64) * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
+    return (scalar(number, tl.int64) * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
 
 
 def inverse_root(
@@ -284,8 +293,8 @@ def inverse_root(
     output = torch.empty_like(gram) if weights is None else empty_split(gram, (views,), side, side, square=True)
     with torch.cuda.device_of(gram):
         if at_once is None:
-            waits_for_host = gram.is_cuda and gram.numel() < FEW and not torch.cuda.is_current_stream_capturing()
-            at_once = waits_for_host and ample_shared_memory(gram.device)  # others have not been measured
+            gpu_would_wait = gram.is_cuda and gram.numel() < FEW and not torch.cuda.is_current_stream_capturing()
+            at_once = gpu_would_wait and ample_shared_memory(gram.device)  # others have not been measured
         run = one_launch if at_once else sequence
         return output, run(gram, squares, output, shift, floor, tuple(steps), weights)
 

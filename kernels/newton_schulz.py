@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from msbreg.kernels.halves import split_product, store_split
-from msbreg.kernels.tiles import affine, load_tile, offsets
+from msbreg.kernels.tiles import affine, load_tile, offsets, scalar
 from msbreg.kernels.totals import total_of
 
 __all__ = ["affine_product", "first_factors", "loss_sum", "normalisation", "store_matrix"]
@@ -34,7 +34,7 @@ def normalisation(squares, count, shift, floor):
 def store_matrix(output, tile, p, r, width):
     """Stores a tile [P, R] of a matrix: split, [parts, width, width], or as it is, [width, width]."""
     mask = (p < width)[:, None] & (r < width)[None, :]
-    store_split(output + offsets(p, width, r, 1), tl.full([], width, tl.int64) * width, tile, mask)
+    store_split(output + offsets(p, width, r, 1), scalar(width, tl.int64) * width, tile, mask)
 
 
 @triton.jit
@@ -45,9 +45,10 @@ def first_factors(gram, a_output, t_output, side, width, a, b, s, h, p, r):
     a, b, s, h: float64. p, r: int32, rows and columns of the tile.
     """
     ACC: tl.constexpr = gram.dtype.element_ty
-    g = load_tile(gram, p, side, side, r, side, 1, ACC)
-    store_matrix(a_output, affine(g, p, r, side, (s * h).to(ACC), s.to(ACC)), p, r, width)
-    store_matrix(t_output, affine(g, p, r, side, (a + b * s * h).to(ACC), (b * s).to(ACC)), p, r, width)
+    root = tl.sqrt(s)  # in two factors, since float32 does not hold the s of a tiny G
+    g = load_tile(gram, p, side, side, r, side, 1, ACC) * root.to(ACC)
+    store_matrix(a_output, affine(g, p, r, side, (s * h).to(ACC), root.to(ACC)), p, r, width)
+    store_matrix(t_output, affine(g, p, r, side, (a + b * s * h).to(ACC), (b * root).to(ACC)), p, r, width)
 
 
 @triton.jit
@@ -60,7 +61,7 @@ def affine_product(
     identity, scale: i and s, float64. p, r: int32, rows and columns of the tile.
     BLOCK_Q, IN_PARTS, WHOLE: see `split_product`.
     """
-    plane = tl.full([], width, tl.int64) * width
+    plane = scalar(width, tl.int64) * width
     product = split_product(
         left=left, left_plane=plane, left_stride_p=width, left_stride_q=1,
         right=right, right_plane=plane, right_stride_q=width, right_stride_r=1,
@@ -78,6 +79,6 @@ def loss_sum(gram, root, p, r, side, shift, trace_weight, root_weight):
     """
     ACC: tl.constexpr = root.dtype
     g = load_tile(gram, p, side, side, r, side, 1, ACC)
-    terms = tl.full([], root_weight, ACC) * affine(g, p, r, side, tl.full([], shift, ACC), 1.0) * root
-    terms += tl.where(p[:, None] == r[None, :], tl.full([], trace_weight, ACC) * g, 0.0)
+    terms = scalar(root_weight, ACC) * affine(g, p, r, side, scalar(shift, ACC), 1.0) * root
+    terms += tl.where(p[:, None] == r[None, :], scalar(trace_weight, ACC) * g, 0.0)
     return tl.sum(terms.to(tl.float64))

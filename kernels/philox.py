@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.tiles import cdiv, next_power_of_2
+from msbreg.kernels.tiles import cdiv, next_power_of_2, scalar
 
 __all__ = [
     "brownian_directions",
@@ -179,7 +179,7 @@ def brownian_directions_kernel(
     n = brownian_rows(
         tl.load(seed_pointer), tl.load(step_pointer), first_image + image, first_stream + view, dim, BLOCK_D
     )
-    mask = (rows < views * batch)[:, None] & (columns < dim)[None, :]
+    mask = (rows < scalar(views, tl.int64) * batch)[:, None] & (columns < dim)[None, :]
     place = rows[:, None] * dim + columns[None, :]
     tl.store(output_pointer + place, n.to(output_pointer.dtype.element_ty), mask=mask)
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.tiles import cdiv
+from msbreg.kernels.tiles import cdiv, scalar
 
 __all__ = ["pixelwise", "pixelwise_kernel"]
 
@@ -52,7 +52,7 @@ def pixelwise_kernel(
     column = tl.where(mirrored, WIDTH - 1 - column, column)
     source = crops_pointer + image * image_stride
     source += row.to(tl.int64) * row_stride + column.to(tl.int64) * column_stride
-    to_green = tl.full([], channel_stride, tl.int64)
+    to_green = scalar(channel_stride, tl.int64)
     red = tl.load(source, mask=inside, other=0).to(tl.float32)
     green = tl.load(source + to_green, mask=inside, other=0).to(tl.float32)
     blue = tl.load(source + 2 * to_green, mask=inside, other=0).to(tl.float32)

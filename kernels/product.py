@@ -15,6 +15,7 @@ from msbreg.kernels.tiles import (
     next_power_of_2,
     offsets,
     precision,
+    scalar,
     stages,
     wait_for_last_launch,
 )
@@ -41,7 +42,7 @@ def product_kernel(
 ):
     """M W, or with WEIGHT_LEFT Wᵀ M, of each view.
 
-    z_pointer: [views, batch, dim], M, any strides, any floating dtype, numbers of any size.
+    z_pointer: [views, batch, dim], M, any strides, any floating dtype.
     weight_pointer: [views, side, side], W, contiguous, as is the output; side is dim, or batch with WEIGHT_LEFT.
     output_pointer: [views, batch, dim], float32, or float64 for float64 matrices.
 
@@ -98,7 +99,7 @@ def unit_product_kernel(
     k = tl.program_id(2).to(tl.int64)
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    plane, w_plane = tl.full([], batch, tl.int64) * width, tl.full([], weight_width, tl.int64) * weight_width
+    plane, w_plane = scalar(batch, tl.int64) * width, scalar(weight_width, tl.int64) * weight_width
     m, w = z_hat_pointer + k * parts_of(z_hat_pointer) * plane, weight_pointer + k * parts_of(weight_pointer) * w_plane
     if WEIGHT_LEFT:
         sums = split_product(
@@ -160,7 +161,7 @@ def unit_product(z_hat: Tensor, weight: Tensor, dim: int, *, left: bool) -> Tens
     output = torch.empty(views, batch, dim, device=z_hat.device, dtype=sum_dtype(z_hat))
     config = unit_launch_config(batch, dim, output)
     block_i, block_d, block_q = config["BLOCK_I"], config["BLOCK_D"], config["BLOCK_Q"]
-    grid = (cdiv(batch, config["BLOCK_I"]), cdiv(dim, config["BLOCK_D"]), views)
+    grid = (cdiv(batch, block_i), cdiv(dim, block_d), views)
     with torch.cuda.device_of(z_hat):
         unit_product_kernel[grid](
             z_hat,
@@ -186,9 +187,8 @@ def launch_config(rows: int, columns: int, like: Tensor) -> dict[str, int | bool
     """
     large = rows >= 1024 and columns >= 1024 and like.dtype == torch.float32
     block = 32 if like.dtype == torch.float64 else 128 if large else 64
-    narrow = (
-        like.dtype == torch.float64 or rows % 16 or columns % 16
-    )  # numbers with an address each take more registers
+    # Numbers with an address each take more registers.
+    narrow = like.dtype == torch.float64 or rows % 16 or columns % 16
     return {
         "BLOCK_I": min(block, max(16, next_power_of_2(rows))),
         "BLOCK_D": min(block, max(16, next_power_of_2(columns))),
@@ -201,13 +201,7 @@ def launch_config(rows: int, columns: int, like: Tensor) -> dict[str, int | bool
 
 def unit_launch_config(rows: int, columns: int, like: Tensor) -> dict[str, int | bool]:
     """As `launch_config`, of split matrices like that tensor."""
-    large = rows >= 1024 and columns >= 1024 and like.dtype == torch.float32
-    block = 32 if like.dtype == torch.float64 else 128 if large else 64
-    return {
-        "BLOCK_I": min(block, max(16, next_power_of_2(rows))),
-        "BLOCK_D": min(block, max(16, next_power_of_2(columns))),
-        "BLOCK_Q": depth(block, block, like) if ample_shared_memory(like.device) else 16,  # deeper, sm_80 spills
-        "num_warps": 8 if large else 4,
-        "num_stages": stages(like.device),
-        "enable_fp_fusion": True,
-    }
+    config = launch_config(rows, columns, like)
+    block = 32 if like.dtype == torch.float64 else 128 if config["num_warps"] == 8 else 64
+    block_q = depth(block, block, like) if ample_shared_memory(like.device) else 16  # deeper, sm_80 spills
+    return config | {"BLOCK_Q": block_q}

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from msbreg.kernels.halves import empty_split, parts_of, store_split
 from msbreg.kernels.philox import brownian_rows
-from msbreg.kernels.tiles import accumulator, early, load_tile, next_power_of_2, offsets, unit, wait_for_last_launch
+from msbreg.kernels.tiles import (
+    accumulator,
+    early,
+    load_tile,
+    next_power_of_2,
+    offsets,
+    scalar,
+    unit,
+    wait_for_last_launch,
+)
 
 __all__ = ["RowLosses", "centroid_of_others", "launch_config", "row_losses", "rows_forward_kernel"]
 
@@ -28,8 +37,8 @@ def centroid_of_others(centroid, t):
     centroid: [D], the sum of all views' t̂. t: [K, D], rows of the target.
     """
     t_hat, _, _ = unit(t)
-    c_hat, _, c_length = unit(centroid[None, :] - t_hat)  # the sum's direction is the mean's
-    return c_hat, c_length
+    c_hat, _, c_square = unit(centroid[None, :] - t_hat)  # the sum's direction is the mean's
+    return c_hat, c_square
 
 
 @triton.jit(do_not_specialize=["views", "target_views", "batch", "first_image"])
@@ -68,7 +77,8 @@ def rows_forward_kernel(
     z_pointer: [views, batch, dim], any strides, any floating dtype.
     t_pointer: [target_views, batch, dim], as z; None for no attraction.
     seed_pointer, step_pointer: int64, one element each; None for no push.
-    norm_pointer: [views, batch], |z|, in the accumulator's dtype, as are all below; contiguous.
+    norm_pointer: [views, batch], |z|, in the accumulator's dtype, as are the losses and centroids; contiguous, as are
+        all below.
     z_hat_pointer: [views, parts, batch, width], split, ẑ; None where they are not wanted. See `halves`.
     centroid_pointer: [batch, dim], ĉ; with LEAVE_ONE_OUT the sum of the views' t̂.
     attraction_pointer: [views, batch], |ẑ - ĉ|²; None where only its sum is wanted.
@@ -91,8 +101,8 @@ def rows_forward_kernel(
             t_hat, _, _ = unit(load_tile(t_image, k, target_views, t_stride_k, d, dim, t_stride_d, ACC))
             centroid += tl.sum(t_hat, axis=0)
         if not LEAVE_ONE_OUT:
-            centroid, _, c_length = unit(centroid[None, :])  # the sum's direction is the mean's
-            centroid, c_length = tl.reshape(centroid, [BLOCK_D]), tl.sum(c_length, axis=0)
+            centroid, _, c_square = unit(centroid[None, :])  # the sum's direction is the mean's
+            centroid, c_square = tl.reshape(centroid, [BLOCK_D]), tl.sum(c_square, axis=0)
         tl.store(centroid_pointer + (i * dim + d), centroid, mask=d < dim)
     if seed_pointer is not None and PER_VIEW:
         seed, step = tl.load(seed_pointer), tl.load(step_pointer)
@@ -101,7 +111,7 @@ def rows_forward_kernel(
     total_z = tl.zeros([BLOCK_D], ACC)  # ẑ
     meeting = tl.zeros([BLOCK_D], ACC)  # ẑ ĉ, by dimension: where only lengths are sums over rows, there is less to do
     push = tl.zeros([BLOCK_D], ACC)  # ẑ n̂, by dimension
-    lengths = tl.zeros([BLOCK_K], ACC)  # |ẑ|² + |ĉ|²
+    squares = tl.zeros([BLOCK_K], ACC)  # |ẑ|² + |ĉ|²
     for first in tl.range(0, views, BLOCK_K, num_stages=STAGES):
         k = first + tl.arange(0, BLOCK_K)
         if seed_pointer is not None and PER_VIEW:  # first, while most registers are free
@@ -109,31 +119,31 @@ def rows_forward_kernel(
             n_hat = brownian_rows(seed, step, image, 1 + k, dim, BLOCK_D).to(ACC)
         if LEAVE_ONE_OUT:
             t = load_tile(t_image, k, views, t_stride_k, d, dim, t_stride_d, ACC)
-            c_hat, c_length = centroid_of_others(centroid, t)
+            c_hat, c_square = centroid_of_others(centroid, t)
         elif t_pointer is not None:
             c_hat = centroid[None, :]
-        z_hat, norm, length = unit(load_tile(z_image, k, views, z_stride_k, d, dim, z_stride_d, ACC))
+        z_hat, norm, square = unit(load_tile(z_image, k, views, z_stride_k, d, dim, z_stride_d, ACC))
         if seed_pointer is not None and PER_VIEW:
             push += tl.sum(z_hat * n_hat, axis=0)
         if LEAVE_ONE_OUT:
             meeting += tl.sum(z_hat * c_hat, axis=0)
-            length += tl.where(k < views, c_length, 0.0)
+            square += tl.where(k < views, c_square, 0.0)
         total_z += tl.sum(z_hat, axis=0)
-        lengths += length
+        squares += square
         tl.store(norm_pointer + k.to(tl.int64) * batch + i, norm, mask=k < views)
         if z_hat_pointer is not None:
-            plane = tl.full([], batch, tl.int64) * width
+            plane = scalar(batch, tl.int64) * width
             place = z_hat_pointer + i * width + offsets(k, parts_of(z_hat_pointer) * plane, d, 1)
             store_split(place, plane, z_hat, (k < views)[:, None] & (d < width)[None, :])
         if attraction_pointer is not None:
-            squares = (z_hat - c_hat) * (z_hat - c_hat)
-            tl.store(attraction_pointer + k.to(tl.int64) * batch + i, tl.sum(squares, axis=1), mask=k < views)
+            apart = z_hat - c_hat
+            tl.store(attraction_pointer + k.to(tl.int64) * batch + i, tl.sum(apart * apart, axis=1), mask=k < views)
     attraction = tl.zeros([], ACC)
     if t_pointer is not None:
         if not LEAVE_ONE_OUT:
             meeting = total_z * centroid
-            attraction += views * c_length
-        attraction += tl.sum(lengths, axis=0) - 2.0 * tl.sum(meeting, axis=0)
+            attraction += views * c_square
+        attraction += tl.sum(squares, axis=0) - 2.0 * tl.sum(meeting, axis=0)
     if image_sums_pointer is not None:  # now, while there is no noise in registers
         tl.store(image_sums_pointer + i, tl.maximum(attraction, 0.0, propagate_nan=tl.PropagateNan.ALL))
     if seed_pointer is not None and not PER_VIEW:

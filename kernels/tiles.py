@@ -9,15 +9,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = [
     "EPS", "FEW", "STAGES", "accumulator", "affine", "architecture", "cdiv", "early", "inverse_length",
-    "let_next_launch_begin", "load_tile", "next_power_of_2", "offsets", "precision", "stages", "unit",
+    "let_next_launch_begin", "load_tile", "next_power_of_2", "offsets", "precision", "scalar", "stages", "unit",
     "wait_for_last_launch",
 ]  # fmt: skip
 
 EPS = tl.constexpr(1e-12)
 """Rows no longer than this have no direction."""
 FEW = 2**21
-"""Numbers below which a kernel takes a GPU few microseconds: then it counts how it is launched, and that each processor
-has a tile."""
+"""Numbers below which a kernel takes a GPU few microseconds: launches begin early then, the inverse root is one launch,
+and its tiles are small, so that each processor has one."""
 TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 """Its version, such as (3, 8)."""
 STAGES = 3
@@ -40,6 +40,12 @@ def let_next_launch_begin(EARLY: tl.constexpr):
     """
     if EARLY:
         gdc_launch_dependents()
+
+
+@triton.jit
+def scalar(x, DTYPE: tl.constexpr):
+    """A number in that dtype. An argument may be a constant without `.to`: 1, or in the interpreter any float."""
+    return tl.full([], x, DTYPE)
 
 
 @triton.jit
@@ -69,34 +75,32 @@ def affine(x, rows, columns, side, identity, scale):
 
 @triton.jit
 def unit(x):
-    """Rows x̂ = x / |x|, [R, D]; |x|, [R], which is at least EPS; |x̂|², [R]: 1, or less for shorter rows than EPS.
+    """Rows x̂ = x / |x|, [R, D]; |x|, [R], which is at least EPS; |x̂|², [R], 1. Shorter rows than EPS count as zero.
 
-    All are NaN where a row is not finite.
-    Where the squares of a row overflow, all rows are divided by their largest entries before they are squared.
+    All are NaN where a row is not finite. |x| is infinite where it is more than the dtype holds, and x̂ is right still:
+    where the squares of a row overflow, all rows are divided by their largest entries before they are squared.
     """
     squares = tl.sum(x * x, axis=1)
-    eps = tl.full([], EPS, x.dtype)  # a bare number is float32 in a comparison and float64 in tl.where
+    eps = scalar(EPS, x.dtype)  # a bare number is float32 in a comparison and float64 in tl.where
     short = squares < eps * eps  # false for NaN, which stays
-    inverse = tl.where(short, 1.0 / eps, tl.rsqrt(squares))
+    inverse = tl.where(short, 0.0, tl.rsqrt(squares))
     norm = tl.where(short, eps, squares * inverse)
-    length = squares * (inverse * inverse)
     if tl.max((squares == float("inf")).to(tl.int32), axis=0) == 1:
         largest = tl.max(tl.abs(x), axis=1)
         largest = tl.where(largest < eps, eps, largest)
-        y = x * (1.0 / largest)[:, None]
-        squares = tl.sum(y * y, axis=1)
+        x = x * (1.0 / largest)[:, None]
+        squares = tl.sum(x * x, axis=1)
         norm = largest * tl.sqrt(squares)
+        inverse = tl.where(norm < eps, 0.0, tl.rsqrt(squares))
         norm = tl.where(norm < eps, eps, norm)
-        inverse = 1.0 / norm
-        length = squares * (largest * inverse) * (largest * inverse)
     # One product for both branches: where it is added to something, the two are one instruction.
-    return x * inverse[:, None], norm, length
+    return x * inverse[:, None], norm, squares * (inverse * inverse)
 
 
 @triton.jit
 def inverse_length(norm):
     """1 / |x| of the |x| that `unit` gives; 0 for rows that have no direction."""
-    return tl.where(norm <= tl.full([], EPS, norm.dtype), 0.0, 1.0 / norm)
+    return tl.where(norm <= scalar(EPS, norm.dtype), 0.0, 1.0 / norm)
 
 
 def early(device: torch.device, numbers: int) -> dict[str, bool]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from msbreg.kernels.tiles import affine, cdiv, early, load_tile, next_power_of_2, wait_for_last_launch
+from msbreg.kernels.tiles import affine, cdiv, early, load_tile, next_power_of_2, scalar, wait_for_last_launch
 
 __all__ = ["spectral_sums", "spectral_sums_kernel", "totals", "totals_kernel"]
 
@@ -36,7 +36,7 @@ def spectral_sums_kernel(
     for first in range(0, side, BLOCK_Q):
         q = first + tl.arange(0, BLOCK_Q)
         g = load_tile(gram_pointer + k * side * side, p, side, side, q, side, 1, tl.float64)
-        a = affine(g, p, q, side, tl.full([], identity, tl.float64), scale)
+        a = affine(g, p, q, side, scalar(identity, tl.float64), scale)
         sums += a * a
     tl.store(sums_pointer + (k * tl.num_programs(0) + tl.program_id(0)), tl.sum(tl.sum(sums, axis=1), axis=0))
 

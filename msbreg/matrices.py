@@ -101,9 +101,9 @@ def gram_and_inverse_root(
     gram = all_reduce_sum(products(x).gram(x, smaller=group is None), group)
     tolerance = linalg.rank_tolerance(m, solver) if smoothing == 0 else 0.0
 
-    def inverse_root(gram: Tensor, shift: float) -> Tensor:
+    def root(g: Tensor, shift: float) -> Tensor:
         if solver == "newton_schulz":
-            return products(x).newton_schulz(gram, shift, trace)
-        return linalg.inverse_root(gram, shift, solver, x, tolerance)
+            return products(x).newton_schulz(g, shift, trace)
+        return linalg.inverse_root(g, shift, solver, x, tolerance)
 
-    return gram, inverse_root
+    return gram, root

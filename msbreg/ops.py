@@ -7,7 +7,7 @@ and the coding rate take, as those of `msbreg.linalg` in plain torch; they carry
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -93,10 +93,10 @@ class Spectral(NamedTuple):
         by_view = {"nuclear": -2 * self.c**0.5, "whitening": 4 * self.c**2, "coding_rate": -1.0}
         return by_view[self.spectrum] * self.processes / self.views / self.scale
 
-    def sums(self, g: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    def sums(self, g: Tensor, squares: Tensor | None) -> tuple[Tensor, Tensor]:
         """Numbers that add up to the loss, float64, any shape; and W, (K, parts, w, w), split, see `kernels.halves`.
 
-        `squares` are those of `unit_gram`, or of `spectral_sums`.
+        `squares` are those of `unit_gram`; None where g is the sum of several processes' Gram matrices.
         """
         if self.spectrum == "whitening":
             # Σ (cλ - 1)² = |cG - I|²
@@ -109,6 +109,7 @@ class Spectral(NamedTuple):
         # Σ (sqrt(cλ + δ²) - 1)² = c trace(G) + pδ² - 2 sqrt(c) trace((G + shift I)^(1/2)) + p
         shift = self.smoothing**2 / self.c
         floor, steps = _plan(shift / self.rows, g.dtype)
+        squares = spectral_sums(g, identity=0.0, scale=1.0) if squares is None else squares
         root, sums = inverse_root(g, squares, shift, floor, steps, weights=(self.c, -2 * self.c**0.5))
         return cast("Tensor", sums), root
 
@@ -147,20 +148,23 @@ def _forward(
         row_losses, z, t, noise, first_image=first_image, leave_one_out=leave_one_out, per_view=per_view, each=each
     )
     spectral = None if spectrum is None else _spectral(z, spectrum, smoothing, group)
-    if spectral is None or group is None:
-        rows = losses_of_rows(want_z_hat=spectral is not None)
-        z_hat = rows.z_hat
-        g, squares = (None, None) if z_hat is None else unit_gram(z_hat, z.shape[2], smaller=True)
-    else:
-        # The sum over the processes goes on while the rows are computed.
-        z_hat = cast("Tensor", row_losses(z, want_z_hat=True).z_hat)
-        g, _ = unit_gram(z_hat, z.shape[2], smaller=False)
-        sent = dist.all_reduce(g, group=_group(group), async_op=True)
+    z_hat, sums, weight = None, None, None
+    if spectral is None:
         rows = losses_of_rows()
-        sent.wait()
-        squares = spectral_sums(g, identity=0.0, scale=1.0)
-    sums, weight = None, None
-    if spectral is not None and g is not None and squares is not None:
+    else:
+        if group is None:
+            rows = losses_of_rows(want_z_hat=True)
+            z_hat = cast("Tensor", rows.z_hat)
+            g, squares = unit_gram(z_hat, z.shape[2], smaller=True)
+        else:
+            # The sum over the processes goes on while the rows are computed.
+            rows = row_losses(z, want_z_hat=True)
+            z_hat = cast("Tensor", rows.z_hat)
+            g, squares = unit_gram(z_hat, z.shape[2], smaller=False)[0], None
+            sent = dist.all_reduce(g, group=_group(group), async_op=True)
+            if t is not None or noise is not None:
+                rows = losses_of_rows()
+            sent.wait()
         with full_precision(z):
             sums, weight = spectral.sums(g, squares)
     total, terms = totals(
@@ -251,10 +255,14 @@ def _backward_fake(d_total: Tensor, d_attraction: Tensor | None, z: Tensor, *_: 
     return torch.empty(z.shape, dtype=z.dtype, device=z.device)
 
 
-_losses_operator = torch.library.custom_op("msbreg::losses", _forward, mutates_args=())
-_losses_operator.register_fake(_forward_fake)
-_backward_operator = torch.library.custom_op("msbreg::losses_backward", _backward, mutates_args=())
-_backward_operator.register_fake(_backward_fake)
+def _operator(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    operator = torch.library.custom_op(f"msbreg::{name}", run, mutates_args=())
+    operator.register_fake(fake)
+    return operator
+
+
+_losses_operator = _operator("losses", _forward, _forward_fake)
+_backward_operator = _operator("losses_backward", _backward, _backward_fake)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
@@ -385,12 +393,9 @@ def _newton_schulz_fake(gram: Tensor, shift: float, trace: float | None) -> Tens
     return torch.empty(gram.shape, dtype=gram.dtype, device=gram.device)
 
 
-_gram_operator = torch.library.custom_op("msbreg::gram", _gram, mutates_args=())
-_gram_operator.register_fake(_gram_fake)
-_multiply_operator = torch.library.custom_op("msbreg::multiply", _multiply, mutates_args=())
-_multiply_operator.register_fake(_multiply_fake)
-_newton_schulz_operator = torch.library.custom_op("msbreg::newton_schulz", _newton_schulz, mutates_args=())
-_newton_schulz_operator.register_fake(_newton_schulz_fake)
+_gram_operator = _operator("gram", _gram, _gram_fake)
+_multiply_operator = _operator("multiply", _multiply, _multiply_fake)
+_newton_schulz_operator = _operator("newton_schulz", _newton_schulz, _newton_schulz_fake)
 
 
 def gram(matrix: Tensor, *, smaller: bool = True) -> Tensor:

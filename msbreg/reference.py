@@ -58,27 +58,24 @@ def eps() -> float:
 
 
 def unit_rows(z: Tensor) -> tuple[Tensor, Tensor]:
-    """ẑ = z / |z|, (..., N, D), and |z|, (..., N, 1), which is at least `eps`.
+    """ẑ = z / |z|, (..., N, D), and |z|, (..., N, 1), which is at least `eps`; shorter rows than that count as zero.
 
-    Nothing is changed in place: torch.compile of torch 2.11 loses the gradient of an autograd function's output that
-    was.
+    Right too where squares overflow or vanish, or |z| itself is more than the dtype holds, and infinite then. Nothing
+    is changed in place: torch.compile of torch 2.11 loses the gradient of an autograd function's output that was.
     """
-    norms = lengths(z).clamp_min(eps())
-    return z / norms, norms
+    norms = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    if can_be_asked(z) and bool(((norms > eps()) & norms.isfinite()).all()):
+        return z / norms, norms  # three passes less: an eighth of the loss on a CPU
+    largest = torch.maximum(z.amax(-1, keepdim=True), -z.amin(-1, keepdim=True)).clamp_min(eps())
+    scaled = z / largest
+    lengths = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    norms = largest * lengths
+    return scaled * torch.where(norms < eps(), 0.0, 1 / lengths), norms.clamp_min(eps())
 
 
 def can_be_asked(z: Tensor) -> bool:
     """Whether z has numbers, and reading one neither waits for a device nor breaks a graph that is being traced."""
     return type(z) is Tensor and z.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def lengths(z: Tensor) -> Tensor:
-    """|z|, (..., N, 1), of rows too whose squares overflow or vanish."""
-    norms = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
-    if can_be_asked(z) and bool(((norms > eps()) & norms.isfinite()).all()):
-        return norms  # three passes less: an eighth of the loss on a CPU
-    largest = torch.maximum(z.amax(-1, keepdim=True), -z.amin(-1, keepdim=True)).clamp_min(eps())
-    return largest * torch.linalg.vector_norm(z / largest, dim=-1, keepdim=True)
 
 
 def tangent(g: Tensor, z_hat: Tensor, norms: Tensor) -> Tensor:

@@ -303,9 +303,19 @@ def test_zero_rows_have_no_gradient_and_huge_ones_no_overflow(dtype):
     z[0, 1] = 0
     values, (got,) = losses_and_gradients([z], t, SMOOTH)
     assert values.isfinite().all() and got.isfinite().all() and got[0, 1].count_nonzero() == 0
-    times = 1e30 if dtype == F32 else 1e200
-    huge, (_,) = losses_and_gradients([times * z], t * times, SMOOTH)
-    assert torch.allclose(huge, values, rtol=1e-5)
+    largest = max(z.abs().max().item(), t.abs().max().item())
+    for times in (1e30 if dtype == F32 else 1e200, 0.99 * torch.finfo(dtype).max / largest):  # |z| overflows itself
+        huge, (got,) = losses_and_gradients([times * z], t * times, SMOOTH)
+        assert torch.allclose(huge, values, rtol=1e-5) and got.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1e-13, 1e-18, 1e-20])
+def test_rows_too_short_to_have_a_direction_count_as_zero(size):
+    z = gaussian(1, 24, 8, dtype=F32)
+    for smoothing in (0.0, 0.03):
+        zero, short = (losses_and_gradients([times * z], z, {"smoothing": smoothing}) for times in (0.0, size))
+        assert torch.equal(short[0], zero[0]) and zero[0].isfinite().all()
+        assert not short[1][0].any()
 
 
 @pytest.mark.parametrize("apart", [1e-2, 1e-4, 0.0])
@@ -812,6 +822,13 @@ def test_nuclear_norm_without_smoothing_takes_no_heed_of_what_is_zero(rows, dim)
     u, s, vt = torch.linalg.svd(m[0].detach().to("cpu", F64), full_matrices=False)
     assert norms[0].item() == pytest.approx(s.sum().item(), rel=1e-3) and norms[1] == 0
     assert relative_error(gradient[0].cpu(), u[:, :2] @ vt[:2]) < 2e-3 and not gradient[1].any()
+
+
+@pytest.mark.parametrize("size", [1e-21, 1e-18, 1e17])
+def test_nuclear_norm_of_matrices_whose_scale_no_float32_holds(size):
+    m = gaussian(1, 32, 16, dtype=F32)
+    (norm,) = nuclear_norm(size * m, solver="newton_schulz")
+    assert norm.item() == pytest.approx(size * torch.linalg.matrix_norm(m, "nuc").item(), rel=1e-3)
 
 
 def test_of_less_than_full_rank_the_root_is_taken_on_the_side_where_it_is_exact():

@@ -246,14 +246,17 @@ def test_a_module_is_saved_whole():
     assert repr(twin) == repr(criterion) and twin(OK, OK) == criterion(OK, OK)
 
 
-def test_lengths_are_the_same_whether_the_numbers_can_be_asked_or_not(monkeypatch):
+def test_unit_rows_are_the_same_whether_the_numbers_can_be_asked_or_not(monkeypatch):
     z = gaussian(3, 20, 9, dtype=F32)
-    lengths = reference.lengths(z)
+    rows, lengths = reference.unit_rows(z)
     monkeypatch.setattr(reference, "can_be_asked", lambda z: False)
-    assert torch.allclose(lengths, reference.lengths(z), rtol=1e-6)
+    for got, expected in zip(reference.unit_rows(z), (rows, lengths), strict=True):
+        assert torch.allclose(got, expected, rtol=1e-6)
     monkeypatch.undo()
     z[1, 2] *= 1e30
-    assert reference.lengths(z)[1, 2].item() == pytest.approx(1e30 * lengths[1, 2].item(), rel=1e-6)
+    huge_rows, huge_lengths = reference.unit_rows(z)
+    assert huge_lengths[1, 2].item() == pytest.approx(1e30 * lengths[1, 2].item(), rel=1e-6)
+    assert torch.allclose(huge_rows, rows, rtol=1e-6)
 
 
 def test_no_device_but_a_cpu_is_asked_and_no_graph():
@@ -403,10 +406,15 @@ def test_not_finite_in_not_finite_out(bad, where):
     assert tensors["online"].grad[:, 2].isnan().any()
 
 
-def test_huge_entries_whose_squares_overflow():
-    z, t = gaussian(2, 6, 4, dtype=F32), gaussian(2, 6, 4, seed=1, dtype=F32)
-    usual, huge = (msbreg_loss(scale * z, scale * t, **NOISE) for scale in (1, 1e30))
-    assert torch.allclose(torch.stack(usual), torch.stack(huge), rtol=1e-5)
+@pytest.mark.parametrize("times", [1e30, 1.4e38])  # rows of the latter are longer than a float32 can be
+def test_huge_entries_whose_squares_overflow(times):
+    z, t = (gaussian(2, 6, 4, seed=seed, dtype=F32).clamp(-2.4, 2.4) for seed in (0, 1))
+    assert (times * z).isfinite().all() and (1.4e38 * z).norm(dim=-1).isinf().any()
+    huge = (times * z).requires_grad_()
+    usual, out = msbreg_loss(z, t, **NOISE), msbreg_loss(huge, times * t, **NOISE)
+    assert torch.allclose(torch.stack(usual), torch.stack(out), rtol=1e-5)
+    out.loss.backward()
+    assert huge.grad.isfinite().all()
 
 
 COMPILED = [
