@@ -1,7 +1,6 @@
 """What the losses are called with: checked, with a sentence for what does not fit, and made one tensor."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -24,13 +23,13 @@ __all__ = [
     "stacked",
 ]  # fmt: skip
 
-Views = Tensor | Sequence[Tensor]
-"""(K, B, D), or a sequence of K tensors (B, D)."""
+Views = Tensor | list[Tensor] | tuple[Tensor, ...]
+"""(K, B, D), or K tensors (B, D)."""
 
 
 def stacked(x: Views, name: str, *, one: bool = False) -> Tensor:
     """The argument as a tensor (K, B, D) that can be computed with; with `one`, a tensor (B, D) is K = 1."""
-    wanted = f"a tensor (K, B, D){', a tensor (B, D)' if one else ''} or a sequence of tensors (B, D)"
+    wanted = f"a tensor (K, B, D){', a tensor (B, D)' if one else ''} or a list or tuple of tensors (B, D)"
     if isinstance(x, Tensor):
         _check_tensor(x, name)
         z = x[None] if one and x.dim() == 2 else x
@@ -62,6 +61,11 @@ def batch_size(views: Views) -> int:
 def _check_tensor(x: Tensor, name: str) -> None:
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"expected {name} in float16, bfloat16, float32 or float64, got {x.dtype}")
+    if not torch.compiler.is_compiling() and hasattr(x, "to_local"):
+        raise TypeError(
+            f"expected {name} to be a plain tensor, got a {type(x).__name__}: pass this process's rows, as "
+            "x.to_local(), and the process group"
+        )
     if x.layout != torch.strided or x.is_nested:
         raise TypeError(f"expected {name} to be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
     refuse_transforms(x)
@@ -120,7 +124,8 @@ def check_number(name: str, value: Any) -> None:
     if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         return  # before hasattr, which torch.compile of torch 2.11 cannot ask of a number that changes
     if isinstance(value, (Tensor, str)) or not hasattr(value, "__float__"):
-        raise TypeError(f"expected {name} to be a number, got {type(value).__name__}")
+        hint = "; for weights that are learned, add up the losses one by one" if isinstance(value, Tensor) else ""
+        raise TypeError(f"expected {name} to be a number, got {type(value).__name__}{hint}")
 
 
 def check_weight(name: str, value: Any) -> None:

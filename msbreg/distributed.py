@@ -26,6 +26,10 @@ class Shared:
     """A module's process group, which cannot be copied, and which copies of the module share."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
+        # Processes that a group leaves out have a number in its place.
+        if not (group is None or isinstance(group, (dist.ProcessGroup, int))):
+            hint = "; give what its get_group() returns" if hasattr(group, "get_group") else ""
+            raise TypeError(f"expected group to be a process group or None, got {type(group).__name__}{hint}")
         self.group = group
 
     def __deepcopy__(self, memo: object) -> "Shared":

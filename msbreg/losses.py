@@ -1,7 +1,7 @@
 """The losses as modules. `MSBRegLoss` is the whole method; the others are its parts."""
 
 import warnings
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -57,12 +57,14 @@ class Loss(nn.Module):
             warnings.warn(
                 f"{type(self).__name__} sees the embeddings of its own process alone: for those of all, give it a "
                 "group, such as torch.distributed.group.WORLD once init_process_group has been called",
-                stacklevel=2,
+                stacklevel=5,  # whoever called the module
             )
         return self.group
 
     def extra_repr(self) -> str:
-        processes = "this process" if self.group is None else f"{self.group.size()} processes"
+        processes = "this process" if self.group is None else "a group of other processes"
+        if isinstance(self.group, dist.ProcessGroup):
+            processes = f"{self.group.size()} processes"
         return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in self.options), f"over {processes}"])
 
 
@@ -131,8 +133,12 @@ class MSBRegLoss(_NoisyLoss):
     where torch.compile traces the kernels it compiles anew for each value, and with fullgraph soon refuses to: call a
     loss with a schedule outside of it.
 
+    Returns the weighted sum, which is differentiable, and the three losses, which are detached: for weights that are
+    learned, add up the modules of the single losses.
+
     The noise is a function of seed, step and image. The module counts steps, in its state_dict: one for each call in
-    training mode, none in eval mode, and none for calls with a `step`, which `torch.utils.checkpoint` needs.
+    training mode, none in eval mode, and none for calls with a `step`, which `torch.utils.checkpoint` needs. Keep it
+    out of averages of buffers, such as `AveragedModel(use_buffers=True)` makes: a mean of steps is none.
 
     Args:
         lambda_s, lambda_b: weights; a term of weight 0 is not computed.
@@ -215,6 +221,9 @@ class MSBRegLoss(_NoisyLoss):
         self._advance(step)
         return out
 
+    if TYPE_CHECKING:
+        __call__ = forward  # of torch.nn.Module it is of anything
+
 
 class CentroidLoss(Loss):
     """L_M, the squared distance of views to the centroid of the target views; `msbreg.functional.centroid_loss`.
@@ -233,8 +242,11 @@ class CentroidLoss(Loss):
         self.reduction = reduction
 
     def forward(self, online: Views, target: Views) -> Tensor:
-        """online (K, B, D) and target (K', B, D), or sequences of (B, D), to a scalar or (K, B)."""
+        """online (K, B, D) and target (K', B, D), or as many of (B, D), to a scalar or (K, B)."""
         return functional.centroid_loss(online, target, leave_one_out=self.leave_one_out, reduction=self.reduction)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class SingularValueLoss(Loss):
@@ -265,10 +277,13 @@ class SingularValueLoss(Loss):
         self.solver = solver
 
     def forward(self, embeddings: Views) -> Tensor:
-        """(K, N, D), a sequence of (N, D), or one (N, D), to a scalar."""
+        """(K, N, D), K of (N, D), or one (N, D), to a scalar."""
         return functional.singular_value_loss(
             embeddings, spectrum=self.spectrum, smoothing=self.smoothing, solver=self.solver, group=self._over()
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class BrownianLoss(_NoisyLoss):
@@ -290,10 +305,13 @@ class BrownianLoss(_NoisyLoss):
         self.per = per
 
     def forward(self, embeddings: Views, *, step: int | Tensor | None = None) -> Tensor:
-        """(K, B, D), a sequence of (B, D), or one (B, D), to a scalar; `step` as in `MSBRegLoss`."""
+        """(K, B, D), K of (B, D), or one (B, D), to a scalar; `step` as in `MSBRegLoss`."""
         loss = functional.brownian_loss(embeddings, per=self.per, **self._noise(embeddings, step))
         self._advance(step)
         return loss
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def in_a_backward_pass() -> bool:

@@ -36,7 +36,7 @@ def brownian_directions(
         step: training step, of which the lower 32 bits count; as `seed`.
         first_image: number of the batch's first image among those of all processes: rank * B.
         views: None for one direction an image, or K for independent directions for each of K views.
-        device: where to make them; the CPU by default.
+        device: where to make them; None: torch's default device.
         dtype: of the result. The arithmetic is float32 whatever it is.
 
     Returns:

@@ -9,7 +9,7 @@ is not finite comes out as NaN, and nothing waits for the device.
 """
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -88,6 +88,9 @@ class MMCRLoss(Loss):
             loss = loss + self.local_weight * nuclear_norm(z_hat.transpose(0, 1), solver=self.solver).mean()
         return loss
 
+    if TYPE_CHECKING:
+        __call__ = forward
+
 
 class SVMaxLoss(Loss):
     """weight exp((U - s_μ) / (U - L)): the mean singular value s_μ of a batch of unit rows is pushed up to its bound U.
@@ -138,6 +141,9 @@ class SVMaxLoss(Loss):
         norms = nuclear_norm(z_hat, solver=self.solver, group=self._over())
         falls = (upper - norms) / (upper - lower) if r > 1 else 0.0 * norms
         return self.weight * falls.exp().mean()
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class CodingRateLoss(Loss):
@@ -194,6 +200,9 @@ class CodingRateLoss(Loss):
         similarity = torch.linalg.vector_norm(z_hat.mean(0), dim=-1).mean()
         rate = coding_rate(z_hat, precision=self.precision, group=self._over()).mean()
         return -self.similarity_weight * similarity - self.rate_weight * rate
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 def covariance_energy(embeddings: Views) -> Tensor:

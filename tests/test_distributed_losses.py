@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from msbreg import BrownianLoss, MMCRLoss, MSBRegLoss, SingularValueLoss, functional, plain
 from msbreg.batch_norm import convert_sync_batchnorm
@@ -251,5 +252,9 @@ def test_a_group_is_shared_by_copies_and_must_be_of_this_process(free_port):
         for loss in (MSBRegLoss(group=others), BrownianLoss(group=others), SingularValueLoss(group=others)):
             with pytest.raises(ValueError, match="a group that this process belongs to"):
                 loss(*[z] * (1 + isinstance(loss, MSBRegLoss)))
+            assert "over a group of other processes" in repr(loss)
+        rows = distribute_tensor(z, init_device_mesh("cpu", (1,)), [Shard(1)])
+        with pytest.raises(TypeError, match=r"got a DTensor: pass .* x.to_local\(\), and the process group"):
+            criterion(rows, z)
     finally:
         dist.destroy_process_group()

@@ -220,7 +220,7 @@ def compile_all() -> dict:
 
 
 def launches_with_numbers_of_numpy() -> list:
-    import compile_report as report
+    from launches import recorded
 
     from msbreg import kernels
     from msbreg.functional import brownian_directions, brownian_loss
@@ -229,7 +229,7 @@ def launches_with_numbers_of_numpy() -> list:
     with mock.patch.object(kernels, "DEVICE_TYPE", "cpu"):
         loss = lambda: brownian_loss(torch.empty(2, 4, 8), **noise, first_image=three)  # noqa: E731
         directions = lambda: brownian_directions(three, three, **noise, first_image=three, views=three)  # noqa: E731
-        return [*report.recorded(loss), *report.recorded(directions)][::2]  # without the sum of the loss
+        return [*recorded(loss), *recorded(directions)][::2]  # without the sum of the loss
 
 
 def additions(launch) -> int:

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
@@ -647,6 +648,13 @@ def several_gradients_at_once():
     return torch.vmap(lambda incoming: torch.autograd.grad(loss, z, incoming))(torch.ones(2))
 
 
+class Mesh:
+    """As torch's DeviceMesh."""
+
+    def get_group(self):
+        return None
+
+
 REFUSED = [
     (lambda: centroid_loss(OK[0], OK), ValueError, r"online to be a tensor \(K, B, D\).*got shape \(3, 4\)"),
     (lambda: centroid_loss(OK, OK[:, :2]), ValueError, r"online's B and D, \(3, 4\), got \(2, 4\)"),
@@ -682,6 +690,9 @@ REFUSED = [
     (lambda: msbreg_loss(OK, OK, lambda_b=math.inf, **NOISE), ValueError, "lambda_b to be finite, got inf"),
     (lambda: MSBRegLoss(lambda_b=None), TypeError, "lambda_b to be a number, got NoneType"),
     (lambda: MSBRegLoss("whitening"), TypeError, "lambda_s to be a number, got str"),
+    (lambda: MSBRegLoss(torch.nn.Parameter(torch.ones(()))), TypeError, "got Parameter; for weights that are learned"),
+    (lambda: MMCRLoss(group="nccl"), TypeError, "group to be a process group or None, got str$"),
+    (lambda: MSBRegLoss(group=Mesh()), TypeError, r"got Mesh; give what its get_group\(\) returns"),
     (lambda: MSBRegLoss(spectrum="flat"), ValueError, "spectrum to be one of .*got 'flat'"),
     (lambda: MSBRegLoss(solver="qr"), ValueError, "solver to be one of .*got 'qr'"),
     (lambda: MSBRegLoss(per="batch"), ValueError, "per to be one of 'image', 'view'"),
@@ -696,7 +707,7 @@ REFUSED = [
     (lambda: torch.vmap(lambda z: singular_value_loss(z))(OK[None]), RuntimeError, "inside vmap"),
     (lambda: torch.func.grad(lambda z: MSBRegLoss()(z, OK).loss)(OK), RuntimeError, "inside vmap, grad"),
     (lambda: several_gradients_at_once(), RuntimeError, "inside vmap"),
-    (lambda: pickle.dumps(MSBRegLoss(group=object())), TypeError, "save its state_dict"),
+    (lambda: pickle.dumps(MSBRegLoss(group=dist.ProcessGroup(0, 1))), TypeError, "save its state_dict"),
     (lambda: msbreg_loss(OK, OK, lambda_b="0.5", **NOISE), TypeError, "lambda_b to be a number, got str"),
     (lambda: singular_value_loss(OK, smoothing=None), TypeError, "smoothing to be a number, got NoneType"),
     (lambda: singular_value_loss(OK, smoothing=math.inf), ValueError, "and finite, got inf"),

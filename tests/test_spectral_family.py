@@ -452,7 +452,7 @@ REFUSED = [
     (lambda: MMCRLoss()(OK, OK.to("meta")), ValueError, "target on cpu, as online, got meta"),
     (lambda: MMCRLoss()(OK.long()), TypeError, r"online in float16.*got torch\.int64"),
     (lambda: MMCRLoss(solver="qr"), ValueError, "solver to be one of.*'qr'"),
-    (lambda: MMCRLoss(solver="svd", group=object())(OK), ValueError, "with a process group, got 'svd'"),
+    (lambda: MMCRLoss(solver="svd", group=dist.ProcessGroup(0, 1))(OK), ValueError, "with a process group, got 'svd'"),
     (lambda: SVMaxLoss()(OK[0, 0]), ValueError, r"a tensor \(B, D\).*got shape \(4,\)"),
     (lambda: SVMaxLoss()(OK[:, :0]), ValueError, r"got shape \(2, 0, 4\)"),
     (lambda: SVMaxLoss()([]), ValueError, "at least one view, got an empty list"),
