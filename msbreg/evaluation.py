@@ -11,6 +11,10 @@ from torch.nn.functional import cross_entropy, normalize
 __all__ = ["evaluation_mode", "extract_features", "instance_accuracy", "knn_accuracy", "linear_probe"]
 
 SIMILARITIES_AT_ONCE = 2**25  # 128 MiB in fp32
+L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+"""Weight decays of a linear probe. For 5,000 images of CIFAR-10 with 1,024 features each, 1e-2 is best, and 1e-3 worse
+by four points; for 50,000 it is the other way round, by two."""
+NO_CLASS = -100
 VOTE_UNIT = 2**40  # votes are counted in whole parts of this, so that their sum does not depend on the order
 
 
@@ -160,7 +164,7 @@ def linear_probe(
     queries: Tensor,
     query_labels: Tensor,
     *,
-    l2: float = 1e-3,
+    l2: float | None = None,
     iterations: int = 200,
 ) -> float:
     """Top-1 accuracy of multinomial logistic regression on frozen features.
@@ -168,16 +172,17 @@ def linear_probe(
     Features are standardised by the bank's mean and standard deviation, and those that are not finite count as 0. The
     classifier minimises mean cross-entropy plus l2 / 2 times the squared weights (not the biases) by full-batch L-BFGS
     with a strong Wolfe line search from zero, so that there is no learning rate to choose and no randomness;
-    scikit-learn's `LogisticRegression(C=1 / (l2 * N))` solves the same problem. It holds N x F and a few N x C floats
-    at once.
+    scikit-learn's `LogisticRegression(C=1 / (l2 * N))` solves the same problem. It holds N x F and about
+    4 N x C floats beside its arguments.
 
     Args:
         bank: (N, F) training features; any floating dtype and device.
         bank_labels: (N,) int64.
         queries: (M, F) features to classify, on the bank's device.
         query_labels: (M,) int64; a class that the bank lacks counts as an error.
-        l2: weight decay; our default, mild for some thousand rows of a few hundred features.
-        iterations: L-BFGS iterations at the most.
+        l2: weight decay. None: of 0.1, 0.01 and so on down to 1e-6 the last before a classifier of four fifths of the
+            bank does no better on the others (every fifth row).
+        iterations: L-BFGS iterations at the most, for each l2.
 
     Returns:
         Top-1 accuracy on the queries, in [0, 1].
@@ -197,18 +202,41 @@ def linear_probe(
         scale = torch.where(std > 0, 1 / std, 0.0)
         for features in (x, x_query):
             features.sub_(mean).mul_(scale)
-    weight = torch.zeros(len(classes), bank.shape[1], device=bank.device, requires_grad=True)
-    bias = torch.zeros(len(classes), device=bank.device, requires_grad=True)
+    if l2 is None:
+        l2 = _best_l2(x, numbers, iterations)
+    weight, bias = _logistic_regression(x, numbers, l2, iterations)
+    with torch.no_grad():
+        predicted = classes[(x_query @ weight.T + bias).argmax(dim=1)]
+        return (predicted == query_labels.to(bank.device)).double().mean().item()
+
+
+def _best_l2(x: Tensor, numbers: Tensor, iterations: int) -> float:
+    """The weight decay of `linear_probe` for standardised features x, (N, F), of classes 0 to C - 1, (N,)."""
+    held = torch.arange(len(x), device=x.device) % 5 == 4
+    others = numbers.masked_fill(held, NO_CLASS)
+    best, most = L2[0], -1
+    for l2 in L2:
+        weight, bias = _logistic_regression(x, others, l2, iterations)
+        right = int(((x @ weight.T + bias).argmax(dim=1) == numbers)[held].sum())
+        if right <= most:
+            break
+        best, most = l2, right
+    return best
+
+
+def _logistic_regression(x: Tensor, numbers: Tensor, l2: float, iterations: int) -> tuple[Tensor, Tensor]:
+    """Weights (C, F) and biases (C,) for features (N, F) of classes 0 to C - 1, (N,), or NO_CLASS: left out."""
+    classes = int(numbers.max()) + 1
+    weight = torch.zeros(classes, x.shape[1], device=x.device, requires_grad=True)
+    bias = torch.zeros(classes, device=x.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe")
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        loss = cross_entropy(x @ weight.T + bias, numbers) + 0.5 * l2 * weight.square().sum()
+        loss = cross_entropy(x @ weight.T + bias, numbers, ignore_index=NO_CLASS) + 0.5 * l2 * weight.square().sum()
         loss.backward()
         return loss
 
     with torch.enable_grad():
         optimizer.step(objective)
-    with torch.no_grad():
-        predicted = classes[(x_query @ weight.T + bias).argmax(dim=1)]
-        return (predicted == query_labels.to(bank.device)).double().mean().item()
+    return weight.detach(), bias.detach()

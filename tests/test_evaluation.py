@@ -134,6 +134,17 @@ def test_the_linear_probe_agrees_with_scikit_learn(l2):
     assert linear_probe(bank * scale, labels, queries * scale, truth, l2=l2) == accuracy
 
 
+def test_the_weight_decay_is_chosen_on_rows_that_are_held_out():
+    random = torch.Generator().manual_seed(1)
+    noise = torch.randn(4000, 200, generator=random)  # of which one feature tells the class, nine times of ten
+    told = torch.where(torch.rand(4000, generator=random) < 0.9, noise[:, 0] > 0, noise[:, 0] <= 0).long()
+    few = noise[:1000], told[:1000], noise[1000:], told[1000:]
+    assert linear_probe(*few) == linear_probe(*few, l2=0.1) > linear_probe(*few, l2=1e-6) + 0.01
+    line = torch.rand(2000, 1, generator=random)  # in ten stretches, which only large weights tell apart
+    many = line[:1000], (10 * line[:1000, 0]).long(), line[1000:], (10 * line[1000:, 0]).long()
+    assert linear_probe(*many) > linear_probe(*many, l2=0.1) + 0.3
+
+
 def test_the_linear_probe_takes_constant_features_gaps_in_labels_and_unknown_classes():
     bank, labels = torch.tensor([[1.0, 5.0], [2.0, 5.0], [8.0, 5.0], [9.0, 5.0]]), torch.tensor([2, 2, 11, 11])
     queries, truth = torch.tensor([[0.0, 5.0], [10.0, 7.0], [10.0, 5.0]]), torch.tensor([2, 11, 4])
