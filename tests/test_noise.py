@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from msbreg.noise import brownian_directions
+from msbreg.noise import brownian_directions, integer_on
 
 
 def directions(batch=6, dim=10, **changes):
@@ -94,3 +94,17 @@ def test_one_dimension_is_a_sign():
 def test_wrong_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         directions(**arguments)
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("cuda", False)])
+def test_a_cpu_alone_waits_for_a_seed_from_another_device(device, waits):
+    """It would read what has not come yet; a GPU's copies come in their turn."""
+    asked = []
+
+    class Elsewhere(torch.Tensor):
+        def to(self, device, *, non_blocking):
+            asked.append((device.type, not non_blocking))
+            return self
+
+    integer_on(torch.device(device), torch.tensor(3).as_subclass(Elsewhere))
+    assert asked == [(device, waits)]
