@@ -1,3 +1,4 @@
+import gc
 import io
 import itertools
 import math
@@ -5,7 +6,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -658,6 +661,87 @@ def test_nor_does_a_fork_wait_for_a_thread_that_it_does_not_have(pictures):
     waiting.join(60)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
     loader.close()
+
+
+FORKS = """
+import gc, os, sys, threading, time
+from concurrent.futures import Future
+import torch
+from msbreg.data import ImageFolder, ViewLoader, byol
+
+class Garbage(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+    def __getitem__(self, number):
+        gc.collect()
+        return number
+
+def begun():
+    loader = ViewLoader(ImageFolder(sys.argv[1]), byol(2, 16), 8, backend=sys.argv[2], threads=2)
+    batches = loader.batches()
+    next(batches)
+    return loader, batches
+
+gc.disable()
+left, going = begun()
+left.itself = left, going  # as where a trainer and its loader refer to each other
+del left, going
+print("workers", len(list(torch.utils.data.DataLoader(Garbage(), num_workers=1, timeout=20))), flush=True)
+
+loader, batches = begun()
+locked = threading.Event()
+def lock_all():  # as may be at any moment: threads take these locks now and then
+    for threads in (loader._reading, loader._drawing, loader._ordering):
+        threads._crew._changed.acquire()
+    for future in [each for each in gc.get_objects() if isinstance(each, Future)]:
+        future._condition.acquire()
+    locked.set()
+    time.sleep(600)
+threading.Thread(target=lock_all, daemon=True).start()
+assert locked.wait(10)
+for way in ("close", "forget", "exit"):
+    if (child := os.fork()) == 0:
+        if way == "close":
+            loader.close()
+        elif way == "forget":
+            del loader, batches
+            gc.collect()
+        sys.exit()
+    until = time.monotonic() + 20
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < until:
+        time.sleep(0.01)
+    if not ended[0]:
+        os.kill(child, 9)
+    print(way, "ended" if ended == (child, 0) else "failed" if ended[0] else "hangs", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forks_neither_crash_nor_hang_for_a_loader_that_was_left_open(pictures, backend):
+    """As torch's DataLoader makes them. DALI frees nothing without its threads, and a lock may be taken for ever."""
+    command = [sys.executable, "-c", FORKS, str(pictures.folder), backend]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "workers 8\nclose ended\nforget ended\nexit ended\n", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loader_that_is_no_longer_used_is_freed_at_once(pictures, backend):
+    stream(pictures, cifar(1, 16), 8, stop=1, backend=backend)  # which imports modules, whose own garbage holds frames
+    gc.collect()
+    gc.disable()
+    try:
+        loader = ViewLoader(pictures, cifar(1, 16), 8, backend=backend, threads=1)
+        for _ in loader.batches():
+            break
+        freed, until = weakref.ref(loader), time.monotonic() + 10
+        del loader
+        while freed() and time.monotonic() < until:  # a thread may be reading for it
+            time.sleep(0.01)
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 def test_permutations_are_permutations_and_have_no_favourites():

@@ -9,6 +9,9 @@ https://docs.nvidia.com/deeplearning/dali
 
 from __future__ import annotations
 
+import ctypes
+import os
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +33,24 @@ if TYPE_CHECKING:
 __all__ = ["DaliBackend"]
 
 Bytes = NDArray[np.uint8]
+
+_pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+"""All that have not been freed."""
+
+
+def _leave_to_the_parent() -> None:
+    """Lets a forked process never free its parent's pipelines: that waits for their threads, of which it has none.
+
+    torch's DataLoader forks its workers, whose garbage collector would otherwise come across what the parent left open,
+    and DALI itself frees at exit whatever there is.
+    """
+    for pipeline in _pipelines:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(pipeline._pipe))
+        pipeline._pipe = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_the_parent)
 
 
 class DaliBackend:
@@ -164,7 +185,9 @@ def _pipeline(batch_size: int, device: torch.device, threads: int) -> Pipeline:
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
     # Depth 1: a first run would otherwise expect that many batches at once. Runs scheduled ahead queue up all the same.
-    return Pipeline(batch_size=batch_size, num_threads=threads, device_id=index, prefetch_queue_depth=1)
+    pipeline = Pipeline(batch_size=batch_size, num_threads=threads, device_id=index, prefetch_queue_depth=1)
+    _pipelines.add(pipeline)
+    return pipeline
 
 
 def _decode(device: torch.device) -> DataNode:

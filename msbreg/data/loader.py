@@ -12,8 +12,9 @@ import os
 import threading
 import time
 import warnings
+import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -167,7 +168,8 @@ class ViewLoader:
         self._backend = open_backend(backend, recipe, min(batch_size, images), self.device, self.threads, self.dtype)
         self._reading = Threads(READING_THREADS, "read", WORTH_A_THREAD)
         self._drawing, self._ordering = Threads(1, "draw"), Threads(1, "order")
-        self._stream: _Stream | None = None
+        # Weak, so that a loader that is no longer used is freed at once, and with it what works ahead.
+        self._stream: Callable[[], _Stream | None] = lambda: None
         self._closed: Future[None] = Future()
 
     @property
@@ -197,13 +199,15 @@ class ViewLoader:
         if self._reading.closed:
             raise RuntimeError("the loader is closed")
         self._reading.require_process()
-        if self._stream is not None and not self._stream.close():
+        before = self._stream()
+        if before is not None and not before.close():
             raise RuntimeError("another thread waits for a batch of this loader, which serves one stream at a time")
         if not self.shuffle:
             stop = self.steps_per_epoch if stop is None else min(stop, self.steps_per_epoch)
         steps = itertools.count(start) if stop is None else iter(range(start, stop))
-        self._stream = _Stream(self._run(steps), self._reading)
-        return self._stream
+        stream = _Stream(self._run(steps), self._reading)
+        self._stream = weakref.ref(stream)
+        return stream
 
     def __enter__(self) -> ViewLoader:
         return self
@@ -212,9 +216,14 @@ class ViewLoader:
         self.close()
 
     def close(self) -> None:
-        """Ends the stream and frees threads and memory; so even while another thread waits for the next batch."""
-        if self._stream is not None:
-            self._stream.close()  # where a thread waits for its next batch, it ends once that fails
+        """Ends the stream and frees threads and memory; so even while another thread waits for the next batch.
+
+        In a fork of the loader's process there is nothing to free, and nothing is done.
+        """
+        if self._reading.forked:
+            return
+        if (stream := self._stream()) is not None:
+            stream.close()  # where a thread waits for its next batch, it ends once that fails
         for threads in (self._reading, self._drawing, self._ordering):
             threads.close()
         if not self._closed.done():
@@ -248,9 +257,10 @@ class ViewLoader:
             if not self._reading.closed:  # else by another thread, meanwhile: then this just ends
                 raise
         finally:
-            for future in reading:
-                future.cancel()
-            self._backend.discard()
+            if not self._reading.forked:
+                for future in reading:
+                    future.cancel()
+                self._backend.discard()
 
     def _read(self, step: int) -> Future[_Work]:
         """Starts to read the images of a step; its draws are made as soon as their sizes are known."""

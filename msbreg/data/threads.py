@@ -41,13 +41,17 @@ class Threads:
         self._crew = _Crew(count, worth)
         for number in range(count):
             threading.Thread(target=_work_off, args=(self._crew,), name=f"{name}_{number}", daemon=True).start()
-        self._process = os.getpid()
         self._dismiss = weakref.finalize(self, self._crew.dismiss)
 
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._crew.dismissed
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process was forked from the one that has the threads: it has none, and their locks for ever."""
+        return os.getpid() != self._crew.process
 
     @property
     def limit(self) -> int:
@@ -63,10 +67,10 @@ class Threads:
 
     def require_process(self) -> None:
         """Raises RuntimeError in a process that was forked from the one that has the threads."""
-        if os.getpid() != self._process:
+        if self.forked:
             raise RuntimeError(
-                f"the loader was made by process {self._process}, of whose threads a fork has none; make it in the "
-                "process that uses it"
+                f"the loader was made by process {self._crew.process}, of whose threads a fork has none; make it in "
+                "the process that uses it"
             )
 
     def took(self, seconds: float) -> None:
@@ -83,6 +87,7 @@ class _Crew:
 
     def __init__(self, count: int, worth: float | None) -> None:
         self.count, self.worth, self.limit, self.dismissed = count, worth, count, False
+        self.process = os.getpid()
         self._allowed = count  # the limit, or 1 while somebody is to be alone
         self._at_work = self._begun = self._next_alone = 0
         self._last_began = time.monotonic()
@@ -132,6 +137,8 @@ class _Crew:
                 self.limit = self._allowed = min(self.count, max(1, round(seconds / self.worth)))
 
     def dismiss(self) -> None:
+        if os.getpid() != self.process:  # a fork has none of the threads, one of which may have the lock
+            return
         with self._changed:
             self.dismissed = True
             while self._tasks:
