@@ -504,11 +504,33 @@ def test_a_new_stream_ends_the_one_before(pictures, backend):
     one = next(first)
     again = next(loader.batches())
     assert same([one], [again])
-    assert next(first, None) is None
-    last = loader.batches()
+    with pytest.raises(RuntimeError, match="ended when the loader was asked for others"):
+        next(first)
+    whole = loader.batches(0, 2)
+    last = loader.batches(0, len(list(whole)))
+    assert next(whole, None) is None  # as of any iterator that has come to its end
     next(last)
     loader.close()
-    assert next(last, None) is None
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the loader is closed"):
+            next(last)
+    loader.close()
+
+
+def test_a_stream_that_was_interrupted_does_not_pass_for_a_whole_one(pictures, monkeypatch):
+    loader = ViewLoader(pictures, cifar(1, 16), 8, backend="torchvision", threads=1)
+    batches, receive = loader.batches(0, 4), loader._backend.receive
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loader._backend, "receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+    monkeypatch.setattr(loader._backend, "receive", receive)
+    with pytest.raises(RuntimeError, match="these batches ended with KeyboardInterrupt; ask the loader for those"):
+        next(batches)
+    assert len(list(loader.batches(0, 4))) == 4
     loader.close()
 
 
@@ -522,6 +544,14 @@ def test_closing_ends_all_threads_of_a_loader_that_was_used_and_of_one_that_was_
     for thread in set(threading.enumerate()) - before:
         thread.join(10)
         assert not thread.is_alive()
+
+
+def what_comes_of(batches):
+    """The next batch, or what is said instead."""
+    try:
+        return next(batches)
+    except RuntimeError as error:
+        return str(error)
 
 
 class Slow(Source):
@@ -546,12 +576,12 @@ def test_closing_from_another_thread_ends_the_stream_and_frees_all(pictures, bac
     source, ended = Slow(pictures), []
     loader = ViewLoader(source, cifar(1, 16), 8, backend=backend, threads=1)
     batches = loader.batches()
-    waiting = threading.Thread(target=lambda: ended.append(next(batches, None)))
+    waiting = threading.Thread(target=lambda: ended.append(what_comes_of(batches)))
     waiting.start()
     assert source.asked.wait(60)
     loader.close()
     waiting.join(10)  # though the image that it waits for still stalls
-    assert ended == [None]
+    assert ended == ["the loader is closed"]
     source.go.set()
     for thread in set(threading.enumerate()) - before:
         thread.join(10)
@@ -567,15 +597,15 @@ def test_closing_a_stream_that_another_thread_goes_through(pictures, backend):
         try:
             for _ in batches:
                 begun.set()
-        except BaseException as error:
-            errors.append(error)
+        except RuntimeError as error:
+            errors.append(str(error))
 
     thread = threading.Thread(target=go_through)
     thread.start()
     assert begun.wait(60)
     loader.close()
     thread.join(60)
-    assert not thread.is_alive() and errors == []
+    assert not thread.is_alive() and errors == ["the loader is closed"]
 
 
 def test_a_thread_that_asks_for_a_batch_of_a_stream_that_is_being_closed(pictures, monkeypatch):
@@ -586,10 +616,7 @@ def test_a_thread_that_asks_for_a_batch_of_a_stream_that_is_being_closed(picture
     def ask():
         assert closing.wait(60)
         asks.set()
-        try:
-            got.append(next(batches, None))
-        except BaseException as error:
-            got.append(error)
+        got.append(what_comes_of(batches))
 
     discard = loader._backend.discard
 
@@ -604,7 +631,7 @@ def test_a_thread_that_asks_for_a_batch_of_a_stream_that_is_being_closed(picture
     asking.start()
     loader.close()
     asking.join(60)
-    assert got == [None]
+    assert got == ["the loader is closed"]
 
 
 def test_a_stream_is_not_taken_from_a_thread_that_waits_for_it(pictures):

@@ -7,6 +7,7 @@ of threads changes them.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import threading
@@ -44,6 +45,7 @@ WORTH_A_THREAD = 1e-4
 """Seconds of an image. From memory one takes a third of that, from a network milliseconds."""
 READ_TOGETHER = 16
 """Images that one thread reads in a row, where several read."""
+CLOSED = "the loader is closed"
 
 
 class Batch(NamedTuple):
@@ -68,21 +70,40 @@ class _Work(NamedTuple):
 
 
 class _Stream(Iterator[Batch]):
-    """The batches of a generator, which fails by itself where one thread closes it while another asks for the next."""
+    """The batches of a generator, which fails by itself where one thread closes it while another asks for the next.
+
+    Where it was ended before its end it says so: a loop would otherwise take what it had for all there is.
+    """
 
     def __init__(self, batches: Generator[Batch, None, None], threads: Threads) -> None:
         self._batches, self._threads, self._in_use = batches, threads, threading.Lock()
+        self._ended = ""
+        """Why there is no next batch, where there would have been one."""
 
     def __next__(self) -> Batch:
         self._threads.require_process()  # whose fork may have the lock locked, by a thread that it does not have
         with self._in_use:
-            return next(self._batches)
+            if self._ended:
+                raise RuntimeError(self._ended)
+            try:
+                return next(self._batches)
+            except StopIteration:
+                raise
+            except BaseException as error:
+                closed = self._threads.closed  # by another thread, meanwhile
+                ended = f"these batches ended with {type(error).__name__}; ask the loader for those still due"
+                self._ended = CLOSED if closed else ended
+                if closed and isinstance(error, Exception):
+                    raise RuntimeError(CLOSED) from None
+                raise
 
-    def close(self) -> bool:
+    def close(self, why: str) -> bool:
         """Ends it, unless a thread waits for its next batch, which it tells by False."""
         if not self._in_use.acquire(blocking=False):
             return False
         try:
+            if inspect.getgeneratorstate(self._batches) != inspect.GEN_CLOSED:  # it has not come to its end
+                self._ended = why
             self._batches.close()
         finally:
             self._in_use.release()
@@ -184,6 +205,8 @@ class ViewLoader:
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
         """The batches of steps [start, stop). A loader serves one stream at a time: a new one ends the one before.
 
+        Whoever goes on with a stream that was ended, by that, by `close` or by an error, gets a RuntimeError.
+
         Args:
             start: first step, counted from the start of training, across epochs.
             stop: step to end before; None: never with `shuffle`, else at the end of the source.
@@ -197,10 +220,12 @@ class ViewLoader:
         if start < 0:
             raise ValueError(f"expected a first step of 0 or more, got {start}")
         if self._reading.closed:
-            raise RuntimeError("the loader is closed")
+            raise RuntimeError(CLOSED)
         self._reading.require_process()
         before = self._stream()
-        if before is not None and not before.close():
+        if before is not None and not before.close(
+            "these batches ended when the loader was asked for others, of which it serves one stream at a time"
+        ):
             raise RuntimeError("another thread waits for a batch of this loader, which serves one stream at a time")
         if not self.shuffle:
             stop = self.steps_per_epoch if stop is None else min(stop, self.steps_per_epoch)
@@ -223,7 +248,7 @@ class ViewLoader:
         if self._reading.forked:
             return
         if (stream := self._stream()) is not None:
-            stream.close()  # where a thread waits for its next batch, it ends once that fails
+            stream.close(CLOSED)  # where a thread waits for its next batch, that fails
         for threads in (self._reading, self._drawing, self._ordering):
             threads.close()
         if not self._closed.done():
@@ -253,9 +278,6 @@ class ViewLoader:
                 work_ahead()  # once more, so that the backend has a full queue while the caller is busy
                 self._warn()
                 yield Batch(views, torch.from_numpy(self.source.labels[index]), torch.from_numpy(index))
-        except Exception:
-            if not self._reading.closed:  # else by another thread, meanwhile: then this just ends
-                raise
         finally:
             if not self._reading.forked:
                 for future in reading:
@@ -321,7 +343,7 @@ class ViewLoader:
         either: list[Future[Any]] = [future, self._closed]
         done = wait(either, self.timeout or None, return_when=FIRST_COMPLETED).done
         if future not in done and self._closed in done:
-            raise RuntimeError("the loader is closed")
+            raise RuntimeError(CLOSED)
         if not done:
             raise DataError(
                 f"{self._reader.longest} is still being read after {self.timeout:g} s (--data.timeout). See whether "
