@@ -78,6 +78,14 @@ def test_the_stream_does_not_depend_on_where_it_starts_or_on_threads(pictures, b
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_stream_does_not_depend_on_torchs_default_device(pictures, backend):
+    whole = stream(pictures, cifar(2, 24), 10, stop=6, backend=backend)
+    with torch.device("meta"):  # as `torch.set_default_device` does for good
+        again = stream(pictures, cifar(2, 24), 10, stop=6, backend=backend)
+    assert same(whole, again)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_ranks_batches_joined_are_the_batches_of_one_process(pictures, backend, world):
     recipe = cifar(3, 24)

@@ -65,8 +65,10 @@ def permutation(count: int, *, seed: int, epoch: int) -> Integer:
 
     Images are sorted by 63 random bits each, so every order is as likely as any other.
     """
-    index = torch.arange(count)
-    words = philox4x32((index, torch.tensor(epoch), torch.tensor(0), torch.tensor(ORDER)), seed)
+    # Here and below the device is named, since `torch.set_default_device` may have set another one.
+    index = torch.arange(count, device="cpu")
+    epochs, zero, order = torch.tensor([epoch, 0, ORDER], device="cpu")
+    words = philox4x32((index, epochs, zero, order), seed)
     return torch.argsort((words[0] << 31) | (words[1] >> 1), stable=True).numpy()
 
 
@@ -89,8 +91,8 @@ def draw(recipe: Recipe, samples: Integer, sizes: Integer, *, seed: int) -> list
 def _uniforms(samples: Integer, views: int, seed: int) -> Float:
     """(K, DRAWS, B) numbers in the open interval (0, 1)."""
     sample = torch.from_numpy(samples)
-    block = torch.arange(DRAWS // 4).view(1, -1, 1)
-    view = AUGMENTATION + torch.arange(views).view(-1, 1, 1)
+    block = torch.arange(DRAWS // 4, device="cpu").view(1, -1, 1)
+    view = AUGMENTATION + torch.arange(views, device="cpu").view(-1, 1, 1)
     words = philox4x32((block, sample & WORD, sample >> 32, view), seed)
     return torch.stack(uniforms(words), dim=2).flatten(1, 2).double().numpy()
 

@@ -64,7 +64,8 @@ class TorchvisionBackend:
         tensors = []
         for group in self._groups:
             size = self.recipe[group[0]].size
-            tensors.append(torch.empty((len(group), len(encoded), size, size, 3), dtype=dtype, pin_memory=pinned))
+            shape = (len(group), len(encoded), size, size, 3)
+            tensors.append(torch.empty(shape, dtype=dtype, device="cpu", pin_memory=pinned))
         drawn = None
         if self._ends_with_crops:
             drawn = torch.from_numpy(packed(draws))
