@@ -102,6 +102,18 @@ def test_the_ranks_batches_joined_are_the_batches_of_one_process(pictures, backe
         assert torch.equal(batch.views[0].unflatten(0, (3, -1)), views)
 
 
+def test_a_process_among_others_has_its_own_images_unless_told_otherwise(pictures, monkeypatch):
+    options = {"stop": 3, "backend": "torchvision"}
+    second = stream(pictures, cifar(1, 16), 8, rank=1, world_size=2, **options)
+    alone = stream(pictures, cifar(1, 16), 8, rank=0, world_size=1, **options)
+    held_out = stream(pictures, evaluation(16), 8, shuffle=False, backend="torchvision")
+    for name, value in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 2)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    assert same(second, stream(pictures, cifar(1, 16), 8, **options))
+    assert same(alone, stream(pictures, cifar(1, 16), 8, rank=0, world_size=1, **options))
+    assert same(held_out, stream(pictures, evaluation(16), 8, shuffle=False, backend="torchvision"))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_seeds_differ_in_order_and_in_pixels(pictures, backend):
     one, two = (stream(pictures, cifar(2, 24), 48, stop=1, seed=seed, backend=backend)[0] for seed in (0, 1))
@@ -460,7 +472,7 @@ def test_a_batch_larger_than_the_data_set(pictures):
     with pytest.raises(
         DataError, match=r"batch of 64 images \(16 on each of 4 processes\) cannot be filled from the 48"
     ):
-        ViewLoader(pictures, cifar(2), 16, world_size=4)
+        ViewLoader(pictures, cifar(2), 16, rank=0, world_size=4)
     loader = ViewLoader(pictures, evaluation(8), 64, shuffle=False, backend="torchvision")
     assert [len(batch.index) for batch in loader.batches()] == [48]
     loader.close()
@@ -480,7 +492,9 @@ def test_there_is_no_step_before_the_first(pictures, shuffle):
         {"batch_size": 0},
         {"prefetch": 0},
         {"rank": 2, "world_size": 2},
-        {"shuffle": False, "world_size": 2},
+        {"world_size": 2},
+        {"rank": 0},
+        {"shuffle": False, "rank": 0, "world_size": 2},
         {"backend": "cv"},
     ],
 )

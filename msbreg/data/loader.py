@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -125,7 +126,9 @@ class ViewLoader:
         shuffle: whether each epoch has an order of its own and goes on to the next, as training needs it; an epoch has
             whole global batches only, and which images it leaves out changes with its order. Otherwise the images come
             once, in the order of the source, and the last batch may be short.
-        rank: which process this is, over all machines.
+        rank: which process this is, over all machines. Where neither this nor `world_size` is given, both are those of
+            torch.distributed, if that is initialised and the images are shuffled, else 0 and 1. Where several processes
+            share a model, give those of the group that shares the data.
         world_size: how many there are.
         device: where the views are made.
         dtype: of the views; None: float16 on a GPU, float32 on a CPU.
@@ -151,8 +154,8 @@ class ViewLoader:
         *,
         seed: int = 0,
         shuffle: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         backend: Literal["auto", "dali", "torchvision"] = "auto",
@@ -172,14 +175,12 @@ class ViewLoader:
             )
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"expected a floating dtype for views, got {dtype}")
-        if not 0 <= rank < world_size or (world_size > 1 and not shuffle):
-            raise ValueError(
-                f"expected a rank below world_size, and one process where not shuffled; got {rank} of {world_size}"
-            )
+        rank, world_size = _place(rank, world_size, shuffle)
         images, self.global_batch = len(source), batch_size * world_size
         fillable = whole_batches(images, batch_size if shuffle else 1, world_size, of=source)
         self.source, self.recipe, self.batch_size, self.seed, self.shuffle = source, recipe, batch_size, seed, shuffle
-        self.rank, self.prefetch, self.timeout, self.device = rank, prefetch, timeout, torch.device(device)
+        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
+        self.prefetch, self.timeout = prefetch, timeout
         self.steps_per_epoch = fillable if shuffle else -(-images // batch_size)
         """Steps in which each image comes at most once."""
         self._reader = Reader(source)
@@ -355,6 +356,20 @@ class ViewLoader:
         """Names images found unreadable, from the caller's thread."""
         while self._reader.news:
             warnings.warn(self._reader.news.pop(0), stacklevel=4)
+
+
+def _place(rank: int | None, world_size: int | None, shuffle: bool) -> tuple[int, int]:
+    """Which of how many processes this is."""
+    if rank is None and world_size is None:
+        together = shuffle and dist.is_available() and dist.is_initialized()
+        return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    if rank is None or world_size is None:
+        raise ValueError(f"expected both rank and world_size, or neither, got {rank} and {world_size}")
+    if not 0 <= rank < world_size or (world_size > 1 and not shuffle):
+        raise ValueError(
+            f"expected a rank below world_size, and one process where not shuffled; got {rank} of {world_size}"
+        )
+    return rank, world_size
 
 
 def whole_batches(images: int, batch_size: int, world_size: int = 1, *, of: object) -> int:
