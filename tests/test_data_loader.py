@@ -262,6 +262,8 @@ def test_a_cpu_has_the_backend_that_is_faster_there(pictures, asked, recipe, mad
 def test_a_loader_says_what_it_was_to_be_given(pictures):
     with pytest.raises(TypeError, match=r"got a path: use open_source\('photos'\)"):
         ViewLoader("photos", cifar(2, 24), 4)
+    with pytest.raises(TypeError, match=r"expected a source of images, got list: .* subclass of msbreg.data.Source"):
+        ViewLoader([picture(0)], cifar(2, 24), 1)
     with pytest.raises(TypeError, match=r"got 'byol': use load_recipe\('byol', views, size\)"):
         ViewLoader(pictures, "byol", 4)
     if not torch.cuda.is_available():
@@ -574,6 +576,47 @@ def what_comes_of(batches):
         return next(batches)
     except RuntimeError as error:
         return str(error)
+
+
+class Held(Source):
+    """Pictures in memory."""
+
+    def __init__(self, labels, made=bytes):
+        self.labels, self.made = labels, made
+
+    def read(self, index):
+        return self.made(picture(index))
+
+    def name(self, index):
+        return f"picture {index}"
+
+    def __str__(self):
+        return "pictures held"
+
+
+@pytest.mark.parametrize("made", [bytes, bytearray, memoryview])
+@pytest.mark.parametrize("labels", [[3, -1, 5, 7], torch.tensor([3, -1, 5, 7]), np.array([3, -1, 5, 7], np.int8)])
+def test_a_source_of_ones_own_is_subclassed_in_a_few_lines(labels, made):
+    source = Held(labels, made)
+    for part, expected in ((source, [3, -1, 5, 7]), (source.subset([2, 0]), [5, 3])):
+        batch = stream(part, evaluation(16), 4, shuffle=False, backend="torchvision")[0]
+        assert batch.labels.tolist() == expected and batch.labels.dtype == torch.int64
+    assert source.fingerprint() == Held(np.array([3, -1, 5, 7])).fingerprint()
+
+
+@pytest.mark.parametrize("labels", [["a", "b"], np.zeros(2, np.float32), np.zeros((2, 3), np.int64), [None, None]])
+def test_labels_are_whole_numbers(labels):
+    with pytest.raises(TypeError, match="expected the labels of pictures held to be 2 whole numbers, -1 where unknown"):
+        ViewLoader(Held(labels), cifar(2, 24), 2)
+
+
+def test_what_a_source_reads_are_the_bytes_of_a_file():
+    decoded = Held([0, 0], lambda data: Image.open(io.BytesIO(data)))
+    with pytest.raises(TypeError, match=r"encoded bytes of picture \d from Source.read, got JpegImageFile"):
+        stream(decoded, cifar(2, 24), 2, stop=1)
+    missing = Held([0, 0], lambda data: {}["image"])
+    with pytest.raises(RuntimeError, match=r"picture \d was not read, for KeyError: 'image'"):
+        stream(missing, cifar(2, 24), 2, stop=1)
 
 
 class Slow(Source):

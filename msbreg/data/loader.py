@@ -31,7 +31,7 @@ from msbreg.data.draws import Draw, draw, permutation
 from msbreg.data.images import UndecodableError
 from msbreg.data.reader import Reader, Sample
 from msbreg.data.recipes import Recipe
-from msbreg.data.source import Source
+from msbreg.data.source import Source, class_numbers
 from msbreg.data.threads import Threads
 from msbreg.errors import DataError
 from msbreg.machine import usable_cores
@@ -141,7 +141,7 @@ class ViewLoader:
     Raises:
         DataError: the global batch is larger than the source, or the source is empty.
         MSBRegError: backend "dali" is asked for and not installed.
-        TypeError: a path instead of a source, or a name instead of a recipe.
+        TypeError: no source, labels that are no whole numbers, or a name instead of a recipe.
         ValueError: a number is out of range, a dtype that is not floating, no GPU where one is asked for, or
             `shuffle=False` with several processes.
     """
@@ -165,6 +165,11 @@ class ViewLoader:
     ) -> None:
         if isinstance(source, (str, os.PathLike)):
             raise TypeError(f"expected a source of images, got a path: use open_source({os.fspath(source)!r})")
+        if not isinstance(source, Source):
+            raise TypeError(
+                f"expected a source of images, got {type(source).__name__}: open_source takes a path, and for other "
+                "data write a subclass of msbreg.data.Source"
+            )
         if isinstance(recipe, str):
             raise TypeError(f"expected a recipe of views, got {recipe!r}: use load_recipe({recipe!r}, views, size)")
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
@@ -183,6 +188,7 @@ class ViewLoader:
         self.prefetch, self.timeout = prefetch, timeout
         self.steps_per_epoch = fillable if shuffle else -(-images // batch_size)
         """Steps in which each image comes at most once."""
+        self._labels = class_numbers(source)
         self._reader = Reader(source)
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(images, seed=seed, epoch=epoch))
         self.threads = threads or usable_cores()
@@ -217,6 +223,7 @@ class ViewLoader:
             RuntimeError: the loader is closed, or another process's, or another thread waits for a batch of the stream
                 before.
             DataError: while iterating, where too many images cannot be read, or reading takes longer than `timeout`.
+            TypeError: while iterating, where `Source.read` gives no bytes.
         """
         if start < 0:
             raise ValueError(f"expected a first step of 0 or more, got {start}")
@@ -278,7 +285,7 @@ class ViewLoader:
                 index = np.array([sample.image for sample in decoding.popleft().samples])
                 work_ahead()  # once more, so that the backend has a full queue while the caller is busy
                 self._warn()
-                yield Batch(views, torch.from_numpy(self.source.labels[index]), torch.from_numpy(index))
+                yield Batch(views, torch.from_numpy(self._labels[index]), torch.from_numpy(index))
         finally:
             if not self._reading.forked:
                 for future in reading:

@@ -11,7 +11,7 @@ import numpy as np
 
 from msbreg.data.folders import ImageFolder, IndexFile
 from msbreg.data.shards import TarShards
-from msbreg.data.source import EXTENSIONS, Source, files_below
+from msbreg.data.source import EXTENSIONS, Source, class_numbers, files_below
 from msbreg.errors import DataError
 
 __all__ = ["open_source", "open_split", "with_classes_of"]
@@ -96,6 +96,7 @@ def with_classes_of(train: Source, held_out: Source) -> Source:
                 "classes (--data.eval_path), or none, and afterwards give msbreg eval a --data.path to labelled ones"
             )
         numbers = np.array([train.classes.index(name) for name in held_out.classes])
-        held_out.labels = np.where(held_out.labels >= 0, numbers[held_out.labels], -1)
+        labels = class_numbers(held_out)
+        held_out.labels = np.where(labels >= 0, numbers[labels], -1)
         held_out.classes = train.classes
     return held_out

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from msbreg.data.images import UnreadableError, as_ppm, decode, probe
 from msbreg.data.source import Source
-from msbreg.errors import DataError
+from msbreg.errors import DataError, MSBRegError
 
 __all__ = ["Reader", "Sample"]
 
@@ -88,11 +88,21 @@ class Reader:
     def _bytes(self, index: int) -> bytes:
         self._under_way[threading.get_ident()] = index
         try:
-            return self.source.read(index)
+            data = self.source.read(index)
         except OSError as error:
             raise UnreadableError(f"it cannot be read: {error.strerror or error}") from error
+        except MSBRegError:
+            raise
+        except Exception as error:
+            name = self.source.name(index)
+            raise RuntimeError(f"{name} was not read, for {type(error).__name__}: {error}") from error
         finally:
             del self._under_way[threading.get_ident()]
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise TypeError(
+                f"expected the encoded bytes of {self.source.name(index)} from Source.read, got {type(data).__name__}"
+            )
+        return bytes(data)  # which are the same ones, not a copy, where they are bytes already
 
     def distrust(self, index: int) -> None:
         """Takes notice that a backend could not decode an image: it is left to Pillow from now on, else given up.

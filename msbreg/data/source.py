@@ -19,8 +19,8 @@ from msbreg.errors import DataError
 from msbreg.files import LOCK, METRICS
 
 __all__ = [
-    "ENDINGS", "EXTENSIONS", "OTHER_EXTENSIONS", "Labels", "Source", "Subset", "base_name", "files_below", "label_of",
-    "last_ending", "number_classes",
+    "ENDINGS", "EXTENSIONS", "OTHER_EXTENSIONS", "Labels", "Source", "Subset", "base_name", "class_numbers",
+    "files_below", "label_of", "last_ending", "number_classes",
 ]  # fmt: skip
 
 EXTENSIONS: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "gif", "jfif")
@@ -34,11 +34,11 @@ Labels = NDArray[np.int64]
 
 
 class Source(ABC):
-    """A list of encoded images. Reading is thread-safe."""
+    """A list of encoded images, to be subclassed. Reading is thread-safe."""
 
     labels: Labels
-    """(N,) class numbers, -1 where unknown."""
-    classes: list[str]
+    """(N,) class numbers, -1 where unknown; other integers than int64, a list or a tensor will do."""
+    classes: Sequence[str] = ()
     """Names of the classes by number; empty where there are none."""
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The encoded image.
+        """The encoded image: what a file of it holds.
 
         Raises:
             OSError: it cannot be read.
@@ -67,7 +67,7 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """A hash of names and labels in their order: the same for the same images, wherever they lie."""
         names = "\0".join(self.base_names()).encode("utf-8", "surrogateescape")
-        return hashlib.sha256(names + self.labels.tobytes()).hexdigest()[:32]
+        return hashlib.sha256(names + class_numbers(self).tobytes()).hexdigest()[:32]
 
 
 class Subset(Source):
@@ -75,7 +75,7 @@ class Subset(Source):
 
     def __init__(self, source: Source, indices: Sequence[int] | Labels) -> None:
         self.source, self.indices = source, np.asarray(indices, dtype=np.int64)
-        self.labels, self.classes = source.labels[self.indices], source.classes
+        self.labels, self.classes = class_numbers(source)[self.indices], source.classes
 
     def read(self, index: int) -> bytes:
         """See `Source.read`."""
@@ -92,6 +92,21 @@ class Subset(Source):
 
     def __str__(self) -> str:
         return str(self.source)
+
+
+def class_numbers(source: Source) -> Labels:
+    """The labels of a source, (N,) int64.
+
+    Raises:
+        TypeError: they are something else than a whole number for each image.
+    """
+    labels = np.asarray(source.labels)
+    if labels.dtype.kind not in "iu" or labels.shape != (len(source),):
+        raise TypeError(
+            f"expected the labels of {source} to be {len(source):,} whole numbers, -1 where unknown, got "
+            f"{labels.dtype} of shape {labels.shape}"
+        )
+    return labels.astype(np.int64, copy=False)
 
 
 def base_name(path: str) -> str:
