@@ -483,8 +483,11 @@ def test_a_batch_larger_than_the_data_set(pictures):
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_there_is_no_step_before_the_first(pictures, shuffle):
     loader = ViewLoader(pictures, cifar(1, 8), 8, shuffle=shuffle, backend="torchvision", threads=1)
-    with pytest.raises(ValueError, match="first step of 0 or more, got -1"):
+    with pytest.raises(ValueError, match="expected start of 0 or more, got -1"):
         loader.batches(-1)
+    for wrong in ((1.0,), (0, 2.5), ("1",)):
+        with pytest.raises(TypeError, match="to be a whole number"):
+            loader.batches(*wrong)
     loader.close()
 
 
@@ -497,12 +500,40 @@ def test_there_is_no_step_before_the_first(pictures, shuffle):
         {"world_size": 2},
         {"rank": 0},
         {"shuffle": False, "rank": 0, "world_size": 2},
+        {"seed": 2**64},
+        {"threads": 0},
+        {"threads": -1},
+        {"timeout": -1},
+        {"timeout": math.nan},
+        {"device": "mps"},
+        {"device": "meta"},
         {"backend": "cv"},
     ],
 )
 def test_impossible_arguments(pictures, wrong):
     with pytest.raises(ValueError, match=r"expected|backend"):
         ViewLoader(pictures, cifar(2), **{"batch_size": 4, **wrong})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"recipe": View()},
+        {"recipe": byol},
+        {"recipe": ()},
+        {"batch_size": 8.5},
+        {"batch_size": True},
+        {"seed": 1.5},
+        {"seed": None},
+        {"prefetch": "2"},
+        {"threads": 1.5},
+        {"rank": 0.0, "world_size": 2},
+        {"dtype": "float32"},
+    ],
+)
+def test_arguments_of_another_kind(pictures, wrong):
+    with pytest.raises(TypeError, match=rf"expected (a )?{next(iter(wrong))}\b"):
+        ViewLoader(pictures, **{"recipe": cifar(2), "batch_size": 4, **wrong})
 
 
 def test_one_image_at_a_time(pictures):

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -30,7 +31,7 @@ from msbreg.data.backends import open_backend
 from msbreg.data.draws import Draw, draw, permutation
 from msbreg.data.images import UndecodableError
 from msbreg.data.reader import Reader, Sample
-from msbreg.data.recipes import Recipe
+from msbreg.data.recipes import Recipe, View
 from msbreg.data.source import Source, class_numbers
 from msbreg.data.threads import Threads
 from msbreg.errors import DataError
@@ -122,7 +123,7 @@ class ViewLoader:
         source: the images.
         recipe: K views.
         batch_size: images of this process in a step, B; the global batch is `world_size` times that.
-        seed: 64-bit seed of order and augmentation.
+        seed: of order and augmentation; any int64.
         shuffle: whether each epoch has an order of its own and goes on to the next, as training needs it; an epoch has
             whole global batches only, and which images it leaves out changes with its order. Otherwise the images come
             once, in the order of the source, and the last batch may be short.
@@ -141,9 +142,9 @@ class ViewLoader:
     Raises:
         DataError: the global batch is larger than the source, or the source is empty.
         MSBRegError: backend "dali" is asked for and not installed.
-        TypeError: no source, labels that are no whole numbers, or a name instead of a recipe.
-        ValueError: a number is out of range, a dtype that is not floating, no GPU where one is asked for, or
-            `shuffle=False` with several processes.
+        TypeError: an argument of another kind than the above, or labels that are no whole numbers.
+        ValueError: a number is out of range, a dtype that is not floating, a device other than a CPU or a GPU by CUDA,
+            no GPU where one is asked for, or `shuffle=False` with several processes.
     """
 
     def __init__(
@@ -172,14 +173,22 @@ class ViewLoader:
             )
         if isinstance(recipe, str):
             raise TypeError(f"expected a recipe of views, got {recipe!r}: use load_recipe({recipe!r}, views, size)")
+        if not (isinstance(recipe, (tuple, list)) and recipe and all(isinstance(view, View) for view in recipe)):
+            raise TypeError(f"expected a recipe, a tuple of one View or more, as byol() gives, got {recipe!r}")
+        if torch.device(device).type not in ("cpu", "cuda"):
+            raise ValueError(f"expected views to be made on cpu or cuda, got {device}: move them there batch by batch")
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"views cannot be made on {device}, since torch sees no GPU here")
-        if batch_size < 1 or prefetch < 1 or not recipe:
-            raise ValueError(
-                f"expected batch_size, prefetch and views of 1 or more, got {batch_size}, {prefetch}, {len(recipe)}"
-            )
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"expected a dtype of torch for views, got {dtype!r}")
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"expected a floating dtype for views, got {dtype}")
+        _check_count("batch_size", batch_size, least=1)
+        _check_count("prefetch", prefetch, least=1)
+        _check_count("threads", 1 if threads is None else threads, least=1)
+        _check_count("seed", seed, least=-(2**63))
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
+            raise ValueError(f"expected a timeout of 0 seconds or more, got {timeout!r}")
         rank, world_size = _place(rank, world_size, shuffle)
         images, self.global_batch = len(source), batch_size * world_size
         fillable = whole_batches(images, batch_size if shuffle else 1, world_size, of=source)
@@ -219,14 +228,14 @@ class ViewLoader:
             stop: step to end before; None: never with `shuffle`, else at the end of the source.
 
         Raises:
-            ValueError: `start` is below 0.
+            TypeError: `start` or `stop` is no whole number; while iterating, where `Source.read` gives no bytes.
+            ValueError: `start` or `stop` is below 0.
             RuntimeError: the loader is closed, or another process's, or another thread waits for a batch of the stream
                 before.
             DataError: while iterating, where too many images cannot be read, or reading takes longer than `timeout`.
-            TypeError: while iterating, where `Source.read` gives no bytes.
         """
-        if start < 0:
-            raise ValueError(f"expected a first step of 0 or more, got {start}")
+        _check_count("start", start)
+        _check_count("stop", start if stop is None else stop)
         if self._reading.closed:
             raise RuntimeError(CLOSED)
         self._reading.require_process()
@@ -365,6 +374,14 @@ class ViewLoader:
             warnings.warn(self._reader.news.pop(0), stacklevel=4)
 
 
+def _check_count(name: str, value: Any, *, least: int = 0) -> None:
+    """Raises TypeError for what is no whole number, Python's or NumPy's, ValueError for one out of range."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"expected {name} to be a whole number, got {value!r}")
+    if not least <= int(value) < 2**63:
+        raise ValueError(f"expected {name} of {'any int64' if least < 0 else f'{least} or more'}, got {value}")
+
+
 def _place(rank: int | None, world_size: int | None, shuffle: bool) -> tuple[int, int]:
     """Which of how many processes this is."""
     if rank is None and world_size is None:
@@ -372,6 +389,8 @@ def _place(rank: int | None, world_size: int | None, shuffle: bool) -> tuple[int
         return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     if rank is None or world_size is None:
         raise ValueError(f"expected both rank and world_size, or neither, got {rank} and {world_size}")
+    _check_count("rank", rank)
+    _check_count("world_size", world_size, least=1)
     if not 0 <= rank < world_size or (world_size > 1 and not shuffle):
         raise ValueError(
             f"expected a rank below world_size, and one process where not shuffled; got {rank} of {world_size}"
