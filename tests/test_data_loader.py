@@ -552,6 +552,21 @@ def test_without_dali_torchvision_takes_its_place(pictures, monkeypatch):
         ViewLoader(pictures, cifar(1, 16), 4, backend="dali")
 
 
+@pytest.mark.parametrize("backend", ["auto", "torchvision"])
+@pytest.mark.parametrize("size", [16, 128])
+def test_without_either_a_loader_says_what_to_install(pictures, monkeypatch, backend, size):
+    for name in [name for name in sys.modules if name.startswith("nvidia.dali")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "msbreg.data.torchvision_backend", raising=False)
+    for name in ("nvidia.dali", "torchvision", "torchvision.transforms"):
+        monkeypatch.setitem(sys.modules, name, None)
+    says = r"torchvision .*; install them with pip install 'msbreg\[train\]'"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of which there is none that torchvision takes its place
+        with pytest.raises(MSBRegError, match=says):
+            ViewLoader(pictures, cifar(1, size), 4, backend=backend)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_new_stream_ends_the_one_before(pictures, backend):
     loader = ViewLoader(pictures, cifar(1, 16), 8, backend=backend, threads=1)

@@ -45,13 +45,15 @@ def open_backend(
     """The backend of that name; "auto": DALI where it can be imported, but torchvision on a CPU for large views.
 
     Raises:
-        MSBRegError: "dali" cannot be imported.
+        MSBRegError: it cannot be imported; of "auto", neither can.
         ValueError: another name.
     """
     if name not in ("auto", "dali", "torchvision"):
         raise ValueError(f'backend is "auto", "dali" or "torchvision", not {name!r}')
-    if name == "auto" and device.type == "cpu" and max(view.size for view in recipe) >= LARGE:
-        name = "torchvision" if find_spec("torchvision") else "dali"
+    large = device.type == "cpu" and max(view.size for view in recipe) >= LARGE
+    if name == "auto" and large and find_spec("torchvision"):
+        name = "torchvision"
+    missing = ""
     if name != "torchvision":
         from msbreg.data.dali_backend import DaliBackend
 
@@ -64,8 +66,12 @@ def open_backend(
                 raise MSBRegError(
                     f"DALI cannot be imported ({error}); install it with pip install 'msbreg[train]' or use torchvision"
                 ) from error
-            slower = "so torchvision decodes and augments, which is slower"
-            warnings.warn(f"DALI cannot be imported ({error}), {slower}", stacklevel=3)
-    from msbreg.data.torchvision_backend import TorchvisionBackend
-
+            missing = f"DALI cannot be imported ({error})"
+    try:
+        from msbreg.data.torchvision_backend import TorchvisionBackend
+    except ImportError as error:
+        neither = f"{missing}, nor torchvision" if missing else "torchvision cannot be imported"
+        raise MSBRegError(f"{neither} ({error}); install them with pip install 'msbreg[train]'") from error
+    if missing:
+        warnings.warn(f"{missing}, so torchvision decodes and augments, which is slower", stacklevel=3)
     return TorchvisionBackend(recipe, device, threads, dtype)

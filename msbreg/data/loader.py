@@ -141,7 +141,7 @@ class ViewLoader:
 
     Raises:
         DataError: the global batch is larger than the source, or the source is empty.
-        MSBRegError: backend "dali" is asked for and not installed.
+        MSBRegError: the backend that is asked for is not installed; of "auto", neither is.
         TypeError: an argument of another kind than the above, or labels that are no whole numbers.
         ValueError: a number is out of range, a dtype that is not floating, a device other than a CPU or a GPU by CUDA,
             no GPU where one is asked for, or `shuffle=False` with several processes.
