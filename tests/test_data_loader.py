@@ -114,6 +114,16 @@ def test_a_process_among_others_has_its_own_images_unless_told_otherwise(picture
     assert same(held_out, stream(pictures, evaluation(16), 8, shuffle=False, backend="torchvision"))
 
 
+@pytest.mark.parametrize(("processes", "threads"), [(1, 12), (4, 3), (5, 2), (16, 1)])
+def test_processes_on_one_machine_share_its_cores(pictures, monkeypatch, processes, threads):
+    monkeypatch.setattr("msbreg.data.loader.usable_cores", lambda: 12)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    with ViewLoader(pictures, cifar(1, 16), 8, backend="torchvision") as loader:
+        assert loader.threads == threads
+    with ViewLoader(pictures, cifar(1, 16), 8, backend="torchvision", threads=7) as loader:
+        assert loader.threads == 7
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_seeds_differ_in_order_and_in_pixels(pictures, backend):
     one, two = (stream(pictures, cifar(2, 24), 48, stop=1, seed=seed, backend=backend)[0] for seed in (0, 1))

@@ -36,6 +36,7 @@ from msbreg.data.source import Source, class_numbers
 from msbreg.data.threads import Threads
 from msbreg.errors import DataError
 from msbreg.machine import usable_cores
+from msbreg.processes import number_from
 
 __all__ = ["Batch", "ViewLoader", "whole_batches"]
 
@@ -135,13 +136,15 @@ class ViewLoader:
         dtype: of the views; None: float16 on a GPU, float32 on a CPU.
         backend: "dali", "torchvision", or "auto": DALI where it is installed, but torchvision on a CPU for views of 128
             pixels and more: at 224 it is faster there, between 96 and 128 that depends on the machine.
-        threads: CPU threads that decode and augment; None: the cores this process may use.
+        threads: CPU threads that decode and augment; None: the cores this process may use, divided by the processes
+            that torchrun started on this machine (LOCAL_WORLD_SIZE).
         prefetch: batches that the backend works on ahead of the one asked for; as many again are read ahead of those.
         timeout: seconds that a batch is waited for until its images have been read; 0: for ever.
 
     Raises:
         DataError: the global batch is larger than the source, or the source is empty.
-        MSBRegError: the backend that is asked for is not installed; of "auto", neither is.
+        MSBRegError: the backend that is asked for is not installed (of "auto": neither is), or LOCAL_WORLD_SIZE is no
+            number.
         TypeError: an argument of another kind than the above, or labels that are no whole numbers.
         ValueError: a number is out of range, a dtype that is not floating, a device other than a CPU or a GPU by CUDA,
             no GPU where one is asked for, or `shuffle=False` with several processes.
@@ -200,7 +203,7 @@ class ViewLoader:
         self._labels = class_numbers(source)
         self._reader = Reader(source)
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(images, seed=seed, epoch=epoch))
-        self.threads = threads or usable_cores()
+        self.threads = threads or max(1, usable_cores() // number_from("LOCAL_WORLD_SIZE", 1))
         self.dtype = dtype or (torch.float16 if self.device.type == "cuda" else torch.float32)
         self._backend = open_backend(backend, recipe, min(batch_size, images), self.device, self.threads, self.dtype)
         self._reading = Threads(READING_THREADS, "read", WORTH_A_THREAD)
