@@ -152,6 +152,20 @@ def test_the_rest_of_an_epoch_is_left_out_and_it_is_another_rest_each_time(pictu
     assert set(epochs[0]) != set(epochs[1]) != set(epochs[2])
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_epoch_is_an_iterable_with_a_length(pictures, shuffle):
+    with ViewLoader(pictures, cifar(1, 8), 10, shuffle=shuffle, backend="torchvision", threads=1) as loader:
+        length = loader.steps_per_epoch
+        whole = list(loader.batches(0, 3 * length))
+        for number in (2, 0):
+            epoch = loader.epoch(number)
+            assert len(epoch) == length == (4 if shuffle else 5)
+            assert same(whole[number * length :][:length] if shuffle else whole, list(epoch))
+        assert same(list(epoch), list(epoch))
+        with pytest.raises(ValueError, match="expected number of 0 or more, got -1"):
+            loader.epoch(-1)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_shuffle_the_images_come_once_in_order(pictures, backend):
     loader = ViewLoader(pictures, evaluation(24), 20, shuffle=False, backend=backend, threads=1)

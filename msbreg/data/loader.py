@@ -113,6 +113,20 @@ class _Stream(Iterator[Batch]):
         return True
 
 
+class Epoch:
+    """The batches of one epoch of a loader, for what wants an iterable with a length."""
+
+    def __init__(self, loader: ViewLoader, number: int) -> None:
+        self.loader, self.number = loader, number
+
+    def __len__(self) -> int:
+        return self.loader.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        first = self.number * len(self) if self.loader.shuffle else 0
+        return self.loader.batches(first, first + len(self))
+
+
 class ViewLoader:
     """Batches of views of the images of a source.
 
@@ -253,6 +267,11 @@ class ViewLoader:
         stream = _Stream(self._run(steps), self._reading)
         self._stream = weakref.ref(stream)
         return stream
+
+    def epoch(self, number: int) -> Epoch:
+        """The batches of the epoch with this number, from 0 on: an iterable of `steps_per_epoch`; see `batches`."""
+        _check_count("number", number)
+        return Epoch(self, number)
 
     def __enter__(self) -> ViewLoader:
         return self
