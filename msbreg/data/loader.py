@@ -385,8 +385,9 @@ class ViewLoader:
             raise RuntimeError(CLOSED)
         if not done:
             raise DataError(
-                f"{self._reader.longest} is still being read after {self.timeout:g} s (--data.timeout). See whether "
-                "its disk or network answers, then run the same command again to go on from the last checkpoint."
+                f"{self._reader.longest} is still being read after {self.timeout:g} s (timeout=, on the command "
+                "line --data.timeout). See whether its disk or network answers, then go on from the last checkpoint: "
+                "msbreg pretrain does where the same command is run again."
             )
         return future.result()
 
