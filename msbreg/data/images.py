@@ -1,4 +1,8 @@
-"""An encoded image: how large it is, where every backend decodes it, and its pixels by Pillow."""
+"""An encoded image: how large it is, where every backend decodes it, and its pixels by Pillow.
+
+Importing this ends Pillow's DecompressionBombWarning in the whole process: Python's filters know neither threads nor
+who called Pillow. Images so large that Pillow refuses them (DecompressionBombError) are left out and named.
+"""
 
 from __future__ import annotations
 
