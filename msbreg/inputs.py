@@ -92,7 +92,7 @@ def open_images(config: Config, processes: Processes) -> tuple[Source, Source | 
     from msbreg.data.rendered import render
 
     if config.data.path is not None:
-        path = expanded(config.data.path)
+        path = config.data.path
         return processes.of_first(lambda: _listed(config, path), "list the images")
     rendered = _cache(config) / f"rendered-{config.data.size}"
     if processes.local_rank == 0:
@@ -105,13 +105,13 @@ def _cache(config: Config) -> Path:
     return expanded(config.data.cache) if config.data.cache else cache_folder()
 
 
-def _listed(config: Config, path: Path) -> tuple[Source, Source | None]:
+def _listed(config: Config, path: str | Path) -> tuple[Source, Source | None]:
     cache: Path | None = None
     with contextlib.suppress(MSBRegError):  # what cannot be kept is made again
         cache = _cache(config)
     train, held_out = open_split(path, cache=cache)
     if config.data.eval_path is not None:
-        held_out = with_classes_of(train, open_source(expanded(config.data.eval_path), cache=cache))
+        held_out = with_classes_of(train, open_source(config.data.eval_path, cache=cache))
     elif held_out is None and has_labels(train):
         train, held_out = set_aside(train)
         say(

@@ -348,6 +348,18 @@ def test_a_fingerprint_is_of_names_labels_and_order_alone(tmp_path):
     assert packed.fingerprint() == first.fingerprint()
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    fill(tmp_path, {"photos/train/0.jpg": encoded(), "photos/val/1.jpg": encoded(), "list.txt": b"photos/val/1.jpg"})
+    for number in range(2):
+        pack(tmp_path / f"{number}.tar", {"2.jpg": encoded()})
+    lengths = {"~/photos": 2, "~/list.txt": 1, "~/0.tar": 1, "~/{0..1}.tar": 2, "~/*.tar": 2}
+    assert {path: len(open_source(path)) for path in lengths} == lengths
+    assert [len(source) for source in open_split("~/photos")] == [1, 1]
+    with pytest.raises(DataError, match="no such folder or file: ~nobody-of-that-name/photos"):
+        open_source("~nobody-of-that-name/photos")
+
+
 def test_without_a_split_everything_is_for_training(tmp_path):
     train, test = open_split(fill(tmp_path, {"a/1.jpg": b"", "b/1.jpg": b""}))
     assert len(train) == 2 and test is None

@@ -13,6 +13,7 @@ from msbreg.data.folders import ImageFolder, IndexFile
 from msbreg.data.shards import TarShards
 from msbreg.data.source import EXTENSIONS, Source, class_numbers, files_below
 from msbreg.errors import DataError
+from msbreg.files import expanded
 
 __all__ = ["open_source", "open_split", "with_classes_of"]
 
@@ -24,13 +25,13 @@ def open_source(path: str | Path, *, cache: Path | None = None) -> Source:
     """Images by what the path is: a folder of images or of tar shards, a shard or a pattern of shards, an index file.
 
     Args:
-        path: where the images are.
+        path: where the images are, ~ included.
         cache: see `TarShards`.
 
     Raises:
         DataError: there is nothing there, or nothing that holds images.
     """
-    text = str(path)
+    path = text = os.path.expanduser(str(path))
     if os.path.isdir(path):
         if any(files_below(Path(path), EXTENSIONS)):
             if any(name.lower().endswith(".tar") for name in os.listdir(path)):
@@ -57,7 +58,8 @@ def open_split(path: str | Path, *, cache: Path | None = None) -> tuple[Source, 
     Raises:
         DataError: as from `open_source`, or the held-out images have a class that the training images lack.
     """
-    folders = {below.name.lower(): below for below in sorted(_folders_in(Path(path)))}  # of two, the lower case
+    path = expanded(str(path))
+    folders = {below.name.lower(): below for below in sorted(_folders_in(path))}  # of two, the lower case
     if "train" not in folders:
         return open_source(path, cache=cache), None
     train = open_source(folders["train"], cache=cache)
