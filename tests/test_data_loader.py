@@ -553,6 +553,7 @@ def test_impossible_arguments(pictures, wrong):
         {"threads": 1.5},
         {"rank": 0.0, "world_size": 2},
         {"dtype": "float32"},
+        {"timeout": "600"},
     ],
 )
 def test_arguments_of_another_kind(pictures, wrong):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import os
 import threading
 import time
 import warnings
@@ -18,20 +17,19 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import lru_cache
-from numbers import Integral
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from msbreg.data.arguments import check_count, check_made, check_recipe, check_seconds, check_source, place
 from msbreg.data.backends import open_backend
 from msbreg.data.draws import Draw, draw, permutation
 from msbreg.data.images import UndecodableError
 from msbreg.data.reader import Reader, Sample
-from msbreg.data.recipes import Recipe, View
+from msbreg.data.recipes import Recipe
 from msbreg.data.source import Source, class_numbers
 from msbreg.data.threads import Threads
 from msbreg.errors import DataError
@@ -181,36 +179,19 @@ class ViewLoader:
         prefetch: int = 2,
         timeout: float = 600.0,
     ) -> None:
-        if isinstance(source, (str, os.PathLike)):
-            raise TypeError(f"expected a source of images, got a path: use open_source({os.fspath(source)!r})")
-        if not isinstance(source, Source):
-            raise TypeError(
-                f"expected a source of images, got {type(source).__name__}: open_source takes a path, and for other "
-                "data write a subclass of msbreg.data.Source"
-            )
-        if isinstance(recipe, str):
-            raise TypeError(f"expected a recipe of views, got {recipe!r}: use load_recipe({recipe!r}, views, size)")
-        if not (isinstance(recipe, (tuple, list)) and recipe and all(isinstance(view, View) for view in recipe)):
-            raise TypeError(f"expected a recipe, a tuple of one View or more, as byol() gives, got {recipe!r}")
-        if torch.device(device).type not in ("cpu", "cuda"):
-            raise ValueError(f"expected views to be made on cpu or cuda, got {device}: move them there batch by batch")
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"views cannot be made on {device}, since torch sees no GPU here")
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise TypeError(f"expected a dtype of torch for views, got {dtype!r}")
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"expected a floating dtype for views, got {dtype}")
-        _check_count("batch_size", batch_size, least=1)
-        _check_count("prefetch", prefetch, least=1)
-        _check_count("threads", 1 if threads is None else threads, least=1)
-        _check_count("seed", seed, least=-(2**63))
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout >= 0:
-            raise ValueError(f"expected a timeout of 0 seconds or more, got {timeout!r}")
-        rank, world_size = _place(rank, world_size, shuffle)
-        images, self.global_batch = len(source), batch_size * world_size
-        fillable = whole_batches(images, batch_size if shuffle else 1, world_size, of=source)
+        check_source(source)
+        check_recipe(recipe)
+        self.device = torch.device(device)
+        check_made(self.device, dtype)
+        check_count("batch_size", batch_size, least=1)
+        check_count("prefetch", prefetch, least=1)
+        check_count("threads", 1 if threads is None else threads, least=1)
+        check_count("seed", seed, least=-(2**63))
+        check_seconds("timeout", timeout)
+        self.rank, self.world_size = place(rank, world_size, shuffle)
+        images, self.global_batch = len(source), batch_size * self.world_size
+        fillable = whole_batches(images, batch_size if shuffle else 1, self.world_size, of=source)
         self.source, self.recipe, self.batch_size, self.seed, self.shuffle = source, recipe, batch_size, seed, shuffle
-        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.prefetch, self.timeout = prefetch, timeout
         self.steps_per_epoch = fillable if shuffle else -(-images // batch_size)
         """Steps in which each image comes at most once."""
@@ -251,8 +232,8 @@ class ViewLoader:
                 before.
             DataError: while iterating, where too many images cannot be read, or reading takes longer than `timeout`.
         """
-        _check_count("start", start)
-        _check_count("stop", start if stop is None else stop)
+        check_count("start", start)
+        check_count("stop", start if stop is None else stop)
         if self._reading.closed:
             raise RuntimeError(CLOSED)
         self._reading.require_process()
@@ -270,7 +251,7 @@ class ViewLoader:
 
     def epoch(self, number: int) -> Epoch:
         """The batches of the epoch with this number, from 0 on: an iterable of `steps_per_epoch`; see `batches`."""
-        _check_count("number", number)
+        check_count("number", number)
         return Epoch(self, number)
 
     def __enter__(self) -> ViewLoader:
@@ -395,30 +376,6 @@ class ViewLoader:
         """Names images found unreadable, from the caller's thread."""
         while self._reader.news:
             warnings.warn(self._reader.news.pop(0), stacklevel=4)
-
-
-def _check_count(name: str, value: Any, *, least: int = 0) -> None:
-    """Raises TypeError for what is no whole number, Python's or NumPy's, ValueError for one out of range."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"expected {name} to be a whole number, got {value!r}")
-    if not least <= int(value) < 2**63:
-        raise ValueError(f"expected {name} of {'any int64' if least < 0 else f'{least} or more'}, got {value}")
-
-
-def _place(rank: int | None, world_size: int | None, shuffle: bool) -> tuple[int, int]:
-    """Which of how many processes this is."""
-    if rank is None and world_size is None:
-        together = shuffle and dist.is_available() and dist.is_initialized()
-        return (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-    if rank is None or world_size is None:
-        raise ValueError(f"expected both rank and world_size, or neither, got {rank} and {world_size}")
-    _check_count("rank", rank)
-    _check_count("world_size", world_size, least=1)
-    if not 0 <= rank < world_size or (world_size > 1 and not shuffle):
-        raise ValueError(
-            f"expected a rank below world_size, and one process where not shuffled; got {rank} of {world_size}"
-        )
-    return rank, world_size
 
 
 def whole_batches(images: int, batch_size: int, world_size: int = 1, *, of: object) -> int:
