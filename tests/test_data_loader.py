@@ -107,8 +107,11 @@ def test_a_process_among_others_has_its_own_images_unless_told_otherwise(picture
     second = stream(pictures, cifar(1, 16), 8, rank=1, world_size=2, **options)
     alone = stream(pictures, cifar(1, 16), 8, rank=0, world_size=1, **options)
     held_out = stream(pictures, evaluation(16), 8, shuffle=False, backend="torchvision")
+    early = ViewLoader(pictures, cifar(1, 16), 8, backend="torchvision", threads=1)
     for name, value in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 2)):
         monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    with early, pytest.warns(UserWarning, match="made before init_process_group, so that every process has the same"):
+        early.batches()
     assert same(second, stream(pictures, cifar(1, 16), 8, **options))
     assert same(alone, stream(pictures, cifar(1, 16), 8, rank=0, world_size=1, **options))
     assert same(held_out, stream(pictures, evaluation(16), 8, shuffle=False, backend="torchvision"))

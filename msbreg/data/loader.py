@@ -188,6 +188,7 @@ class ViewLoader:
         check_count("threads", 1 if threads is None else threads, least=1)
         check_count("seed", seed, least=-(2**63))
         check_seconds("timeout", timeout)
+        self._place_given = rank is not None
         self.rank, self.world_size = place(rank, world_size, shuffle)
         images, self.global_batch = len(source), batch_size * self.world_size
         fillable = whole_batches(images, batch_size if shuffle else 1, self.world_size, of=source)
@@ -237,6 +238,12 @@ class ViewLoader:
         if self._reading.closed:
             raise RuntimeError(CLOSED)
         self._reading.require_process()
+        if not self._place_given and self.world_size == 1 < place(None, None, self.shuffle)[1]:
+            warnings.warn(
+                "this loader was made before init_process_group, so that every process has the same images and views: "
+                "make it afterwards, or give it rank= and world_size=",
+                stacklevel=2,
+            )
         before = self._stream()
         if before is not None and not before.close(
             "these batches ended when the loader was asked for others, of which it serves one stream at a time"
