@@ -10,8 +10,8 @@ __all__ = ["ema_update"]
 def ema_update(target: tuple[Tensor, ...], online: tuple[Tensor, ...], tau: float) -> None:
     """Moves the target's parameters in place: target <- tau target + (1 - tau) online.
 
-    Buffers are not for it. As in BYOL, the target network runs in training mode on its own batches, so its batch
-    normalisation keeps statistics of its own, which fit its own weights.
+    Buffers are not for it. As in BYOL, the target's batch normalisation is in training mode on batches of its own, so
+    that it keeps statistics of its own, which fit its own weights.
 
     Args:
         target: parameters of the network that follows; any device and dtype, the same as the online one's.

@@ -8,6 +8,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import nn
 from torch.nn.functional import cosine_similarity
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from msbreg.batch_norm import convert_sync_batchnorm
@@ -99,6 +100,16 @@ def test_target_follows_the_online_network_and_gets_no_gradient():
     method.after_step(0.9)
     for old, new, online in zip(before, method.target.parameters(), method.online.parameters(), strict=True):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * online)
+
+
+def test_targets_of_a_network_with_dropout_and_stochastic_depth_are_the_same_each_time():
+    method = build(small_config(model__backbone="efficientnet_b0"))
+    target, images = method.target, torch.randn(2 * BATCH, 3, 64, 64)
+    (features, t), (features_again, t_again) = target([images], BATCH), target([images], BATCH)
+    assert torch.equal(features, features_again) and torch.equal(t, t_again)
+    assert all(layer.num_batches_tracked == 2 for layer in target.modules() if isinstance(layer, _BatchNorm))
+    assert all(layer.training for layer in method.online.modules())
+    assert not any(layer.training for layer in method.eval().modules())
 
 
 def test_views_of_two_sizes_and_targets_of_the_first_size_alone():

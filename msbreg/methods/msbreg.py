@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from msbreg.ema import ema_update
 from msbreg.functional import MSBRegOutput
@@ -48,6 +49,22 @@ class MSBReg(nn.Module):
         self.criterion = criterion
         self.disperse = disperse
         self._followers: tuple[tuple[nn.Parameter, ...], tuple[nn.Parameter, ...]] | None = None
+        self.train()
+
+    def train(self, mode: bool = True) -> "MSBReg":
+        """As for any module, but the target drops nothing: of it only batch normalisation is ever in training mode.
+
+        Targets normalised by their own batch are BYOL's, whose ResNet has nothing else that training mode changes.
+        Dropout and stochastic depth, which other backbones have, would make the target of an image another one each
+        time.
+        """
+        super().train(mode)
+        if self.target is not None:
+            self.target.eval()
+            for layer in self.target.modules():
+                if isinstance(layer, _BatchNorm):
+                    layer.train(mode)
+        return self
 
     def forward(self, views: Sequence[Tensor], batch: int) -> StepOutput:
         """One step's loss.
