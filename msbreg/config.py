@@ -114,7 +114,7 @@ class ModelConfig:
     """File with weights that the backbone begins with: backbone.safetensors or backbone.pt of another run, or what
     state_dict() of the same network of torchvision or timm gives, saved by torch.save. Unset: random ones."""
     hidden: int = 256
-    """Width of the hidden layer of projector and predictor."""
+    """Width of the hidden layer of projector and predictor; simsiam's predictor has a quarter of D instead."""
     dim: int = 128
     """D, dimension of the embeddings."""
     predictor: bool = True
@@ -135,7 +135,8 @@ class MethodConfig:
     """What a step computes."""
 
     name: Literal["msbreg", "byol", "simsiam"] = "msbreg"
-    """msbreg; byol (two views, the other view's target, no dispersion); simsiam (byol without the EMA network)."""
+    """msbreg; byol (two views, the other view's target, no dispersion); simsiam (byol without the EMA network,
+    with its own heads and a predictor whose learning rate is constant)."""
     lambda_m: float = functional.LAMBDA_M
     """Weight of the multiview centroid loss; at 0, for an ablation, it is in the log alone."""
     lambda_s: float = functional.LAMBDA_S
@@ -168,7 +169,8 @@ class OptimConfig:
     steps: int = 0
     """Optimizer steps; where above 0 it replaces epochs."""
     warmup_epochs: float = 1.0
-    """Epochs in which the learning rate rises linearly from 0, before it falls to 0 by a cosine."""
+    """Epochs in which the learning rate rises linearly from 0, before it falls to 0 by a cosine; that of simsiam's
+    predictor stays at the peak."""
 
 
 @dataclass

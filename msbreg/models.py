@@ -56,19 +56,20 @@ class ConvNet(Backbone):
         return self.layers(images).mean(dim=(2, 3))
 
 
-def mlp_head(in_features: int, hidden: int, out: int) -> nn.Sequential:
+def mlp_head(in_features: int, hidden: int, out: int, *, bias: bool = False) -> nn.Sequential:
     """Linear, batch normalisation, ReLU, Linear: projector and predictor of BYOL (Grill et al. 2020, section 3.3).
 
     Args:
         in_features: width of the input, (N, in_features).
         hidden: width of the hidden layer; BYOL on ImageNet: 4096.
-        out: width of the output, (N, out); BYOL: 256. No bias, as in BYOL's code: nothing shifts all embeddings alike.
+        out: width of the output, (N, out); BYOL: 256.
+        bias: of the output. BYOL's code has none: nothing shifts all embeddings alike.
     """
     return nn.Sequential(
         nn.Linear(in_features, hidden, bias=False),  # the normalisation has the bias
         nn.BatchNorm1d(hidden),
         nn.ReLU(inplace=True),
-        nn.Linear(hidden, out, bias=False),
+        nn.Linear(hidden, out, bias=bias),
     )
 
 

@@ -83,7 +83,8 @@ def _trust_ratios(weights: list[Tensor], updates: list[Tensor], eta: float) -> S
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Splits the trainable parameters: matrices and kernels decay; biases, norms and other vectors do not.
 
-    Nor do those that a module names in `no_weight_decay()`, as timm's networks do with their tables of positions.
+    Nor do those that a module names in `no_weight_decay()`, as timm's networks do with their tables of positions. Those
+    that it names in `constant_rate()`, as SimSiam does with its predictor, have groups of their own.
 
     Args:
         module: network.
@@ -92,23 +93,32 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     Returns:
         Optimizer groups with `params`, `weight_decay` and `adapt` (which LARS reads and others pass over): decay and
         adaptation are on for parameters of two dimensions and more, those of size 1 not counted, and off for the rest,
-        as in BYOL. Empty groups are left out.
+        as in BYOL. Last come those of a constant rate, with `constant`, which schedules read. Empty groups are left
+        out.
     """
-    excepted: set[int] = set()
-    for part in module.modules():
-        if callable(getattr(part, "no_weight_decay", None)):
-            names = part.no_weight_decay()  # type: ignore[operator]
-            excepted |= {id(w) for name, w in part.named_parameters() if name in names}
+
+    def named_by(method: str) -> set[int]:
+        found: set[int] = set()
+        for part in module.modules():
+            if callable(getattr(part, method, None)):
+                names = getattr(part, method)()
+                found |= {id(w) for name, w in part.named_parameters() if name in names}
+        return found
+
+    excepted, constant = named_by("no_weight_decay"), named_by("constant_rate")
 
     def decays(w: Tensor) -> bool:
         return sum(size > 1 for size in w.shape) > 1 and id(w) not in excepted
 
     trainable = [w for w in module.parameters() if w.requires_grad]
-    tensors, vectors = [w for w in trainable if decays(w)], [w for w in trainable if not decays(w)]
-    groups = [
-        {"params": tensors, "weight_decay": weight_decay, "adapt": True},
-        {"params": vectors, "weight_decay": 0.0, "adapt": False},
-    ]
+    groups = []
+    for common in ({}, {"constant": True}):
+        part = [w for w in trainable if (id(w) in constant) == bool(common)]
+        tensors, vectors = [w for w in part if decays(w)], [w for w in part if not decays(w)]
+        groups += [
+            {"params": tensors, "weight_decay": weight_decay, "adapt": True, **common},
+            {"params": vectors, "weight_decay": 0.0, "adapt": False, **common},
+        ]
     return [group for group in groups if group["params"]]
 
 

@@ -98,7 +98,7 @@ class TrainingStep:
         self._seed(number)
         lr = warmup_cosine(number, self.steps, self.warmup_steps, self.peak_lr)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.peak_lr if group.get("constant") else lr
         out = self._pass(batch.views)
         self.optimizer.step()
         self.method.after_step(ema_tau(number, self.steps, self.config.method.tau))

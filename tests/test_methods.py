@@ -62,6 +62,17 @@ def test_simsiam_is_the_symmetric_cosine_loss_with_stopped_targets():
         torch.testing.assert_close(mine.grad, theirs.grad, msg=name, rtol=1e-4, atol=1e-6)
 
 
+def test_simsiams_heads_are_its_own():
+    """Those of its code, builder.py: the projector ends in a norm without parameters, the predictor is narrow."""
+    method = build(small_config(method__name="simsiam"))
+    last, predictor = method.online.projector[-1], method.predictor
+    assert isinstance(last, nn.BatchNorm1d) and last.num_features == 8 and not last.affine
+    shapes = {name: tuple(weight.shape) for name, weight in predictor.named_parameters()}
+    assert shapes == {"0.weight": (2, 8), "1.weight": (2,), "1.bias": (2,), "3.weight": (8, 2), "3.bias": (8,)}
+    embeddings = method([views(2)], BATCH).embeddings.flatten(0, 1)
+    torch.testing.assert_close(embeddings.mean(dim=0), torch.zeros(8), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("disperse", ["projector", "predictor"])
 def test_total_is_the_weighted_sum_of_the_terms(disperse):
     config = small_config(data__views=3, method__disperse=disperse)
@@ -176,7 +187,7 @@ def gradients_of_a_rank(rank: int, world: int, config: Config, port: int, result
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["msbreg", "byol"])
+@pytest.mark.parametrize("name", ["msbreg", "byol", "simsiam"])
 def test_gradients_of_two_processes_are_those_of_one_on_the_joined_batch(name, free_port):
     config = small_config(method__name=name, method__lambda_s=0.5)
     context = multiprocessing.get_context("spawn")

@@ -115,6 +115,22 @@ def test_scales_of_any_shape_and_what_a_network_excepts_do_not_decay():
     assert {w.shape for w in vectors["params"]} == {(3, 1, 1), (5, 2)}
 
 
+def test_what_a_network_wants_at_a_constant_rate_has_groups_of_its_own():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(2, 3), nn.Linear(3, 2)
+
+        def constant_rate(self):
+            return {"second.weight", "second.bias"}
+
+    pair = Pair()
+    groups = parameter_groups(nn.Sequential(pair), 0.1)
+    assert [id(w) for group in groups for w in group["params"]] == [id(w) for w in pair.parameters()]
+    assert [group.get("constant", False) for group in groups] == [False, False, True, True]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.1, 0.0]
+
+
 def test_a_group_without_parameters_is_left_out():
     assert len(parameter_groups(nn.Linear(2, 2, bias=False), 0.1)) == 1
 

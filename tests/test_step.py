@@ -26,6 +26,7 @@ from msbreg.metrics import read_metrics
 from msbreg.models import build_backbone, mlp_head
 from msbreg.online_probe import OnlineProbe
 from msbreg.processes import Processes
+from msbreg.schedules import warmup_cosine
 from msbreg.step import TrainingStep
 from msbreg.stopwatch import Stopwatch
 from msbreg.trainer import pretrain
@@ -117,6 +118,18 @@ def test_no_step_reads_a_number(monkeypatch, method, optimizer):
     with Reads(lambda: counters(step)) as reads:
         step(images, 1)
     assert reads.found == []
+
+
+def test_the_learning_rate_of_simsiams_predictor_is_constant():
+    step = build(method__name="simsiam", optim__name="sgd")
+    predictor = {id(weight) for weight in step.method.predictor.parameters()}
+    for number in range(STEPS):
+        step(batch(), number)
+        for group in step.optimizer.param_groups:
+            of_predictor = {id(weight) in predictor for weight in group["params"]}
+            assert of_predictor == {group["lr"] == step.peak_lr} or number == 1  # where all are at the peak
+        assert step.lr == warmup_cosine(number, STEPS, 1, step.peak_lr)
+    assert len(build(method__name="byol").optimizer.param_groups) == 2
 
 
 def test_no_step_of_several_processes_reads_a_number(monkeypatch, free_port):

@@ -30,16 +30,15 @@ def build_method(config: Config, group: dist.ProcessGroup | None = None) -> MSBR
     backbone = build_backbone(config.model.backbone, stem=config.model.stem)
     if config.model.weights is not None:
         load_weights(backbone, expanded(config.model.weights))
-    projector = mlp_head(backbone.num_features, config.model.hidden, config.model.dim)
+    hidden, dim = config.model.hidden, config.model.dim
+    projector = mlp_head(backbone.num_features, hidden, dim)
     online = Encoder(backbone, projector, view_chunk=config.model.view_chunk)
-
-    def predictor() -> nn.Module:
-        return mlp_head(config.model.dim, config.model.hidden, config.model.dim)
-
+    if config.method.name == "simsiam":  # whose heads are not BYOL's
+        projector.append(nn.BatchNorm1d(dim, affine=False))
+        return SimSiam(online, mlp_head(dim, max(1, dim // 4), dim, bias=True))
     if config.method.name == "byol":
-        return BYOL(online, predictor())
-    if config.method.name == "simsiam":
-        return SimSiam(online, predictor())
+        return BYOL(online, mlp_head(dim, hidden, dim))
+    predictor = mlp_head(dim, hidden, dim) if config.model.predictor else None
     criterion = MSBRegLoss(
         lambda_m=config.method.lambda_m,
         lambda_s=config.method.lambda_s,
@@ -49,4 +48,4 @@ def build_method(config: Config, group: dist.ProcessGroup | None = None) -> MSBR
         seed=config.run.seed,
         group=group,
     )
-    return MSBReg(online, predictor() if config.model.predictor else None, criterion, disperse=config.method.disperse)
+    return MSBReg(online, predictor, criterion, disperse=config.method.disperse)
