@@ -17,6 +17,7 @@ from msbreg.config import Config, packaged_configs
 from msbreg.data import ViewLoader
 from msbreg.dry_run import PIXELS_ON_A_CPU, dry_run
 from msbreg.errors import MSBRegError
+from msbreg.files import read_yaml
 from msbreg.methods import build_method
 from msbreg.step import TrainingStep
 
@@ -56,6 +57,13 @@ def test_the_networks_have_as_many_threads_as_in_the_run():
 def test_every_number_of_a_config_has_its_source(file):
     numbers = re.findall(r"^ +\w+: [\d.].*$", file.read_text(), re.MULTILINE)
     assert len(numbers) > 15 and [line for line in numbers if not re.search(r"# \S+", line)] == []
+
+
+@pytest.mark.parametrize("name", [name for name in packaged_configs() if name.startswith("imagenet-")])
+def test_the_moving_average_remembers_as_many_images_as_byols(name):
+    """Whose tau of .99 is for batches of 4096."""
+    options = read_yaml(packaged_configs()[name])
+    assert options["method"]["tau"] == pytest.approx(0.99 ** (options["data"]["batch_size"] / 4096), abs=5e-5)
 
 
 @pytest.mark.parametrize("name", packaged_configs())
