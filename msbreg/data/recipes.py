@@ -116,7 +116,9 @@ def _alternate(blocks: Recipe, views: int) -> Recipe:
 def byol(views: int = 2, size: int = 224) -> Recipe:
     """BYOL's two blocks in turn: view 0 always blurred, view 1 seldom blurred and at times solarized.
 
-    Source: Grill et al. 2020, appendix B, table 6; lightly's and solo-learn's recipes for ImageNet agree.
+    Source: Grill et al. 2020, appendix B, table 6; lightly's and solo-learn's recipes for ImageNet agree. Brightness is
+    a factor, as in theirs; in BYOL's code it is a summand, and contrast turns about each channel's mean
+    (docs/decisions.md, "The colour jitter is one matrix").
 
     Raises:
         ValueError: fewer than one view.
