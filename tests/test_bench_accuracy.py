@@ -314,3 +314,9 @@ def test_the_choices_are_written_only_where_asked(tmp_path, swatches, monkeypatc
     assert len(result["rows"]["no Brownian loss"]) == 1 and str(swatches) not in str(result)
     assert table in Path("new/choices.md").read_text()
     assert page.read_text() == before
+
+
+def test_the_page_of_choices_is_drawn_from_its_results_and_has_choices_alone():
+    result = json.loads((records.ROOT / "bench/results/cpu/2026-11-22/choices.json").read_text())
+    assert result["rows"].keys() == choices.ROWS.keys()
+    assert (records.ROOT / "docs/choices.md").read_text() == choices.page(result)
