@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Point", "draw", "equal_lengths", "equal_minutes", "one_line", "points"]
+__all__ = ["Point", "draw", "equal_lengths", "one_line", "points", "similar_minutes"]
 
 
 class Point(NamedTuple):
@@ -154,14 +154,14 @@ def cells_of(point: Point) -> list[str]:
     return [point.percent(point.linear), point.percent(point.knn), minutes]
 
 
-def equal_minutes(found: list[Point]) -> str:
-    """A table of the linear accuracy after the longest schedule that uses a time up, with its epochs and minutes."""
+def similar_minutes(found: list[Point]) -> str:
+    """A table of the linear accuracy after the longest schedule of about a time, with its epochs and minutes."""
     marks = sorted({point.mark for point in found})
     rows = []
     for name, of_method in by_name(found).items():
         longest = {point.mark: point for point in sorted(of_method, key=lambda point: point.epochs)}
         rows.append([name, *(timed(longest[mark]) if mark in longest else "" for mark in marks)])
-    return markdown_table(["method", *(f"{mark:g} min" for mark in marks)], rows)
+    return markdown_table(["method", *(f"{mark / 2:g} to {mark:g} min" for mark in marks)], rows)
 
 
 def timed(point: Point) -> str:
@@ -206,8 +206,9 @@ def page(
         "Equal views of each image": equal_lengths(
             [*found, *known], views_seen, lambda point: point.views_seen, "views"
         ),
-        "Equal minutes": "Linear probe, %, after the longest schedule that ends within so many minutes and takes more "
-        f"than half of them; in brackets its epochs and its minutes.\n\n{equal_minutes(found)}",
+        "Minutes within a factor of two": "Linear probe, %, after the longest schedule that takes more than the "
+        "first and at most the second number of minutes: one run of a column may have had nearly twice the time of "
+        f"another. In brackets are its epochs and its minutes.\n\n{similar_minutes(found)}",
         "Failed runs": "\n".join(f"* {name}: {reason}" for name, reason in failed.items()),
         "All runs": everything(found),
     }
