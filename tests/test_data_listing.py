@@ -85,7 +85,7 @@ def test_shards_that_changed_but_for_size_and_time_are_scanned_again(shards, sca
 def test_images_that_are_passed_over_are_named_each_time(tmp_path, scans):
     pack(tmp_path / "0.tar", ["a", "IMG.1"])
     for _ in range(2):
-        with pytest.warns(UserWarning, match=r"0\.tar has more images: 1 such as IMG\.1\.jpg were passed over"):
+        with pytest.warns(UserWarning, match=r"0\.tar: 1 such as IMG\.1\.jpg were passed over"):
             TarShards(tmp_path / "0.tar", cache=tmp_path / "cache")
     assert scans == ["0.tar"]
 

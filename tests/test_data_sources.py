@@ -178,6 +178,21 @@ def test_images_with_dots_in_their_names_are_passed_over_and_said_to_be(tmp_path
         TarShards(pack(tmp_path / "s.tar", {"photo.v1.jpg": b"a"}))
 
 
+def test_a_shard_without_images_among_others_is_named(tmp_path):
+    pack(tmp_path / "0.tar", {"a.jpg": b"a"})
+    pack(tmp_path / "1.tar", {"a.npy": b"a"})
+    with pytest.warns(UserWarning, match=r"1 such as .*1\.tar were passed over: these of its 2 shards hold no images"):
+        assert len(TarShards(tmp_path)) == 1
+
+
+def test_a_tar_file_of_tar_files_is_an_error(tmp_path):
+    """As that of ImageNet's training images, beside which those for validation would be all that is trained on."""
+    pack(tmp_path / "images-b.tar", {"1.jpg": b"a"})
+    pack(tmp_path / "images-a.tar", {"n01.tar": b"a", "n02.tar": b"b"})
+    with pytest.raises(DataError, match=r"images-a\.tar holds 2 tar files instead of images: unpack it"):
+        TarShards(tmp_path)
+
+
 def packed(path, *members):
     """A shard of members of any type: name and data, or name, type and what it links to."""
     with tarfile.open(path, "w") as archive:

@@ -18,7 +18,7 @@ from msbreg.files import whole_file
 
 __all__ = ["Listing", "listing_file", "load_listing", "save_listing"]
 
-VERSION = 2
+VERSION = 3
 """Of what a listing is made of, and by which rules: another one is not read."""
 
 

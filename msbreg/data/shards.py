@@ -8,8 +8,10 @@ import os
 import re
 import tarfile
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,15 +39,16 @@ class TarShards(Source):
 
     The headers are scanned once, at the start; images are then read at their offsets, in any order. Of a sample, its
     first image counts, and its `cls` member is the label, unknown where that is empty or -1. Samples without an image
-    are passed over. Of members of one name the last counts, as for tar, and a hard link is what it links to.
+    are passed over, and shards without one too, with a warning. Of members of one name the last counts, as for tar, and
+    a hard link is what it links to.
 
     Args:
         path: one shard, a folder of shards, or a pattern with {000..127}, {a,b}, * or ?.
         cache: folder that keeps what the scan found, for the next time; None: it is not kept.
 
     Raises:
-        DataError: nothing matches, a shard is not an uncompressed tar file, is cut short or has sparse members, or
-            there is no image.
+        DataError: nothing matches, a shard is not an uncompressed tar file, is cut short, has sparse members or tar
+            files in the place of images, or there is no image.
     """
 
     def __init__(self, path: str | Path, *, cache: Path | None = None) -> None:
@@ -61,19 +64,21 @@ class TarShards(Source):
                 save_listing(file, listing)
         self.names, self.place, self.labels, self.classes, remarks = listing
         for remark in remarks:
-            warnings.warn(f"{self.pattern} has more images: {remark}", stacklevel=2)
+            warnings.warn(f"{self.pattern}: {remark}", stacklevel=2)
 
     def _scanned(self) -> Listing:
         with ThreadPoolExecutor(max_workers=min(8, len(self.shards))) as pool:
             found = list(pool.map(_scan_shard, self.shards))
-        members = [(shard, *member) for shard, (inside, _, _) in enumerate(found) for member in inside]
-        dotted = [name for _, names, _ in found for name in names]
-        links = [name for _, _, names in found for name in names]
+        members = [(shard, *member) for shard, one in enumerate(found) for member in one.images]
+        dotted = [name for one in found for name in one.dotted]
+        links = [name for one in found for name in one.links]
+        empty = [shard for shard, one in zip(self.shards, found, strict=True) if not one.images]
         remarks = [
             f"{len(names):,} such as {names[0]} were passed over: {why}"
             for names, why in (
                 (dotted, "in WebDataset all that follows the first dot of a name is its ending"),
                 (links, "they are links, but not hard ones to members before them"),
+                (empty, f"these of its {len(found):,} shards hold no images"),
             )
             if names
         ]
@@ -138,17 +143,24 @@ def _expand_braces(text: str) -> list[str]:
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 
-def _scan_shard(path: str) -> tuple[list[tuple[str, int, int, str | None]], list[str], list[str]]:
-    """Name, offset, size and label of every sample's first image, in the shard's order.
+class _Scanned(NamedTuple):
+    """What a shard holds."""
 
-    And the names of images in samples that have none, since what follows the first dot is not an image's ending alone;
-    and those of links that are not followed.
-    """
+    images: list[tuple[str, int, int, str | None]]
+    """Name, offset, size and label of every sample's first image, in the shard's order."""
+    dotted: list[str]
+    """Names of images in samples that have none, since what follows the first dot is not an image's ending alone."""
+    links: list[str]
+    """Names of links that are not followed."""
+
+
+def _scan_shard(path: str) -> _Scanned:
     places: dict[str, tuple[int, int]] = {}
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, str | None] = {}
     dotted: list[tuple[str, str]] = []
     links: list[str] = []
+    endings: Counter[str] = Counter()
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -166,6 +178,7 @@ def _scan_shard(path: str) -> tuple[list[tuple[str, int, int, str | None]], list
                 key, ending = f"{folder}/{stem}", ending.lower()
                 if not stem:  # hidden
                     continue
+                endings[last_ending(base)] += 1
                 if member.issym() or member.name not in places:
                     links += [member.name] * (ending in EXTENSIONS)
                 elif ending in EXTENSIONS and (key not in images or images[key][0] == member.name):
@@ -185,5 +198,10 @@ def _scan_shard(path: str) -> tuple[list[tuple[str, int, int, str | None]], list
         raise DataError(f"shard {path} is not a whole, uncompressed tar file: {error}") from error
     except OSError as error:
         raise DataError(f"shard {path} cannot be read: {error.strerror}") from error
+    if not images and endings["tar"]:
+        raise DataError(
+            f"shard {path} holds {endings['tar']:,} tar files instead of images: unpack it, and where each of them is "
+            "a class, as ImageNet's are, these too, each into a folder of its own inside a folder train"
+        )
     passed_over = [name for key, name in dotted if key not in images]
-    return [(*image, labels.get(key)) for key, image in images.items()], passed_over, links
+    return _Scanned([(*image, labels.get(key)) for key, image in images.items()], passed_over, links)
