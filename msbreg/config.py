@@ -74,9 +74,9 @@ class DataConfig:
     path: str | None = None
     """Image folder, folder or pattern of tar shards, or index file; unset: images that msbreg renders itself."""
     eval_path: str | None = None
-    """Held-out images for evaluation; unset: val/, valid/, validation/ or test/ beside train/, else a tenth of labelled
-    images. They are classified where they have labels of two classes or more, and the training images too, four images
-    a class; else each is to be recognised again."""
+    """Held-out images for evaluation; unset: val/, valid/, validation/ or test/ beside train/, or shards of one folder
+    with these words in their names, else a tenth of labelled images. They are classified where they have labels of two
+    classes or more, and the training images too, four images a class; else each is to be recognised again."""
     images: int = 0
     """Images of an epoch, for --dry-run where there is no --data.path to count; 0: as many as msbreg renders.
     Where it is set, training wants a --data.path, and warns where that has a hundredth more or fewer."""

@@ -336,6 +336,39 @@ def test_split_folders_number_classes_alike(tmp_path, held_out):
     assert test.labels.tolist() == [1, 2] and test.classes == ["ant", "bee", "cat"]
 
 
+@pytest.mark.parametrize("word", ["val", "valid", "validation", "test"])
+def test_shards_of_a_split_may_lie_in_one_folder(tmp_path, word):
+    for name, classes in (("in1k-train-0", "ab"), ("IN1k-Train-1", "c"), (f"in1k-{word}-00", "cb"), ("x_test", "a")):
+        files = {f"{name}-{one}.{end}": one.encode() for one in classes for end in ("jpg", "cls")}
+        pack(tmp_path / f"{name}.tar", files)
+    train, held_out = open_split(tmp_path, cache=tmp_path / "cache")
+    assert sorted(map(train.read, range(len(train)))) == [b"a", b"b", b"c"]
+    expected = [b"b", b"c"] if word != "test" else [b"a", b"b", b"c"]
+    assert sorted(map(held_out.read, range(len(held_out)))) == expected and held_out.classes == ["a", "b", "c"]
+    assert str(train) == f"the train shards of {tmp_path}" and str(held_out) == f"the {word} shards of {tmp_path}"
+    assert len(open_split(tmp_path / "*.tar")[0]) == 6
+
+
+@pytest.mark.parametrize(
+    "names", [["a-train-0", "a-train-1"], ["a-val-0", "a-val-1"], ["train-0", "a-0"], ["trainval-0", "testing-0"]]
+)
+def test_shards_whose_names_tell_of_nothing_held_out_are_all_for_training(tmp_path, names):
+    for name in names:
+        pack(tmp_path / f"{name}.tar", {f"{name}.jpg": b""})
+    train, held_out = open_split(tmp_path)
+    assert len(train) == 2 and held_out is None
+
+
+@pytest.mark.parametrize(
+    "names", [["train-0", "train-val-0", "val-0"], ["0", "val-0"], ["train", "val", "0"], ["val", "test"]]
+)
+def test_shards_whose_names_do_not_tell_which_are_held_out(tmp_path, names):
+    for name in names:
+        pack(tmp_path / f"{name}.tar", {f"{name}.jpg": b""})
+    with pytest.raises(DataError, match=r"but not which: give --data\.path '.*/\*\.tar' to train on all, or patterns"):
+        open_split(tmp_path)
+
+
 @pytest.mark.parametrize(("labelled", "unlabelled"), [("train", "val"), ("val", "train")])
 def test_a_split_may_have_classes_on_one_side_alone(tmp_path, labelled, unlabelled):
     names = [f"{labelled}/ant/1.jpg", f"{labelled}/bee/1.jpg", f"{unlabelled}/1.jpg", f"{unlabelled}/2.jpg"]

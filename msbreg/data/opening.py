@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from msbreg.data.folders import ImageFolder, IndexFile
-from msbreg.data.shards import TarShards
+from msbreg.data.shards import TarShards, words_of
 from msbreg.data.source import EXTENSIONS, Source, class_numbers, files_below
 from msbreg.errors import DataError
 from msbreg.files import expanded
@@ -18,7 +18,7 @@ from msbreg.files import expanded
 __all__ = ["open_source", "open_split", "with_classes_of"]
 
 HELD_OUT = ("val", "valid", "validation", "test")
-"""Names of folders beside `train`, the first of which that is there is held out."""
+"""Names of folders and of shards beside `train`, the first of which that is there is held out."""
 
 
 def open_source(path: str | Path, *, cache: Path | None = None) -> Source:
@@ -52,15 +52,19 @@ def open_split(path: str | Path, *, cache: Path | None = None) -> tuple[Source, 
     """Training images, and held-out images where they lie beside them.
 
     A folder with `train` in it is a split one, and one of `val`, `valid`, `validation` and `test` beside it has the
-    held-out images, in capitals or not; of anything else all images are for training. Class numbers of the held-out
-    images are those of the training images.
+    held-out images, in capitals or not; so it is with the words in the names of tar shards in one folder. Of anything
+    else all images are for training. Class numbers of the held-out images are those of the training images.
 
     Raises:
-        DataError: as from `open_source`, or the held-out images have a class that the training images lack.
+        DataError: as from `open_source`, the held-out images have a class that the training images lack, or the names
+            of shards do not tell which of them are held out.
     """
     path = expanded(str(path))
     folders = {below.name.lower(): below for below in sorted(_folders_in(path))}  # of two, the lower case
     if "train" not in folders:
+        if word := _held_out_shards(path):
+            train: Source = TarShards(path, cache=cache, only="train")
+            return train, with_classes_of(train, TarShards(path, cache=cache, only=word))
         return open_source(path, cache=cache), None
     train = open_source(folders["train"], cache=cache)
     for name in HELD_OUT:
@@ -74,6 +78,26 @@ def open_split(path: str | Path, *, cache: Path | None = None) -> tuple[Source, 
             stacklevel=2,
         )
     return train, None
+
+
+def _held_out_shards(folder: Path) -> str | None:
+    """The word in the names of a folder's shards that are held out beside those called `train`; None: it has none."""
+    if not folder.is_dir() or any(files_below(folder, EXTENSIONS)):
+        return None
+    examples: dict[str, str] = {}  # of names with one of the words, and with none or several
+    for shard in sorted(files_below(folder, ("tar",))):
+        words = words_of(shard) & {"train", *HELD_OUT}
+        examples.setdefault(words.pop() if len(words) == 1 else "", shard)
+    held_out = [word for word in HELD_OUT if word in examples]
+    if not held_out or len(examples) == 1:
+        return None
+    if "train" not in examples or "" in examples:
+        raise DataError(
+            f"the shards of {folder} are called {' and '.join(examples.values())}, by which some seem to be held out, "
+            f"but not which: give --data.path '{folder}/*.tar' to train on all, or patterns of both, as in --data.path "
+            f"'{folder}/train*.tar' --data.eval_path '{folder}/{held_out[0]}*.tar'"
+        )
+    return held_out[0]
 
 
 def _folders_in(path: Path) -> list[Path]:

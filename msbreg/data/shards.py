@@ -28,7 +28,7 @@ from msbreg.data.source import (
 )
 from msbreg.errors import DataError
 
-__all__ = ["TarShards"]
+__all__ = ["TarShards", "words_of"]
 
 _READ_BYTES = 1 << 20
 """Read at a time to see that nothing but zeros follows a tar file's end; tar files that were joined have more there."""
@@ -45,15 +45,16 @@ class TarShards(Source):
     Args:
         path: one shard, a folder of shards, or a pattern with {000..127}, {a,b}, * or ?.
         cache: folder that keeps what the scan found, for the next time; None: it is not kept.
+        only: part of the name of those among them that count, as `train`; None: all count.
 
     Raises:
         DataError: nothing matches, a shard is not an uncompressed tar file, is cut short, has sparse members or tar
             files in the place of images, or there is no image.
     """
 
-    def __init__(self, path: str | Path, *, cache: Path | None = None) -> None:
-        self.pattern = str(path)
-        self.shards = _expand_shards(path)
+    def __init__(self, path: str | Path, *, cache: Path | None = None, only: str | None = None) -> None:
+        self.pattern = str(path) if only is None else f"the {only} shards of {path}"
+        self.shards = [shard for shard in _expand_shards(path) if only is None or only in words_of(shard)]
         if not self.shards:
             raise DataError(f"{self.pattern} names no shards: expected tar files, or rising numbers as in {{000..127}}")
         file = None if cache is None else listing_file(cache, self.shards)
@@ -111,6 +112,11 @@ class TarShards(Source):
 
     def __str__(self) -> str:
         return self.pattern
+
+
+def words_of(shard: str) -> set[str]:
+    """The words in a shard's own name, in small letters: `train` and `tar` for .../train-0001.tar."""
+    return set(re.findall("[a-z]+", base_name(shard).lower()))
 
 
 def _expand_shards(path: str | Path) -> list[str]:
