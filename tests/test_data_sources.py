@@ -336,6 +336,21 @@ def test_split_folders_number_classes_alike(tmp_path, held_out):
     assert test.labels.tolist() == [1, 2] and test.classes == ["ant", "bee", "cat"]
 
 
+@pytest.mark.parametrize("kind", ["jpg", "tar"])
+def test_a_split_further_down_is_not_trained_on_as_a_whole(tmp_path, kind):
+    """As in Kaggle's copy of ImageNet."""
+    data = pack(tmp_path / "some.tar", {"1.jpg": b""}).read_bytes()
+    (tmp_path / "some.tar").unlink()
+    fill(tmp_path, dict.fromkeys([f"Data/CLS/{name}/1.{kind}" for name in ("train", "val", "test")], data))
+    with pytest.raises(
+        DataError, match=r"but .*/Data/CLS has one, with val beside it: give --data\.path .*/Data/CLS, or"
+    ):
+        open_split(tmp_path)
+    assert len(open_split(tmp_path / "Data/CLS")[1]) == 1
+    (tmp_path / "Data/CLS/train").rename(tmp_path / "Data/CLS/other")
+    assert len(open_split(tmp_path)[0]) == 3
+
+
 @pytest.mark.parametrize("word", ["val", "valid", "validation", "test"])
 def test_shards_of_a_split_may_lie_in_one_folder(tmp_path, word):
     for name, classes in (("in1k-train-0", "ab"), ("IN1k-Train-1", "c"), (f"in1k-{word}-00", "cb"), ("x_test", "a")):

@@ -56,8 +56,8 @@ def open_split(path: str | Path, *, cache: Path | None = None) -> tuple[Source, 
     else all images are for training. Class numbers of the held-out images are those of the training images.
 
     Raises:
-        DataError: as from `open_source`, the held-out images have a class that the training images lack, or the names
-            of shards do not tell which of them are held out.
+        DataError: as from `open_source`, the held-out images have a class that the training images lack, the names of
+            shards do not tell which of them are held out, or it is a folder further down that is split.
     """
     path = expanded(str(path))
     folders = {below.name.lower(): below for below in sorted(_folders_in(path))}  # of two, the lower case
@@ -65,7 +65,9 @@ def open_split(path: str | Path, *, cache: Path | None = None) -> tuple[Source, 
         if word := _held_out_shards(path):
             train: Source = TarShards(path, cache=cache, only="train")
             return train, with_classes_of(train, TarShards(path, cache=cache, only=word))
-        return open_source(path, cache=cache), None
+        source = open_source(path, cache=cache)
+        _refuse_split_below(Path(path), source)
+        return source, None
     train = open_source(folders["train"], cache=cache)
     for name in HELD_OUT:
         if name in folders:
@@ -98,6 +100,28 @@ def _held_out_shards(folder: Path) -> str | None:
             f"'{folder}/train*.tar' --data.eval_path '{folder}/{held_out[0]}*.tar'"
         )
     return held_out[0]
+
+
+def _refuse_split_below(folder: Path, source: Source) -> None:
+    """Raises DataError where images lie in folders `train` and `val`, or another of these, that are not at the top."""
+    if isinstance(source, ImageFolder):
+        files = source.paths
+    elif isinstance(source, TarShards) and folder.is_dir():
+        files = [os.path.relpath(shard, folder) for shard in source.shards]
+    else:
+        return
+    inside: dict[str, set[str]] = {}  # names of folders, by the folder that they lie in
+    for below in {file.rpartition("/")[0] for file in files}:
+        names = below.split("/")
+        for depth, name in enumerate(names):
+            inside.setdefault("/".join(names[:depth]), set()).add(name.lower())
+    for above, found in sorted(inside.items()):
+        held_out = [name for name in HELD_OUT if name in found]
+        if "train" in found and held_out:
+            raise DataError(
+                f"{folder} has no folder train, but {folder / above} has one, with {held_out[0]} beside it: give "
+                f"--data.path {folder / above}, or an index file of the images where all are to be trained on"
+            )
 
 
 def _folders_in(path: Path) -> list[Path]:
