@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ pytest.importorskip("PIL", reason="this needs the extra [train]")
 
 from PIL import Image, ImageOps, features
 
-from msbreg.data import ImageFolder, IndexFile, TarShards, folders, images, open_source, open_split
+from msbreg.data import ImageFolder, IndexFile, TarShards, folders, images, open_source, open_split, shards, tars
 from msbreg.data.images import UnreadableError, decode, probe
 from msbreg.data.reader import Reader
 from msbreg.errors import DataError
@@ -713,6 +714,52 @@ def test_only_unreadable_images_are_an_error(tmp_path, count):
 def test_one_percent_may_be_unreadable(tmp_path):
     reader = Reader(ImageFolder(fill(tmp_path, {f"{i:04d}.jpg": b"" for i in range(2500)})))
     assert reader.limit == 25
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT])
+def test_plain_headers_say_to_us_what_they_say_to_tarfile(tmp_path, kind):
+    path = tmp_path / "s.tar"
+    names = [
+        "1.jpg",
+        "ü/" + "d" * 60 + "/2.jpg",
+        "e" * 40 + "/" + "f" * 59 + ("/3.jpg" if kind == 0 else ""),
+        "g\udce9",
+    ]
+    with tarfile.open(path, "w", format=kind) as archive:
+        for number, name in enumerate(names):
+            member = tarfile.TarInfo(name)
+            member.size = 511 * number
+            archive.addfile(member, io.BytesIO(bytes(member.size)))
+        for name, what in (("h", tarfile.LNKTYPE), ("s", tarfile.SYMTYPE), ("d", tarfile.DIRTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = what, names[0]
+            archive.addfile(member)
+    with path.open("rb") as file:
+        found = list(tars.members_of_plain(file.fileno()))
+    assert found == list(tars.members(str(path))) and [member.name for member in found] == [*names, "h", "s"]
+
+
+@pytest.mark.parametrize("place", [0, 100, 124, 148, 156, 257, 345, 511, 1024 + 5, 3 * 1024])
+def test_headers_that_are_not_plain_are_left_to_tarfile(tmp_path, place):
+    """Damage to any byte of one: what tarfile makes of it counts, and shards of other kinds are not listed by us."""
+    path = pack(tmp_path / "s.tar", {"1.jpg": b"a", "2.jpg": b"b", "3.jpg": b"c"})
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0x11
+    path.write_bytes(bytes(data))
+    with path.open("rb") as file, pytest.raises(tars.OddTarError):
+        list(tars.members_of_plain(file.fileno()))
+    with pytest.raises(DataError, match="not a whole, uncompressed tar file"):
+        TarShards(path)
+
+
+def test_a_listing_that_takes_long_is_announced(tmp_path, monkeypatch, capfd):
+    path, scan = pack(tmp_path / "s.tar", {"1.jpg": b"a"}), shards._scan_shard
+    TarShards(path)
+    monkeypatch.setattr(shards, "SECONDS_UNTIL_SAID", 0.01)
+    monkeypatch.setattr(shards, "_scan_shard", lambda path: (time.sleep(0.5), scan(path))[1])
+    assert capfd.readouterr().err == ""
+    TarShards(path)
+    assert capfd.readouterr().err == f"listing 1 shard: {path}\n"
 
 
 def with_size_field(path, place, field):

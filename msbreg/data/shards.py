@@ -6,15 +6,19 @@ import glob
 import itertools
 import os
 import re
+import sys
 import tarfile
+import threading
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from msbreg.console import say
 from msbreg.data.listing import Listing, listing_file, load_listing, save_listing
 from msbreg.data.source import (
     ENDINGS,
@@ -26,12 +30,13 @@ from msbreg.data.source import (
     last_ending,
     number_classes,
 )
+from msbreg.data.tars import Member, OddTarError, members, members_of_plain
 from msbreg.errors import DataError
 
 __all__ = ["TarShards", "words_of"]
 
-_READ_BYTES = 1 << 20
-"""Read at a time to see that nothing but zeros follows a tar file's end; tar files that were joined have more there."""
+SECONDS_UNTIL_SAID = 3.0
+"""After which it is said that shards are being listed."""
 
 
 class TarShards(Source):
@@ -68,8 +73,16 @@ class TarShards(Source):
             warnings.warn(f"{self.pattern}: {remark}", stacklevel=2)
 
     def _scanned(self) -> Listing:
-        with ThreadPoolExecutor(max_workers=min(8, len(self.shards))) as pool:
-            found = list(pool.map(_scan_shard, self.shards))
+        plural = "s" * (len(self.shards) > 1)
+        said = f"listing {len(self.shards):,} shard{plural}: {self.pattern}"
+        news = threading.Timer(SECONDS_UNTIL_SAID, say, (said, sys.stderr))
+        news.daemon = True
+        news.start()
+        try:
+            with ThreadPoolExecutor(max_workers=min(8, len(self.shards))) as pool:
+                found = list(pool.map(_scan_shard, self.shards))
+        finally:
+            news.cancel()
         members = [(shard, *member) for shard, one in enumerate(found) for member in one.images]
         dotted = [name for one in found for name in one.dotted]
         links = [name for one in found for name in one.links]
@@ -161,49 +174,48 @@ class _Scanned(NamedTuple):
 
 
 def _scan_shard(path: str) -> _Scanned:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            return _scan(path, descriptor, members_of_plain(descriptor))
+        except OddTarError:
+            return _scan(path, descriptor, members(path))
+        finally:
+            os.close(descriptor)
+    except tarfile.TarError as error:
+        raise DataError(f"shard {path} is not a whole, uncompressed tar file: {error}") from error
+    except OSError as error:
+        raise DataError(f"shard {path} cannot be read: {error.strerror}") from error
+
+
+def _scan(path: str, descriptor: int, inside: Iterable[Member]) -> _Scanned:
     places: dict[str, tuple[int, int]] = {}
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, str | None] = {}
     dotted: list[tuple[str, str]] = []
     links: list[str] = []
     endings: Counter[str] = Counter()
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                tar.members.clear()  # type: ignore[attr-defined]  # which it would keep for a second pass
-                if member.issparse():
-                    raise DataError(f"shard {path} has {member.name} as a sparse file: pack it without tar's --sparse")
-                if member.isreg():
-                    places[member.name] = (member.offset_data, member.size)
-                elif member.islnk() and member.linkname in places:
-                    places[member.name] = places[member.linkname]
-                elif not member.issym() and not member.islnk():  # a folder
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                stem, _, ending = base.partition(".")
-                key, ending = f"{folder}/{stem}", ending.lower()
-                if not stem:  # hidden
-                    continue
-                endings[last_ending(base)] += 1
-                if member.issym() or member.name not in places:
-                    links += [member.name] * (ending in EXTENSIONS)
-                elif ending in EXTENSIONS and (key not in images or images[key][0] == member.name):
-                    images[key] = (member.name, *places[member.name])
-                elif last_ending(ending) in EXTENSIONS:
-                    dotted.append((key, member.name))
-                elif ending == "cls":
-                    offset, size = places[member.name]
-                    tar.fileobj.seek(offset)
-                    labels[key] = label_of(tar.fileobj.read(size).decode("utf-8", "replace").strip())
-            # tarfile takes anything but a header for the end of the file, where there should be zeros alone.
-            tar.fileobj.seek(tar.offset)
-            while block := tar.fileobj.read(_READ_BYTES):
-                if any(block):
-                    raise tarfile.ReadError(f"after its end, at byte {tar.offset:,}, something else follows")
-    except tarfile.TarError as error:
-        raise DataError(f"shard {path} is not a whole, uncompressed tar file: {error}") from error
-    except OSError as error:
-        raise DataError(f"shard {path} cannot be read: {error.strerror}") from error
+    for member in inside:
+        name = member.name
+        if member.hard_link in places:
+            places[name] = places[member.hard_link]
+        elif member.hard_link is None and not member.symbolic:
+            places[name] = (member.offset, member.size)
+        folder, _, base = name.rpartition("/")
+        stem, _, ending = base.partition(".")
+        key, ending = f"{folder}/{stem}", ending.lower()
+        if not stem:  # hidden
+            continue
+        endings[last_ending(base)] += 1
+        if member.symbolic or name not in places:
+            links += [name] * (ending in EXTENSIONS)
+        elif ending in EXTENSIONS and (key not in images or images[key][0] == name):
+            images[key] = (name, *places[name])
+        elif last_ending(ending) in EXTENSIONS:
+            dotted.append((key, name))
+        elif ending == "cls":
+            offset, size = places[name]
+            labels[key] = label_of(os.pread(descriptor, size, offset).decode("utf-8", "replace").strip())
     if not images and endings["tar"]:
         raise DataError(
             f"shard {path} holds {endings['tar']:,} tar files instead of images: unpack it, and where each of them is "
