@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from msbreg.evaluation import evaluation_mode, extract_features, instance_accura
 from msbreg.inputs import LABELLED_IMAGES_A_CLASS, has_labels, recipe_of
 from msbreg.linalg import singular_values
 
-__all__ = ["TASKS", "Evaluator"]
+__all__ = ["TASKS", "Evaluator", "GivenUpError"]
 
 TASKS = {"labels": "kNN top-1", "instances": "image recognised again"}
 """What `Evaluator.task` is called in tables and plots."""
@@ -35,6 +35,10 @@ class Accuracy:
     linear: float | None = None
 
 
+class GivenUpError(Exception):
+    """A signal came while images were evaluated."""
+
+
 class Evaluator:
     """Weighted kNN and linear probe on features of images without augmentation.
 
@@ -50,6 +54,7 @@ class Evaluator:
         threads: decoding threads.
         view: how images are cut and coloured that are to be recognised again, at `data.size`; None: as the recipe's
             first view.
+        stop: once it holds something, evaluations end with a GivenUpError before their next batch.
 
     Attributes:
         task: "labels" or "instances".
@@ -69,6 +74,7 @@ class Evaluator:
         device: torch.device,
         threads: int,
         view: View | None = None,
+        stop: Sequence[int] = (),
     ) -> None:
         self.device = device
         self.k, self.temperature = config.eval.k, config.eval.temperature
@@ -98,7 +104,7 @@ class Evaluator:
                 threads=threads,
                 timeout=config.data.timeout,
             )
-            return Images(loader, device)
+            return Images(loader, device, stop)
 
         if held_out is not None and self.task == "labels":
             self.bank, self.queries = images(train, config.eval.bank), images(held_out, config.eval.queries)
@@ -151,15 +157,18 @@ class Evaluator:
 class Images:
     """The batches of a loader on the device, kept in memory after the first pass where they are small."""
 
-    def __init__(self, loader: ViewLoader, device: torch.device) -> None:
-        self.loader, self.source, self.device = loader, loader.source, device
+    def __init__(self, loader: ViewLoader, device: torch.device, stop: Sequence[int]) -> None:
+        self.loader, self.source, self.device, self.stop = loader, loader.source, device, stop
         self._kept: list[Batch] = []
         self._whole = False
 
     def __iter__(self) -> Iterator[Batch]:
-        if self._whole:
-            yield from self._kept
-            return
+        for batch in self._kept if self._whole else self._read():
+            if self.stop:
+                raise GivenUpError
+            yield batch
+
+    def _read(self) -> Iterator[Batch]:
         self._kept, size = [], 0
         for batch in self.loader.batches():
             moved = batch._replace(

@@ -38,7 +38,7 @@ class StopSignals:
         self.received.append(number)
         if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":  # all ranks get it
             with contextlib.suppress(OSError):  # and not by print, which may be what was interrupted
-                os.write(2, b"\nCtrl-C: a run saves itself after its step or evaluation; again: it ends at once\n")
+                os.write(2, b"\nCtrl-C: a run saves itself after its step; again: it ends at once\n")
 
     def __enter__(self) -> "StopSignals":
         return self

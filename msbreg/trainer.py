@@ -21,7 +21,7 @@ from msbreg.collapse import embedding_statistics
 from msbreg.config import Config, with_absolute_paths
 from msbreg.console import say
 from msbreg.errors import MSBRegError, is_of_a_compiler
-from msbreg.evaluator import TASKS, Evaluator
+from msbreg.evaluator import TASKS, Evaluator, GivenUpError
 from msbreg.export import export_backbone
 from msbreg.files import METRICS, expanded, read_json, reason, write_json
 from msbreg.inputs import has_labels, open_images, open_loader, recipe_of
@@ -62,7 +62,7 @@ def pretrain(config: Config, signals: StopSignals | None = None) -> dict[str, An
 
     Returns:
         What summary.json holds. Where a signal stopped the run, `finished` is False and the run folder has a
-        checkpoint of the last step.
+        checkpoint of the last step, unless that is step 0.
 
     Raises:
         MSBRegError: what the user can mend; see its text.
@@ -134,10 +134,12 @@ class Trainer:
             opened.callback(self.loader.close)
             self.progress = Progress(self.steps, self.done, shown=first)
             opened.callback(self.progress.close)
+            if "finished" not in self.results and self._stopped(stop):
+                return self._ended(stop)
             self.evaluator = None
             if first:
                 self.evaluator = Evaluator(
-                    config, self.source, self.held_out, device=self.device, threads=self.loader.threads
+                    config, self.source, self.held_out, device=self.device, threads=self.loader.threads, stop=stop
                 )
                 opened.callback(self.evaluator.close)
                 if self.done < self.steps:
@@ -152,11 +154,13 @@ class Trainer:
                         f"the warm-up, --optim.warmup_epochs {config.optim.warmup_epochs:g}, takes the whole run, so "
                         "that the learning rate only rises: lower it"
                     )
-                self._evaluate()
+                if not self._evaluate():
+                    return self._ended(stop)
             elif self.done < self.steps:
                 self.progress.say(f"going on from step {self.done} of {self.steps} in {self.folder}{self.change}")
-                if self.done % self.eval_every == 0 and self.results["evaluated"] < self.done:
-                    self._evaluate()  # during which it was killed
+                killed_in_it = self.done % self.eval_every == 0 and self.results["evaluated"] < self.done
+                if killed_in_it and not self._evaluate():
+                    return self._ended(stop)
             try:
                 self._train(stop)
             except RuntimeError as error:
@@ -167,7 +171,9 @@ class Trainer:
                     f"step {self.done + 1} was not compiled, since a signal came ({reason(error)}); the same command "
                     "goes on from the last checkpoint, or begins anew where there is none."
                 ) from error
-            return self._finish() if self.done == self.steps else {"finished": False, "step": self.done}
+            if self.done < self.steps:
+                return self._ended(stop, saved=self._save())
+            return self._finish(stop)
 
     def _train(self, stop: list[int]) -> None:
         config = self.config
@@ -185,19 +191,23 @@ class Trainer:
                 break
             if self.done % self.eval_every == 0:
                 self._save()  # evaluation may take long, and a scheduler may not wait for it
-                self._evaluate()
+                if not self._evaluate():
+                    break
             if self._stopped(stop):
                 break
             if self.done % config.run.checkpoint_every == 0 or self._kept():
                 self._save()
         self.stopwatch.stop()
-        if self.done < self.steps:
-            saved = self._save()
-            where = "there" if saved else "the last good checkpoint, since the loss or a weight is not finite"
-            why = "as torchrun is gone" if self.processes.orphaned and not stop else "by a signal"
-            self.progress.say(
-                f"stopped {why} at step {self.done} of {self.steps}; the same command goes on from {where}"
-            )
+
+    def _ended(self, stop: list[int], *, saved: bool = True) -> dict[str, Any]:
+        """Says that the run was stopped, and returns what `run` does then."""
+        why = "as torchrun is gone" if self.processes.orphaned and not stop else "by a signal"
+        where = "there" if saved else "the last good checkpoint, since the loss or a weight is not finite"
+        place = f"at step {self.done} of {self.steps}; the same command goes on from {where}"
+        if not self.done:
+            place = "before the first step; the same command begins anew"
+        self.progress.say(f"stopped {why} {place}")
+        return {"finished": False, "step": self.done}
 
     def _timed(self, batches: Iterator) -> Iterator[tuple[int, Any]]:
         step = self.done
@@ -286,16 +296,25 @@ class Trainer:
                 if isinstance(value, float):
                     self.board.add_scalar(f"{row['event']}/{name}", value, row["step"])
 
-    def _evaluate(self, *, linear: bool = False) -> None:
-        """Measures the frozen backbone on the first rank while the others wait."""
+    def _evaluate(self, *, linear: bool = False) -> bool:
+        """Measures the frozen backbone on the first rank while the others wait.
+
+        Returns:
+            False on all ranks where a signal to the first one came meanwhile: then it is to be done again.
+        """
         self.stopwatch.stop()
-        self.results["evaluated"] = self.done
+        before, self.results["evaluated"] = self.results.get("evaluated"), self.done
+        given_up = False
         if self.evaluator is not None:
-            # Compiling what trains for other shapes and another mode would take longer than this does.
-            with torch.compiler.set_stance("force_eager"):
-                self._record(self._measure(self.evaluator, linear=linear))
-        self.processes.wait()
+            try:
+                # Compiling what trains for other shapes and another mode would take longer than this does.
+                with torch.compiler.set_stance("force_eager"):
+                    self._record(self._measure(self.evaluator, linear=linear))
+            except GivenUpError:
+                given_up, self.results["evaluated"] = True, before
+        given_up = any(self.processes.gather(given_up))
         self.stopwatch.start()
+        return not given_up
 
     def _measure(self, evaluator: Evaluator, *, linear: bool) -> dict[str, Any]:
         """What an evaluation writes to metrics.jsonl, and keeps in the results."""
@@ -377,14 +396,15 @@ class Trainer:
             )
         self.stopwatch = Stopwatch(self.device, state["seconds"], state["waited"])
 
-    def _finish(self) -> dict[str, Any]:
+    def _finish(self, stop: list[int]) -> dict[str, Any]:
         """Last evaluation, checkpoint, curves, exported backbone and table; does nothing twice on a finished run."""
         before = "finished" in self.results
         if not before:
             if not self._healthy():
                 raise self._diverged("or a weight is not finite")
             self._save()  # evaluation may take long, and a scheduler may not wait for it
-            self._evaluate(linear=True)
+            if not self._evaluate(linear=True):
+                return self._ended(stop)
             self.results["finished"] = True
             self._save()
             self.stopwatch.stop()

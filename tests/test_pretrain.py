@@ -365,14 +365,38 @@ def test_killed_during_an_evaluation_it_loses_no_step(tmp_path, small, undisturb
     assert_same_outcome(tmp_path, undisturbed_long)
 
 
-def test_a_signal_while_the_run_is_set_up_saves_and_exits_cleanly(tmp_path, small):
+def test_a_signal_while_the_run_is_set_up_ends_it_before_its_first_step(tmp_path, small):
     process = start(tmp_path, *small, *LONG)
     while not (tmp_path / ".lock").exists() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGUSR1)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "stopped by a signal at step 1 of 40" in errors, errors
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 1
+    assert process.returncode == 0, errors
+    assert "stopped by a signal before the first step; the same command begins anew" in errors
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("step", [0, 7, 40])
+def test_an_evaluation_is_given_up_for_a_signal_and_made_again(
+    tmp_path, small, undisturbed_long, monkeypatch, capsys, step
+):
+    measure = Trainer._measure
+
+    def meets_a_signal(trainer: Trainer, *arguments, **options):
+        if trainer.done == step:
+            signal.raise_signal(signal.SIGUSR1)
+        return measure(trainer, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_measure", meets_a_signal)
+        assert pretrain("--run.dir", tmp_path, *small, *LONG) == 0
+    said = f"at step {step} of 40; the same command goes on from there" if step else "before the first step; the same"
+    assert f"stopped by a signal {said}" in capsys.readouterr().err and not (tmp_path / "summary.json").exists()
+    if step:
+        state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+        assert state["results"]["evaluated"] < state["step"] == step
+    assert pretrain("--run.dir", tmp_path, *small, *LONG) == 0
+    assert_same_outcome(tmp_path, undisturbed_long)
 
 
 BACKBONE = ("backbone.safetensors", "backbone.pt")

@@ -12,7 +12,6 @@ import pytest
 
 pytest.importorskip("jsonargparse", reason="this needs the extra [train]")
 
-import torch
 
 from msbreg import __main__ as command_line
 from msbreg import cli, dry_run
@@ -143,7 +142,7 @@ def test_signals_while_it_imports_and_while_it_leaves_change_no_status(tmp_path,
             time.sleep(0.001)
         process.send_signal(signal.SIGUSR1)
         said = iter(process.stderr.readline, "")
-        assert any("stopped by a signal at step 1 of 12" in line for line in said)
+        assert any("stopped by a signal before the first step" in line for line in said)
         while process.poll() is None:
             process.send_signal(signal.SIGTERM)
             process.send_signal(signal.SIGUSR1)
@@ -152,4 +151,4 @@ def test_signals_while_it_imports_and_while_it_leaves_change_no_status(tmp_path,
         process.kill()
         process.communicate()
     assert process.returncode == 0
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 1
+    assert not (tmp_path / "checkpoint.pt").exists()
