@@ -256,7 +256,7 @@ def test_bad_images_among_good_ones_are_named_once_replaced_and_counted(tmp_path
     assert {type(number) for number in loader.unreadable} == {int}  # a checkpoint holds no numbers of NumPy's
     for number in bad:
         assert len([message for message in messages if source.name(number) in message]) == 1
-    substitutes = {3: 5, 4: 5, 9: 10, 12: 13}
+    substitutes = {3: 2, 4: 15, 9: 0, 12: 5}
     for step, batch in enumerate(batches):
         order = permutation(16, seed=0, epoch=step // 2)[8 * (step % 2) :][:8]
         assert batch.index.tolist() == [substitutes.get(number, number) for number in order.tolist()]
@@ -489,7 +489,8 @@ def test_a_decoder_out_of_order_is_not_the_images_fault(pictures, monkeypatch):
 def test_unreadable_images_of_an_earlier_run_may_be_told(pictures, backend):
     loader = ViewLoader(pictures, evaluation(16), 48, shuffle=False, backend=backend, threads=1)
     loader.unreadable.update({2: "told", 3: "told"})
-    assert next(loader.batches()).index.tolist()[:6] == [0, 1, 4, 4, 4, 5]
+    images = next(loader.batches()).index.tolist()
+    assert images[:2] == [0, 1] and images[4:] == [*range(4, 48)] and not {2, 3} & set(images)
     loader.close()
 
 

@@ -19,7 +19,18 @@ pytest.importorskip("PIL", reason="this needs the extra [train]")
 
 from PIL import Image, ImageOps, features
 
-from msbreg.data import ImageFolder, IndexFile, TarShards, folders, images, open_source, open_split, shards, tars
+from msbreg.data import (
+    ImageFolder,
+    IndexFile,
+    TarShards,
+    folders,
+    images,
+    open_source,
+    open_split,
+    reader,
+    shards,
+    tars,
+)
 from msbreg.data.images import UnreadableError, decode, probe
 from msbreg.data.reader import Reader
 from msbreg.errors import DataError
@@ -670,11 +681,11 @@ def test_a_file_that_is_replaced_has_its_own_size(tmp_path):
     assert reader.sample(0)[2:] == (30, 20, False)
 
 
-def test_reader_puts_the_next_readable_image_in_place_of_a_bad_one(tmp_path):
+def test_reader_puts_a_readable_image_in_place_of_a_bad_one(tmp_path):
     good = {f"{i:02d}.jpg": encoded((20 + i, 30), seed=i) for i in range(12)}
     bad = {"03.jpg": b"text", "04.jpg": b"", "11.jpg": good["11.jpg"][:500]}
     source = ImageFolder(fill(tmp_path, {**good, **bad}))
-    expected = {3: 5, 4: 5, 11: 0}
+    expected = {3: 8, 4: 6, 11: 0}
     for order in (range(12), reversed(range(12))):
         reader = Reader(source)
         for index in order:
@@ -685,6 +696,23 @@ def test_reader_puts_the_next_readable_image_in_place_of_a_bad_one(tmp_path):
         assert sorted(reader.unreadable) == [3, 4, 11]
         assert "not an image" in reader.unreadable[3] and "empty" in reader.unreadable[4]
         assert len(reader.news) == 3 and all(str(tmp_path) in news for news in reader.news)
+
+
+def test_a_block_of_bad_images_is_replaced_by_many(tmp_path):
+    """As where a class's folder is gone: in the stream one image would have the place of all."""
+    fill(tmp_path, {f"{i:04d}.jpg": b"" if 400 <= i < 440 else JPEG for i in range(4000)})
+    reader = Reader(ImageFolder(tmp_path))
+    substitutes = [reader.sample(index).image for index in range(400, 440)]
+    assert len(set(substitutes)) >= 38 and not set(substitutes) & set(range(400, 440))
+    assert len([news for news in reader.news if "left out /" in news]) == 20
+    assert len(reader.news) == 21 and reader.news[20].startswith("left out 32 images by now, such as /")
+
+
+@pytest.mark.parametrize("images", [1, 2, 3, 12, 30, 97])
+def test_every_image_may_be_a_substitute(images):
+    for index in range(images):
+        candidates = [*reader._candidates(index, images)]
+        assert candidates[0] == index and sorted(candidates) == [*range(images)]
 
 
 def test_a_file_that_vanishes_is_unreadable(tmp_path):

@@ -180,7 +180,8 @@ def test_the_images_of_a_shard_that_is_cut_short_are_left_out(tmp_path, swatches
     with pytest.warns(UserWarning, match=r"03\.tar:.*the shard has become shorter"):
         images = torch.cat([batch.index for batch in loader.batches()])
     assert sorted(loader.unreadable) == list(range(34, 40))
-    assert images.tolist() == [*range(34), *[40] * 6, *range(40, 240)]
+    assert images[:34].tolist() == [*range(34)] and images[40:].tolist() == [*range(40, 240)]
+    assert len({*range(34, 40)} | set(images[34:40].tolist())) > 10  # several others in the place of six
     loader.close()
 
 
@@ -192,7 +193,8 @@ def test_images_that_can_be_read_again_count_again_on_resume(tmp_path, swatches)
     loader = ViewLoader(source, evaluation(16), 8, shuffle=False, threads=1)
     loader.recall({2: "it cannot be read: Input/output error", 3: "it cannot be read: No such file or directory"})
     assert sorted(loader.unreadable) == [3]
-    assert next(loader.batches()).index.tolist() == [0, 1, 2, 4, 4, 5, 6, 7]
+    batch = next(loader.batches()).index.tolist()
+    assert batch[:3] == [0, 1, 2] and batch[3] not in range(8) and batch[4:] == [4, 5, 6, 7]
     loader.close()
 
 

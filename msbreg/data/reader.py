@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +16,10 @@ from msbreg.data.source import Source
 from msbreg.errors import DataError, MSBRegError
 
 __all__ = ["Reader", "Sample"]
+
+
+NAMED = 20
+"""Images that are named when they are left out; of more it is said how many they are, at each power of two."""
 
 
 class Sample(NamedTuple):
@@ -33,8 +40,8 @@ class Sample(NamedTuple):
 class Reader:
     """Reads images with their sizes, and puts another in the place of one that cannot be read. Thread-safe.
 
-    The substitute is the next readable image of the source, a function of the source alone, so that the training
-    stream stays one too.
+    Where to look for a substitute is drawn from the image's number, so that those of a folder that is gone are not all
+    replaced by one and the same. It is a function of the source alone, so that the training stream stays one too.
 
     Args:
         source: the images.
@@ -67,8 +74,7 @@ class Reader:
         Raises:
             DataError: too many images cannot be read, or all of them.
         """
-        for shift in range(len(self.source)):
-            candidate = (index + shift) % len(self.source)
+        for candidate in _candidates(index, len(self.source)):
             if candidate in self.unreadable:
                 continue
             try:
@@ -128,7 +134,11 @@ class Reader:
         with self._lock:
             if index not in self.unreadable:
                 self.unreadable[index] = reason
-                self.news.append(f"left out {self.source.name(index)}: {reason}")
+                count = len(self.unreadable)
+                if count <= NAMED:
+                    self.news.append(f"left out {self.source.name(index)}: {reason}")
+                elif count.bit_count() == 1:
+                    self.news.append(f"left out {count:,} images by now, such as {self.source.name(index)}: {reason}")
             if self.limit < len(self.unreadable) < len(self.source):
                 raise DataError(
                     f"{len(self.unreadable):,} of the {len(self.source):,} images wanted of {self.source} cannot be "
@@ -138,3 +148,13 @@ class Reader:
     def _example(self) -> str:
         index, reason = next(iter(self.unreadable.items()))
         return f"{self.source.name(index)}: {reason}"
+
+
+def _candidates(index: int, images: int) -> Iterator[int]:
+    """The image, then all others, in an order that is drawn from its number."""
+    yield index
+    stride = int(hashlib.sha256(str(index).encode()).hexdigest(), 16) % images
+    while math.gcd(stride, images) > 1:  # else some would be left out
+        stride += 1
+    for turn in range(1, images):
+        yield (index + turn * stride) % images
