@@ -255,8 +255,9 @@ def run_eval(options: Namespace) -> int:
             setattr(getattr(config, group), option, options[name])
     config.validate()
     with Processes(config.run.device) as processes:
-        train, held_out = open_images(config, processes)
-        if options.data.path is options.data.eval_path is None and train.fingerprint() != state["fingerprint"]:
+        its_own = options.data.path is options.data.eval_path is None
+        train, held_out = open_images(config, processes, trained_on=state["images"] if its_own else None)
+        if its_own and train.fingerprint() != state["fingerprint"]:
             warnings.warn(f"the images of {config.data.path} are not those that the run was trained on", stacklevel=1)
         threads = config.data.threads or usable_cores()
         view = View(**state["recipe"][0]) if "recipe" in state else None  # whose file may be another by now

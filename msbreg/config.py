@@ -13,10 +13,12 @@ from msbreg import functional
 from msbreg.errors import MSBRegError
 
 __all__ = [
-    "LIMITS", "Config", "DataConfig", "EvalConfig", "MethodConfig", "ModelConfig", "OptimConfig", "RunConfig",
+    "LIMITS", "NONE", "Config", "DataConfig", "EvalConfig", "MethodConfig", "ModelConfig", "OptimConfig", "RunConfig",
     "config_of", "flatten", "option_types", "packaged_configs", "require_text", "with_absolute_paths",
 ]  # fmt: skip
 
+NONE = "none"
+"""As `data.eval_path`: no images are held out."""
 MANY = 10**9
 LIMITS: dict[str, tuple[float, float]] = {
     "run.seed": (0, 2**63 - 1), "run.threads": (0, 1024), "run.checkpoint_every": (1, MANY), "run.log_every": (1, MANY),
@@ -75,8 +77,10 @@ class DataConfig:
     """Image folder, folder or pattern of tar shards, or index file; unset: images that msbreg renders itself."""
     eval_path: str | None = None
     """Held-out images for evaluation; unset: val/, valid/, validation/ or test/ beside train/, or shards of one folder
-    with these words in their names, else a tenth of labelled images. They are classified where they have labels of two
-    classes or more, and the training images too, four images a class; else each is to be recognised again."""
+    with these words in their names, else as many labelled images as eval.queries, a tenth at the most; none: no
+    images, and all are trained on. They are classified where they have labels of two classes or more, and the training
+    images too, four images a class; else each, of the training images where there are no others, is to be recognised
+    again."""
     images: int = 0
     """Images of an epoch, for --dry-run where there is no --data.path to count; 0: as many as msbreg renders.
     Where it is set, training wants a --data.path, and warns where that has a hundredth more or fewer."""
@@ -283,7 +287,8 @@ def with_absolute_paths(config: Config) -> Config:
     def absolute(path: str | None) -> str | None:
         return path and os.path.abspath(os.path.expanduser(path))
 
-    data = replace(config.data, path=absolute(config.data.path), eval_path=absolute(config.data.eval_path))
+    eval_path = config.data.eval_path if config.data.eval_path == NONE else absolute(config.data.eval_path)
+    data = replace(config.data, path=absolute(config.data.path), eval_path=eval_path)
     if data.recipe.lower().endswith((".yaml", ".yml")):  # else it is a name
         data = replace(data, recipe=absolute(data.recipe) or "")
     return replace(config, data=data, model=replace(config.model, weights=absolute(config.model.weights)))

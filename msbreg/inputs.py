@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from msbreg.config import Config
+from msbreg.config import NONE, Config
 from msbreg.console import say
 from msbreg.data import Source, ViewLoader, load_recipe, open_source, open_split, with_classes_of
 from msbreg.data.recipes import Recipe
@@ -81,11 +81,17 @@ def open_loader(config: Config, processes: Processes, source: Source) -> ViewLoa
     )
 
 
-def open_images(config: Config, processes: Processes) -> tuple[Source, Source | None]:
+def open_images(config: Config, processes: Processes, *, trained_on: int | None = None) -> tuple[Source, Source | None]:
     """Training images, and held-out ones where there are any; some labelled training images where not.
 
     To be called on all ranks. The first one lists the images for all of them: listing millions is what file systems of
     many machines are slow at. What tar shards hold is kept in the cache, beside rendered images.
+
+    Args:
+        config: the run's options.
+        processes: this process and its peers.
+        trained_on: how many images a run that goes on was trained on, so that as many are set aside as before, whatever
+            `eval.queries` is by now; None: it begins.
 
     Raises:
         MSBRegError: there are no images where the config says, or they cannot be rendered there.
@@ -94,19 +100,19 @@ def open_images(config: Config, processes: Processes) -> tuple[Source, Source | 
 
     if config.data.path is not None:
         path = config.data.path
-        return processes.of_first(lambda: _listed(config, path), "list the images")
+        return processes.of_first(lambda: _listed(config, path, trained_on), "list the images")
     rendered = _cache(config) / f"rendered-{config.data.size}"
     if processes.local_rank == 0:
         render(rendered, size=config.data.size)
     processes.wait()
-    return _listed(config, rendered)  # each machine has its own
+    return _listed(config, rendered, trained_on)  # each machine has its own
 
 
 def _cache(config: Config) -> Path:
     return expanded(config.data.cache) if config.data.cache else cache_folder()
 
 
-def _listed(config: Config, path: str | Path) -> tuple[Source, Source | None]:
+def _listed(config: Config, path: str | Path, trained_on: int | None) -> tuple[Source, Source | None]:
     cache: Path | None = None
     with contextlib.suppress(MSBRegError):  # what cannot be kept is made again
         cache = _cache(config)
@@ -117,14 +123,24 @@ def _listed(config: Config, path: str | Path) -> tuple[Source, Source | None]:
             "whether some are missing, or set it to what there is",
             stacklevel=2,
         )
+    if config.data.eval_path == NONE:
+        return train, None
     if config.data.eval_path is not None:
         held_out = with_classes_of(train, open_source(config.data.eval_path, cache=cache))
     elif held_out is None and has_labels(train):
-        train, held_out = set_aside(train)
-        say(
-            f"{len(held_out):,} of the {len(train) + len(held_out):,} images of {path} are not trained on, but kept "
-            "for evaluation: --data.eval_path can name others",
-            sys.stderr,
+        tenth = max(1, round(0.1 * np.count_nonzero(train.labels >= 0)))
+        aside, before = min(tenth, config.eval.queries), -1 if trained_on is None else len(train) - trained_on
+        if aside := before if 0 <= before <= tenth else aside:
+            train, held_out = set_aside(train, aside)
+            say(
+                f"{aside:,} of the {len(train) + aside:,} images of {path} are not trained on, but kept for "
+                f"evaluation: --data.eval_path can name others, or {NONE}",
+                sys.stderr,
+            )
+    if held_out is not None and has_labels(train) and not (held_out.labels >= 0).any():
+        raise MSBRegError(
+            f"{held_out} has no classes, but {train} has {len(train.classes):,}: sort it into a folder for each, or "
+            f"give --data.eval_path an index file of it (path, tab, class), or {NONE} to do without held-out images."
         )
     return train, held_out
 
@@ -136,9 +152,9 @@ def has_labels(source: Source, *, a_class: int = LABELLED_IMAGES_A_CLASS) -> boo
     return len(np.unique(known)) >= 2 and len(known) >= a_class * len(np.unique(known))
 
 
-def set_aside(source: Source) -> tuple[Source, Source]:
-    """Splits a tenth of the labelled images off a source, at random but always alike."""
+def set_aside(source: Source, images: int) -> tuple[Source, Source]:
+    """Splits so many of the labelled images off a source, at random but always alike."""
     labelled = np.flatnonzero(np.asarray(source.labels) >= 0)
     order = labelled[np.random.Generator(np.random.Philox(0)).permutation(len(labelled))]
-    held_out = np.sort(order[: max(1, round(0.1 * len(order)))])
+    held_out = np.sort(order[:images])
     return source.subset(np.setdiff1d(np.arange(len(source.labels)), held_out)), source.subset(held_out)

@@ -101,7 +101,8 @@ class Trainer:
         begun = config if state is None else replace(config, model=replace(config.model, weights=None))
         if begun.model.weights is not None:
             read_weights(expanded(begun.model.weights))  # now, since listing the images may take minutes
-        self.source, self.held_out = open_images(config, processes)
+        trained_on = None if state is None else state["images"]
+        self.source, self.held_out = open_images(config, processes, trained_on=trained_on)
         self.fingerprint = self.source.fingerprint()
         if state is not None:
             refuse_other_images(state, self.source, self.fingerprint, folder)

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("PIL", reason="this needs the extra [train]")
 
-from msbreg.config import Config
+from msbreg.config import Config, with_absolute_paths
 from msbreg.data import ImageFolder, open_source, open_split
 from msbreg.errors import MSBRegError
 from msbreg.files import expanded
@@ -95,16 +95,57 @@ def test_labels_vote_where_two_classes_have_enough(labels, votes):
 
 def test_images_set_aside_are_not_trained_on(swatches):
     source = ImageFolder(swatches / "train")
-    train, held_out = ([part.name(index) for index in range(len(part))] for part in set_aside(source))
+    train, held_out = ([part.name(index) for index in range(len(part))] for part in set_aside(source, 24))
     assert (len(train), len(held_out)) == (216, 24)
     assert sorted(train + held_out) == [source.name(index) for index in range(240)]
 
 
 def test_only_labelled_images_are_set_aside():
     source = SimpleNamespace(labels=np.where(np.arange(100) % 5, -1, np.arange(100) % 2), subset=lambda part: part)
-    train, held_out = set_aside(source)
-    assert len(held_out) == 2 and (source.labels[held_out] >= 0).all()
+    train, held_out = set_aside(source, 7)
+    assert len(held_out) == 7 and (source.labels[held_out] >= 0).all()
     assert sorted([*train, *held_out]) == [*range(100)]
+
+
+def test_as_many_are_set_aside_as_are_asked_for_and_a_run_keeps_them(config, swatches):
+    """Of another number of queries, too: the images that it is trained on may not change."""
+    config.data.path = str(swatches / "train")
+
+    def opened(queries: int, trained_on: int | None = None):
+        config.eval.queries = queries
+        train, held_out = open_images(config, Processes("cpu"), trained_on=trained_on)
+        return len(train), train.fingerprint(), held_out and held_out.fingerprint()
+
+    few, tenth = opened(10), opened(1000)
+    assert few[0] == 230 and tenth[0] == 216
+    assert opened(1000, trained_on=230) == opened(3, trained_on=230) == few
+    assert opened(10, trained_on=216) == tenth
+    assert opened(10, trained_on=240)[::2] == (240, None)
+    assert (
+        opened(10, trained_on=200) == opened(10, trained_on=500) == few
+    )  # of other images, which is for others to say
+
+
+def test_no_images_are_held_out_where_none_are_wanted(config, swatches):
+    config.data.eval_path = "none"
+    for folder in (swatches, swatches / "train"):
+        config.data.path = str(folder)
+        train, held_out = open_images(config, Processes("cpu"))
+        assert len(train) == 240 and held_out is None
+    assert with_absolute_paths(config).data.eval_path == "none"
+
+
+def test_held_out_images_without_classes_are_refused_where_others_have_them(config, tmp_path, swatches):
+    """As those of ImageNet are unpacked from their tar file: nothing would be classified in the whole run."""
+    names = [f"train/{'ab'[index % 2]}/{index}.jpg" for index in range(12)] + ["val/1.jpg", "val/2.jpg"]
+    config.data.path = linked(tmp_path, names, swatches)
+    with pytest.raises(
+        MSBRegError, match=r"/val has no classes, but .*/train has 2: sort it into a folder for each, or"
+    ):
+        open_images(config, Processes("cpu"))
+    (tmp_path / "val.txt").write_text("val/1.jpg\ta\nval/2.jpg\tb\n")
+    config.data.eval_path = str(tmp_path / "val.txt")
+    assert open_images(config, Processes("cpu"))[1].labels.tolist() == [0, 1]
 
 
 def linked(folder: Path, names: list[str], swatches: Path) -> str:

@@ -190,7 +190,7 @@ def test_another_recipe_under_the_same_name_is_noticed(tmp_path, small, capsys):
 
 @pytest.mark.parametrize(
     ("option", "value", "task"),
-    [("--eval.k", "3", "labels"), ("--data.eval_path", "more", "labels"), ("--data.eval_path", "test/a", "instances")],
+    [("--eval.k", "3", "labels"), ("--data.eval_path", "more", "labels"), ("--data.eval_path", "none", "instances")],
 )
 def test_figures_of_another_evaluation_are_left_out(tmp_path, small, swatches, option, value, task, capsys):
     """A run that goes on with other held-out images or rules: nothing is compared with what they were before."""
@@ -202,7 +202,7 @@ def test_figures_of_another_evaluation_are_left_out(tmp_path, small, swatches, o
     os.replace(run / "checkpoint-8.pt", run / "checkpoint.pt")
     capsys.readouterr()
     before = json.loads((run / "summary.json").read_text())
-    assert pretrain(*options, option, value if option == "--eval.k" else tmp_path / "images" / value) == 0
+    assert pretrain(*options, option, tmp_path / "images" / value if value == "more" else value) == 0
     said = capsys.readouterr()
     assert "other images are evaluated than before, or with other options" in said.err
     assert "raw pixels" in said.out and "untrained network" not in said.out
@@ -222,7 +222,7 @@ def test_a_finished_run_is_described_by_the_task_that_it_had(tmp_path, small, sw
     assert pretrain(*options) == 0
     before = (tmp_path / "run" / "summary.json").read_text()
     (tmp_path / "run" / "summary.json").unlink()
-    assert pretrain(*options, "--data.eval_path", tmp_path / "images" / "test" / "a") == 0  # of no class
+    assert pretrain(*options, "--data.eval_path", "none") == 0
     after = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert after["task"] == "labels" and after["knn_top1"] == json.loads(before)["knn_top1"]
 
@@ -479,6 +479,19 @@ def test_a_tenth_of_labelled_images_is_classified_however_few_a_class_it_has(tmp
     assert summary["task"] == "labels" and summary["images"] == 36
 
 
+def test_a_run_keeps_its_images_when_more_are_to_be_evaluated(tmp_path, small, swatches, capsys):
+    images, run = in_classes(tmp_path / "images", swatches, "abcd", 40), tmp_path / "run"
+    options = ["--run.dir", run, *small, "--data.path", images, "--run.keep_every", "4", "--eval.queries"]
+    assert pretrain(*options, "2") == 0
+    assert json.loads((run / "summary.json").read_text())["images"] == 38
+    os.replace(run / "checkpoint-8.pt", run / "checkpoint.pt")
+    assert pretrain(*options, "60") == 0
+    assert json.loads((run / "summary.json").read_text())["images"] == 38
+    capsys.readouterr()
+    assert main(["eval", str(run), "--eval.queries", "3", "--run.device", "cpu"]) == 0
+    assert "not those that the run was trained on" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("classes", "held_out", "words"),
     [
@@ -488,7 +501,9 @@ def test_a_tenth_of_labelled_images_is_classified_however_few_a_class_it_has(tmp
 )
 def test_labels_that_cannot_be_used_are_said(tmp_path, small, swatches, capsys, classes, held_out, words):
     images = in_classes(tmp_path / "images", swatches, classes, 40)
-    others = in_classes(tmp_path / "others", swatches, held_out, 5)
+    others = tmp_path / "others.tsv"
+    found = sorted(in_classes(tmp_path / "others", swatches, held_out, 5).rglob("*.jpg"))
+    others.write_text("".join(f"{image}\t{image.parent.name}\n" for image in found))
     options = ["--data.path", images, "--data.eval_path", others, "--optim.steps", "1"]
     assert pretrain("--run.dir", tmp_path / "run", *small, *options) == 0
     assert re.search(f"recognised again instead of classified: {words}", capsys.readouterr().err)
