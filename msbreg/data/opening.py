@@ -139,13 +139,17 @@ def with_classes_of(train: Source, held_out: Source) -> Source:
         DataError: the held-out images have a class that the training images lack.
     """
     if train.classes and held_out.classes:
-        unknown = [name for name in held_out.classes if name not in train.classes]
+        number = {name: index for index, name in enumerate(train.classes)}
+        unknown = [name for name in held_out.classes if name not in number]
         if unknown:
+            kinds = ["numbers" if all(map(str.isdecimal, one.classes)) else "words" for one in (train, held_out)]
+            hint = f" (one has {kinds[0]} for classes, the other {kinds[1]})" if len(set(kinds)) > 1 else ""
             raise DataError(
-                f"{held_out} has images of class {unknown[0]}, which {train} has not: hold out images of its "
-                "classes (--data.eval_path), or none, and afterwards give msbreg eval a --data.path to labelled ones"
+                f"{held_out} has images of {len(held_out.classes):,} classes, {len(unknown):,} of which {train} has "
+                f"not, such as {unknown[0]}{hint}: hold out images of its classes (--data.eval_path), or none "
+                "(--data.eval_path none), and afterwards give msbreg eval a --data.path to labelled ones"
             )
-        numbers = np.array([train.classes.index(name) for name in held_out.classes])
+        numbers = np.array([number[name] for name in held_out.classes])
         labels = class_numbers(held_out)
         held_out.labels = np.where(labels >= 0, numbers[labels], -1)
         held_out.classes = train.classes
