@@ -15,7 +15,7 @@ from msbreg.data import ViewLoader, open_source, rendered
 from msbreg.data.loader import whole_batches
 from msbreg.inputs import open_images, open_loader, share_of_batch
 from msbreg.machine import gpu_megabytes_in_use, memory_megabytes, synchronize, usable_cores
-from msbreg.preflight import planned_steps, require_packages
+from msbreg.preflight import planned_steps, require_networks, require_packages
 from msbreg.processes import Processes
 from msbreg.step import TrainingStep
 from msbreg.tables import markdown_table
@@ -63,6 +63,7 @@ def dry_run(config: Config) -> str | None:
     """
     config.validate()
     require_packages(config)
+    require_networks(config)
     config = copy.deepcopy(config)
     whole, views = config.data.batch_size, config.data.views
     with Processes(config.run.device, timeout=config.run.timeout) as processes, tempfile.TemporaryDirectory() as folder:

@@ -11,8 +11,9 @@ from msbreg.config import Config
 from msbreg.errors import MSBRegError
 from msbreg.evaluation import evaluation_mode
 from msbreg.inputs import recipe_of
+from msbreg.methods import build_method
 
-__all__ = ["planned_steps", "require_images", "require_packages", "require_sizes"]
+__all__ = ["planned_steps", "require_images", "require_networks", "require_packages", "require_sizes"]
 
 
 def planned_steps(config: Config, steps_per_epoch: int) -> int:
@@ -44,6 +45,15 @@ def require_images(config: Config) -> None:
         )
     if path is not None and _real(path) == _real(config.run.dir):
         raise MSBRegError(f"--run.dir {config.run.dir} is the folder of the images; give the run a folder of its own.")
+
+
+def require_networks(config: Config) -> None:
+    """Builds a run's networks once: what is wrong with their names, weights and sizes is not for after a long listing.
+
+    Raises:
+        MSBRegError: of `build_method` and `require_sizes`.
+    """
+    require_sizes(build_method(config).online.backbone, config)
 
 
 def _real(path: str) -> str:

@@ -23,13 +23,13 @@ from msbreg.console import say
 from msbreg.errors import MSBRegError, is_of_a_compiler
 from msbreg.evaluator import TASKS, Evaluator, GivenUpError
 from msbreg.export import export_backbone
-from msbreg.files import METRICS, expanded, read_json, reason, write_json
-from msbreg.inputs import has_labels, open_images, open_loader, recipe_of
+from msbreg.files import METRICS, read_json, reason, write_json
+from msbreg.inputs import has_labels, open_images, open_loader, recipe_of, share_of_batch
 from msbreg.machine import memory_megabytes
 from msbreg.methods import StepOutput
 from msbreg.metrics import MetricsFile, finite, read_metrics
 from msbreg.plots import draw_curves
-from msbreg.preflight import planned_steps, require_images, require_packages
+from msbreg.preflight import planned_steps, require_images, require_networks, require_packages
 from msbreg.processes import Processes
 from msbreg.progress import Progress
 from msbreg.run_folder import (
@@ -44,7 +44,6 @@ from msbreg.signals import StopSignals
 from msbreg.step import TrainingStep
 from msbreg.stopwatch import Stopwatch
 from msbreg.summary import start_of, summary_table
-from msbreg.weights import read_weights
 
 __all__ = ["Trainer", "pretrain"]
 
@@ -99,8 +98,8 @@ class Trainer:
 
         # Those of a run that goes on are in its checkpoint, and the file of its first ones may be gone.
         begun = config if state is None else replace(config, model=replace(config.model, weights=None))
-        if begun.model.weights is not None:
-            read_weights(expanded(begun.model.weights))  # now, since listing the images may take minutes
+        require_networks(begun)  # now, since listing the images may take minutes
+        share_of_batch(config, processes)
         trained_on = None if state is None else state["images"]
         self.source, self.held_out = open_images(config, processes, trained_on=trained_on)
         self.fingerprint = self.source.fingerprint()

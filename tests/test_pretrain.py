@@ -131,8 +131,31 @@ def test_without_a_compiler_nothing_is_compiled(tmp_path, small, monkeypatch, ca
         assert "--model.compile true needs a C++ compiler" in text and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", [[], ["--dry-run"]])
+def test_what_cannot_be_built_is_noticed_before_the_images_are_listed(tmp_path, small, monkeypatch, capsys, command):
+    for module in ("trainer", "dry_run"):
+        monkeypatch.setattr(
+            f"msbreg.{module}.open_images", lambda *_, **__: pytest.fail("the images were listed first")
+        )
+    for option, value, says in (
+        ("backbone", "resnet81", "there is no backbone 'resnet81'"),
+        ("stem", "cifar", "the stem cifar is for ResNets"),
+        ("backbone", "squeezenet1_1", "does not take images of 16 pixels"),
+    ):
+        assert says in refusal(capsys, *command, "--run.dir", tmp_path / "run", *small, f"--model.{option}", value)
+
+
+def test_a_batch_that_cannot_be_shared_is_noticed_before_the_images_are_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "open_images", lambda *_, **__: pytest.fail("the images were listed first"))
+    processes = Processes("cpu")
+    processes.world = 3
+    processes.agree = lambda *_: None
+    with pytest.raises(MSBRegError, match="which 3 processes cannot share evenly"):
+        Trainer(Config(), processes, tmp_path)
+
+
 def test_missing_weights_are_noticed_before_the_images_are_listed(tmp_path, small, monkeypatch, capsys):
-    monkeypatch.setattr("msbreg.trainer.open_images", lambda *_: pytest.fail("the images were listed first"))
+    monkeypatch.setattr("msbreg.trainer.open_images", lambda *_, **__: pytest.fail("the images were listed first"))
     text = refusal(capsys, "--run.dir", tmp_path / "run", *small, "--model.weights", tmp_path / "missing.pt")
     assert f"cannot read weights from {tmp_path / 'missing.pt'} (--model.weights): No such file or directory" in text
 
