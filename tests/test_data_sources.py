@@ -125,6 +125,28 @@ def test_what_holds_no_images_is_said_in_one_sentence(tmp_path, make, says):
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (
+            ["a/1.parquet", "2.parquet", "x.md", "LICENSE"],
+            r"2 of 3 files there end in \.parquet, whose images are",
+        ),
+        (["1.tar.gz", "2.tar.gz"], r"2 of 2 files there end in \.gz, which are to be unpacked"),
+        (["a/1.pdf"], r"1 of 1 files there end in \.pdf$"),
+    ],
+)
+def test_what_there_is_instead_of_images_is_said(tmp_path, names, says):
+    fill(tmp_path / "folder", dict.fromkeys(names, b""))
+    with pytest.raises(DataError, match=says):
+        open_source(tmp_path / "folder")
+    with pytest.raises(DataError, match=says):
+        TarShards(pack(tmp_path / "a.tar", {name.replace("tar.", ""): b"" for name in names}))
+    first = tmp_path / "folder" / names[0]
+    with pytest.raises(DataError, match=rf"shard {first}(, wh.*,)? is not a whole"):
+        open_source(first)
+
+
 def test_a_folder_that_is_a_file(tmp_path):
     with pytest.raises(DataError, match="is not a folder"):
         ImageFolder(fill(tmp_path, {"a.jpg": b"x"}) / "a.jpg")

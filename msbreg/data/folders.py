@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from msbreg.data.source import (
     Source,
     base_name,
     files_below,
+    instead_of_images,
     label_of,
     last_ending,
     number_classes,
@@ -78,6 +80,8 @@ class ImageFolder(_Files):
         others = [path for path in found if last_ending(path) in OTHER_EXTENSIONS]
         if not self.paths:
             instead = f"; {len(others):,} such as {others[0]} are of kinds that are not decoded" if others else ""
+            endings = Counter(last_ending(path) for path in files_below(self.folder, None) if "." in base_name(path))
+            instead = instead or instead_of_images(endings)
             raise DataError(f"{self.folder} holds no images: no file below it ends in {ENDINGS}{instead}")
         top = [path.split("/", 1)[0] if "/" in path else None for path in self.paths]
         self.labels, self.classes = number_classes(top)

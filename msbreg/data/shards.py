@@ -26,9 +26,11 @@ from msbreg.data.source import (
     Source,
     base_name,
     files_below,
+    instead_of_images,
     label_of,
     last_ending,
     number_classes,
+    what_to_do,
 )
 from msbreg.data.tars import Member, OddTarError, members, members_of_plain
 from msbreg.errors import DataError
@@ -86,7 +88,7 @@ class TarShards(Source):
         members = [(shard, *member) for shard, one in enumerate(found) for member in one.images]
         dotted = [name for one in found for name in one.dotted]
         links = [name for one in found for name in one.links]
-        empty = [shard for shard, one in zip(self.shards, found, strict=True) if not one.images]
+        empty = [shard for shard, one in zip(self.shards, found, strict=True) if members and not one.images]
         remarks = [
             f"{len(names):,} such as {names[0]} were passed over: {why}"
             for names, why in (
@@ -98,7 +100,8 @@ class TarShards(Source):
         ]
         if not members:
             none = f"{self.pattern} holds no images: no member of its {len(self.shards)} shards ends in {ENDINGS}"
-            raise DataError("; ".join([none, *remarks]))
+            endings = sum((one.endings for one in found), Counter[str]())
+            raise DataError("; ".join([none, *remarks]) + ("" if remarks else instead_of_images(endings)))
         shard, names, offset, size, labels = zip(*members, strict=True)
         place = np.array([shard, offset, size], dtype=np.int64).T
         return Listing(list(names), place, *number_classes(labels), remarks)
@@ -171,6 +174,8 @@ class _Scanned(NamedTuple):
     """Names of images in samples that have none, since what follows the first dot is not an image's ending alone."""
     links: list[str]
     """Names of links that are not followed."""
+    endings: Counter[str]
+    """How many members end so."""
 
 
 def _scan_shard(path: str) -> _Scanned:
@@ -183,7 +188,10 @@ def _scan_shard(path: str) -> _Scanned:
         finally:
             os.close(descriptor)
     except tarfile.TarError as error:
-        raise DataError(f"shard {path} is not a whole, uncompressed tar file: {error}") from error
+        instead = "" if path.lower().endswith(".tar") else what_to_do(last_ending(path))
+        raise DataError(
+            f"shard {path}{instead and instead + ','} is not a whole, uncompressed tar file: {error}"
+        ) from error
     except OSError as error:
         raise DataError(f"shard {path} cannot be read: {error.strerror}") from error
 
@@ -206,7 +214,8 @@ def _scan(path: str, descriptor: int, inside: Iterable[Member]) -> _Scanned:
         key, ending = f"{folder}/{stem}", ending.lower()
         if not stem:  # hidden
             continue
-        endings[last_ending(base)] += 1
+        if ending:
+            endings[last_ending(ending)] += 1
         if member.symbolic or name not in places:
             links += [name] * (ending in EXTENSIONS)
         elif ending in EXTENSIONS and (key not in images or images[key][0] == name):
@@ -222,4 +231,4 @@ def _scan(path: str, descriptor: int, inside: Iterable[Member]) -> _Scanned:
             "a class, as ImageNet's are, these too, each into a folder of its own inside a folder train"
         )
     passed_over = [name for key, name in dotted if key not in images]
-    return _Scanned([(*image, labels.get(key)) for key, image in images.items()], passed_over, links)
+    return _Scanned([(*image, labels.get(key)) for key, image in images.items()], passed_over, links, endings)

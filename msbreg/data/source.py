@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from msbreg.files import LOCK, METRICS
 
 __all__ = [
     "ENDINGS", "EXTENSIONS", "OTHER_EXTENSIONS", "Labels", "Source", "Subset", "base_name", "class_numbers",
-    "files_below", "label_of", "last_ending", "number_classes",
+    "files_below", "instead_of_images", "label_of", "last_ending", "number_classes", "what_to_do",
 ]  # fmt: skip
 
 EXTENSIONS: tuple[str, ...] = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "jp2", "gif", "jfif")
@@ -29,6 +30,10 @@ EXTENSIONS += ("avif",) if features.check("avif") else ()
 OTHER_EXTENSIONS = tuple({"heic", "heif", "jxl", "avif", "cr2", "cr3", "nef", "arw", "dng"} - set(EXTENSIONS))
 """Of images that are not decoded here: phones' and cameras' own."""
 ENDINGS = ", ".join(f".{ending}" for ending in EXTENSIONS)
+
+PACKED = ("tar", "gz", "tgz", "zip", "bz2", "xz", "zst", "7z", "rar")
+TABLES = ("parquet", "arrow", "tfrecord", "tfrecords", "mdb", "lmdb", "beton", "h5", "hdf5", "npy", "npz", "pkl", "rec")
+"""Endings, as those of PACKED, of files that are given in the place of images."""
 
 Labels = NDArray[np.int64]
 
@@ -119,8 +124,27 @@ def last_ending(name: str) -> str:
     return name.rpartition(".")[2].lower()
 
 
-def files_below(folder: Path, endings: tuple[str, ...]) -> Iterator[str]:
-    """Paths, relative to the folder, of the files with these endings; nothing hidden, nothing twice, no run's."""
+def instead_of_images(endings: Counter[str]) -> str:
+    """What a message that there are no images says of the files that there are, and what to do with them.
+
+    Args:
+        endings: how many files have which.
+    """
+    if not endings:
+        return ""
+    ((ending, count),) = endings.most_common(1)
+    return f"; {count:,} of {endings.total():,} files there end in .{ending}{what_to_do(ending)}"
+
+
+def what_to_do(ending: str) -> str:
+    """With a file that holds images but is none: advice to put behind its name, or nothing."""
+    if ending in PACKED:
+        return ", which are to be unpacked to tar shards without compression or to images"
+    return ", whose images are to be written to files of their own or to tar shards" if ending in TABLES else ""
+
+
+def files_below(folder: Path, endings: tuple[str, ...] | None) -> Iterator[str]:
+    """Paths, relative to the folder, of the files with these endings, or all; nothing hidden or twice, no run's."""
 
     def fail(error: OSError) -> None:
         raise DataError(f"{error.filename} cannot be listed: {error.strerror}") from error
@@ -137,7 +161,7 @@ def files_below(folder: Path, endings: tuple[str, ...]) -> Iterator[str]:
         if below != "." and {LOCK, METRICS} <= set(files):  # a run, whose curves.png is no image to see
             continue
         for name in files:
-            if not name.startswith(".") and last_ending(name) in endings:
+            if not name.startswith(".") and (endings is None or last_ending(name) in endings):
                 yield name if below == "." else f"{below}/{name}"
 
 
