@@ -93,8 +93,8 @@ def unit_product_kernel(
     output_pointer: [views, batch, dim], float32 or float64, contiguous.
     WHOLE: see `split_product`.
 
-    Short sums are made in parts too: otherwise Triton 3.6, which it was timed with, has each product of halves here wait
-    for the one before. Triton 3.8 has them wait in parts instead.
+    Short sums are made in parts too: otherwise Triton 3.6, which it was timed with, has each product of halves here
+    wait for the one before. Triton 3.8 has them wait in parts instead.
     """
     wait_for_last_launch(EARLY)
     k = tl.program_id(2).to(tl.int64)
