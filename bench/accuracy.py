@@ -8,9 +8,9 @@ names those that failed, which the next call tries again; `--report` does nothin
 `msbreg pretrain` for every run; give those a `--folder` of their own. `--small` tries it all on a CPU: rendered images,
 a small network, one epoch of the cheaper methods.
 
-Every run ends a schedule of its own; none is a checkpoint of a longer one. All methods share batch, projector,
-optimizer, learning rate and recipe of views. MSBReg has a predictor in two runs alone: what it disperses does not
-collapse without one. Optimizer, learning rate and that were chosen by runs of one epoch of a small network on a CPU
+Every run ends a schedule of its own; none is a checkpoint of a longer one. All methods share batch, recipe of views and
+the width and depth of projectors. MSBReg has a predictor in two runs alone: what it disperses does not collapse without
+one. Each method has the optimizer, learning rate and tau that were best for it in short runs of small networks
 (docs/decisions.md, "The settings of short schedules"); nothing is tuned for longer ones. Accuracy is that of the
 backbone's 512 features of whole, unaugmented images, from the 50,000 training images to the 10,000 test images:
 logistic regression at its optimum, and a weighted vote of 200 neighbours (`msbreg.evaluation`). The published figures
@@ -28,6 +28,7 @@ shows,
 """
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Iterable
@@ -53,7 +54,6 @@ COMMON = [  # with the defaults that matter, so that runs mean the same when one
     "--model.dim", "128",  # about the batch, which is how docs/choices.md found lambda_s
     "--method.lambda_m", "1", "--method.lambda_s", "0.004", "--method.lambda_b", "0.5",  # MSBReg
     "--method.leave_one_out", "false", "--method.disperse", "projector", "--method.spectrum", "nuclear",
-    "--optim.name", "lars", "--optim.lr", "32", "--optim.weight_decay", "1e-6",  # docs/decisions.md
     "--eval.every", "0", "--eval.k", "200", "--eval.bank", "50000", "--eval.queries", "10000",  # lightly's k
     "--run.log_every", "100", "--run.checkpoint_every", "1000",
 ]  # fmt: skip
@@ -64,6 +64,34 @@ SMALL = [
 ]  # fmt: skip
 
 
+class Setting(NamedTuple):
+    """What was best for a method in short runs: docs/decisions.md, "The settings of short schedules"."""
+
+    options: tuple[str, ...]
+    forgets: float
+    """1 - tau of one epoch; 0 where there is no EMA network."""
+    longest: float
+    """Epochs up to which tau remembers the same share of a schedule; from there on it stays."""
+
+
+ALONE = Setting(
+    (
+        "--model.predictor", "false",
+        "--optim.name", "lars", "--optim.lr", "32", "--optim.weight_decay", "1e-6",
+    ), 0.5, math.inf,
+)  # fmt: skip
+"""Where there is a singular value loss: with neither that nor a predictor all embeddings become one."""
+PREDICTOR = Setting(("--optim.name", "lars", "--optim.lr", "8", "--optim.weight_decay", "1e-6"), 0.1, 10)
+"""tau is .9 for one epoch, as in the default run, which has about as few steps, and .99 from 10 epochs on."""
+BYOL = Setting(
+    ("--method.name", "byol", "--optim.name", "adamw", "--optim.lr", "0.004", "--optim.weight_decay", "1e-4"), 0.01, 1
+)
+"""tau is .99 for all lengths, as solo-learn's BYOL on CIFAR-10 has it."""
+SIMSIAM = Setting(
+    ("--method.name", "simsiam", "--optim.name", "adamw", "--optim.lr", "0.002", "--optim.weight_decay", "1e-4"), 0, 1
+)
+
+
 class Arm(NamedTuple):
     """One way to train."""
 
@@ -71,22 +99,21 @@ class Arm(NamedTuple):
     name: str
     views: int
     """K."""
+    setting: Setting
     options: tuple[str, ...] = ()
 
 
-ALONE = ("--model.predictor", "false")
-"""Where there is a singular value loss: without either, all embeddings become one."""
 ARMS = (
     *(Arm(f"msbreg-k{views}", f"MSBReg, K = {views}", views, ALONE) for views in (2, 4, 8, 16, 20)),
-    Arm("msbreg-k4-predictor", "MSBReg, K = 4, with a predictor", 4),
-    Arm("msbreg-k4-no-centroid", "MSBReg, K = 4, no centroid loss", 4, (*ALONE, "--method.lambda_m", "0")),
+    Arm("msbreg-k4-predictor", "MSBReg, K = 4, with a predictor", 4, PREDICTOR),
+    Arm("msbreg-k4-no-centroid", "MSBReg, K = 4, no centroid loss", 4, ALONE, ("--method.lambda_m", "0")),
     Arm(
-        "msbreg-k4-no-singular-value", "MSBReg, K = 4, with a predictor, no singular value loss", 4,
+        "msbreg-k4-no-singular-value", "MSBReg, K = 4, with a predictor, no singular value loss", 4, PREDICTOR,
         ("--method.lambda_s", "0"),
     ),
-    Arm("msbreg-k4-no-brownian", "MSBReg, K = 4, no Brownian loss", 4, (*ALONE, "--method.lambda_b", "0")),
-    Arm("byol", "BYOL", 2, ("--method.name", "byol")),
-    Arm("simsiam", "SimSiam", 2, ("--method.name", "simsiam")),
+    Arm("msbreg-k4-no-brownian", "MSBReg, K = 4, no Brownian loss", 4, ALONE, ("--method.lambda_b", "0")),
+    Arm("byol", "BYOL", 2, BYOL),
+    Arm("simsiam", "SimSiam", 2, SIMSIAM),
 )  # fmt: skip
 KEYS = [arm.key for arm in ARMS]
 
@@ -116,20 +143,20 @@ class Run(NamedTuple):
     def options(self) -> list[str]:
         """Its own, beside the common ones.
 
-        The learning rate rises during a tenth of the epochs, as in BYOL's schedule of 100. With a predictor tau is .9
-        for one epoch, as in the default run, which has about as few steps, and .99 from 10 epochs on, as solo-learn's
-        BYOL on CIFAR-10. Without one it is .5 for one epoch, as was best for a small network (docs/decisions.md), and
-        remembers the same share of longer schedules.
+        The learning rate rises during a tenth of the epochs, as in BYOL's schedule of 100.
         """
-        longer = max(1.0, self.epochs)
+        setting = self.arm.setting
         numbers = {
             "data.views": self.arm.views,
             "optim.epochs": self.epochs,
             "optim.warmup_epochs": self.epochs / 10,
-            "method.tau": 1 - (0.5 / longer if self.arm.options[:2] == ALONE else 0.1 / min(10.0, longer)),
+            "method.tau": 1 - setting.forgets / min(setting.longest, max(1.0, self.epochs)),
             "run.seed": self.seed,
         }
-        return [*self.arm.options, *(word for name, value in numbers.items() for word in (f"--{name}", f"{value:g}"))]
+        if not setting.forgets:
+            del numbers["method.tau"]
+        chosen = (*setting.options, *self.arm.options)
+        return [*chosen, *(word for name, value in numbers.items() for word in (f"--{name}", f"{value:g}"))]
 
 
 def plan(arms: Iterable[Arm], epochs: Iterable[float], views_seen: Iterable[float], seeds: int) -> list[Run]:
@@ -146,8 +173,14 @@ def plan(arms: Iterable[Arm], epochs: Iterable[float], views_seen: Iterable[floa
     return sorted(chosen, key=lambda run: (run.cost, ARMS.index(run.arm), run.seed))
 
 
-def go_through(todo: Iterable[Run], common: list[str], folder: Path, data: str | None, deadline: float) -> bool:
-    """Runs what has not finished until time is up; whether no run failed."""
+def go_through(
+    todo: Iterable[Run], common: list[str], last: list[str], folder: Path, data: str | None, deadline: float
+) -> bool:
+    """Runs what has not finished, with common options before its own and the last ones behind, until time is up.
+
+    Returns:
+        Whether no run failed.
+    """
     good = True
     for run in todo:
         if runs.CLOCK() >= deadline:
@@ -156,7 +189,7 @@ def go_through(todo: Iterable[Run], common: list[str], folder: Path, data: str |
         about = {"arm": run.arm.key, "name": run.arm.name, "views": run.arm.views}
         about |= {"epochs": run.epochs, "seed": run.seed}
         try:
-            record = train(folder / run.folder, [*common, *run.options()], data=data, deadline=deadline, **about)
+            record = train(folder / run.folder, [*common, *run.options(), *last], data=data, deadline=deadline, **about)
         except RunError as error:
             good = False
             print(f"{run.name}: {error}", file=sys.stderr, flush=True)
@@ -197,8 +230,8 @@ def main(arguments: list[str] | None = None) -> int:
     todo = plan(arms, epochs, views_seen, seeds)
     good = True
     if not options.report:
-        common = [*COMMON, *(SMALL if small else ()), *options.options]
-        good = go_through(todo, common, folder, options.data, runs.CLOCK() + 60 * options.minutes)
+        common = [*COMMON, *(SMALL if small else ())]
+        good = go_through(todo, common, options.options, folder, options.data, runs.CLOCK() + 60 * options.minutes)
 
     records = [record for place in folder.glob("*") if (record := finished(place)) is not None]
     records.sort(key=lambda record: (KEYS.index(record["arm"]), record["epochs"], record["seed"]))

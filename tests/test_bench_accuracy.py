@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -210,8 +211,24 @@ def test_short_schedules_have_short_warm_ups_and_short_memories():
         return float(options[options.index(name) + 1])
 
     assert [option(epochs, "--optim.warmup_epochs") for epochs in (1.25, 10, 30)] == [0.125, 1, 3]
-    assert [option(epochs, "--method.tau") for epochs in (0.5, 1, 5, 10, 30)] == [0.9, 0.9, 0.98, 0.99, 0.99]
+    assert [option(epochs, "--method.tau") for epochs in (0.5, 1, 5, 30)] == [0.99] * 4
+    with_predictor = [option(epochs, "--method.tau", "msbreg-k4-predictor") for epochs in (0.5, 1, 5, 10, 30)]
+    assert with_predictor == [0.9, 0.9, 0.98, 0.99, 0.99]
     assert [option(epochs, "--method.tau", "msbreg-k4") for epochs in (0.5, 1, 5, 10)] == [0.5, 0.5, 0.9, 0.95]
+
+
+def test_each_method_has_its_own_optimizer_and_what_is_given_for_all_runs_wins(monkeypatch, tmp_path):
+    rates = {}
+
+    def train(place, options, **about):
+        rates[about["arm"]] = [after for word, after in pairwise(options) if word == "--optim.lr"]
+
+    monkeypatch.setattr(accuracy, "train", train)
+    command = ["--small", "--folder", str(tmp_path), "--arms", "msbreg-k2", "msbreg-k4-predictor", "byol", "simsiam"]
+    accuracy.main(command)
+    assert rates == {"msbreg-k2": ["32"], "msbreg-k4-predictor": ["8"], "byol": ["0.004"], "simsiam": ["0.002"]}
+    accuracy.main([*command, "--", "--optim.lr", "16"])
+    assert {given[-1] for given in rates.values()} == {"16"}
 
 
 def record(name, views, epochs, linear, minutes, seed=0):
@@ -295,6 +312,7 @@ def test_the_plot_has_plain_minutes_hollow_single_seeds_and_one_style_for_what_i
 def test_the_page_says_what_all_runs_share():
     page = accuracy_report.page(RECORDS, {}, ["a.png"], **LENGTHS)
     assert "* options of all runs: `--data.size 32`\n" in page
+    assert "| A | `--run.seed 0` |" in unpadded(page) and "5,000 of the test images" in unpadded(page)
     assert "* kNN of untrained networks, %: 30.0 ± 0.0" in page and "![a.png](a.png)" in page
     assert "| published: BYOL | 24.9 |" in unpadded(page) and "of another protocol" in page
 
