@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from msbreg.batch_norm import convert_sync_batchnorm
 from msbreg.config import Config
-from msbreg.methods import Encoder, build_method
+from msbreg.losses import MSBRegLoss
+from msbreg.methods import Encoder, MSBReg, build_method
 
 BATCH = 6
 
@@ -121,6 +122,15 @@ def test_targets_of_a_network_with_dropout_and_stochastic_depth_are_the_same_eac
     assert all(layer.num_batches_tracked == 2 for layer in target.modules() if isinstance(layer, _BatchNorm))
     assert all(layer.training for layer in method.online.modules())
     assert not any(layer.training for layer in method.eval().modules())
+
+
+def test_dropout_within_a_batch_norm_of_the_target_is_off():
+    """As timm's BatchNormAct2d may have it."""
+    norm = nn.BatchNorm2d(3)
+    norm.drop = nn.Dropout()
+    encoder = Encoder(nn.Sequential(norm, nn.Flatten()), nn.Identity())
+    target = MSBReg(encoder, None, MSBRegLoss()).train().target.backbone[0]
+    assert target.training and not target.drop.training
 
 
 def test_views_of_two_sizes_and_targets_of_the_first_size_alone():

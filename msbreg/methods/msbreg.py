@@ -63,7 +63,7 @@ class MSBReg(nn.Module):
             self.target.eval()
             for layer in self.target.modules():
                 if isinstance(layer, _BatchNorm):
-                    layer.train(mode)
+                    layer.training = mode  # not that of its parts: timm's may hold an activation and dropout
         return self
 
     def forward(self, views: Sequence[Tensor], batch: int) -> StepOutput:
