@@ -595,6 +595,15 @@ def test_pillow_warns_of_no_large_image_that_is_used():
     assert done.returncode == 0 and done.stderr == "", done.stderr
 
 
+def test_pillow_does_not_warn_of_damaged_exif():
+    """On every rank, and without the file's name."""
+    entry = struct.pack(">IHHHII", 8, 1, 0x10F, 2, 9999, 99) + bytes(4)  # a text that would lie behind the file's end
+    data = JPEG[:2] + segment(b"MM\0*" + entry) + JPEG[2:]
+    code = "import sys; from msbreg.data.images import decode; print(decode(sys.stdin.buffer.read()).size)"
+    done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, timeout=60)
+    assert done.returncode == 0 and done.stdout == b"(30, 20)\n" and done.stderr == b"", done.stderr
+
+
 def test_rare_kinds_are_left_to_pillow():
     """DALI's parser refuses WebP files with EXIF, which in a large batch would end the process, and rounds 16 bits."""
     deep = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)

@@ -15,6 +15,7 @@ from PIL import Image
 from msbreg.data.headers import PLAIN, size_of_common_jpeg
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # which comes of crops, and tells no name
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")  # of EXIF, no name either
 
 __all__ = ["UndecodableError", "UnreadableError", "as_ppm", "decode", "probe"]
 
