@@ -104,7 +104,7 @@ class Evaluator:
                 threads=threads,
                 timeout=config.data.timeout,
             )
-            return Images(loader, device, stop)
+            return Images(loader, device, stop, config.data.size)
 
         if held_out is not None and self.task == "labels":
             self.bank, self.queries = images(train, config.eval.bank), images(held_out, config.eval.queries)
@@ -155,10 +155,18 @@ class Evaluator:
 
 
 class Images:
-    """The batches of a loader on the device, kept in memory after the first pass where they are small."""
+    """The batches of a loader on the device, kept in memory after the first pass where all of them together are small.
 
-    def __init__(self, loader: ViewLoader, device: torch.device, stop: Sequence[int]) -> None:
+    Args:
+        loader: of images of one size.
+        device: where the batches go.
+        stop: see `Evaluator`.
+        size: pixels of an image's side.
+    """
+
+    def __init__(self, loader: ViewLoader, device: torch.device, stop: Sequence[int], size: int) -> None:
         self.loader, self.source, self.device, self.stop = loader, loader.source, device, stop
+        self._small = len(loader.source) * 3 * size**2 * torch.float32.itemsize <= CACHE_BYTES
         self._kept: list[Batch] = []
         self._whole = False
 
@@ -169,19 +177,16 @@ class Images:
             yield batch
 
     def _read(self) -> Iterator[Batch]:
-        self._kept, size = [], 0
+        self._kept = []
         for batch in self.loader.batches():
             moved = batch._replace(
                 views=tuple(view.to(self.device) for view in batch.views),
                 labels=batch.labels.to(self.device),
             )
-            size += moved.views[0].nbytes
-            if size <= CACHE_BYTES:
+            if self._small:
                 self._kept.append(moved)
             yield moved
-        self._whole = size <= CACHE_BYTES
-        if not self._whole:
-            self._kept = []
+        self._whole = self._small
 
 
 class Shrink(nn.Module):

@@ -103,11 +103,14 @@ def test_raw_pixels_have_their_places(judge, tmp_path):
 
 
 def test_images_that_are_not_kept_are_read_again(judge, splits, monkeypatch):
+    splits = splits[0].subset([*range(240), *range(60)]), splits[1]  # of two batches, of which one could be kept
     judged = judge(*splits, bank=300, queries=60)
     kept = judged(PIXELS).knn, judged(PIXELS).knn
-    monkeypatch.setattr(evaluator, "CACHE_BYTES", 4 * 3 * 16**2 * 100)  # more than the queries, less than the bank
+    monkeypatch.setattr(evaluator, "CACHE_BYTES", 4 * 3 * 16**2 * 280)  # more than the queries, less than the bank
     judged = judge(*splits, bank=300, queries=60)
     assert (judged(PIXELS).knn, judged(PIXELS).knn) == kept and kept[0] == kept[1]
+    next(iter(judged.bank))
+    assert len(judged.queries._kept) == 1 and not judged.bank._kept  # nor a part, which would be of no use
 
 
 def test_an_image_that_stalls_ends_an_evaluation(judge, tmp_path, swatches):
