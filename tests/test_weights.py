@@ -44,6 +44,16 @@ def test_what_a_run_exports_is_what_another_begins_with_in_both_networks(tmp_pat
     assert_same(method.target.backbone.state_dict(), trained.state_dict())
 
 
+@pytest.mark.parametrize("name", ["backbone.pt", "backbone.safetensors"])
+def test_timm_takes_what_a_run_exports(tmp_path, name):
+    timm = pytest.importorskip("timm")
+    for library in ("", "timm/"):
+        trained = random(build_backbone(f"{library}resnet18"))
+        export_backbone(trained, tmp_path)
+        taken = timm.create_model("resnet18", checkpoint_path=str(tmp_path / name), num_classes=0)
+        assert_same(taken.state_dict(), trained.state_dict())
+
+
 @pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "googlenet", "vit_b_32", "mnasnet0_5"])
 def test_weights_of_torchvision_fit_without_their_classifier(tmp_path, name):
     options = {"init_weights": False} if name == "googlenet" else {}
