@@ -70,6 +70,7 @@ def test_shards_that_changed_are_scanned_again(shards, scans, tmp_path):
     assert (shards / "1.tar").stat().st_size == size
     assert content(TarShards(shards, cache=tmp_path)) == content(TarShards(shards))
     assert len(scans) == 9
+    assert len(list(tmp_path.glob("shards-*.npz"))) == 1  # in the place of the one before
 
 
 def test_shards_that_changed_but_for_size_and_time_are_scanned_again(shards, scans, tmp_path):
@@ -136,11 +137,15 @@ def test_a_shard_that_changes_while_it_is_scanned_is_scanned_again(shards, tmp_p
 
 
 def test_a_full_disk_keeps_nothing_and_loses_nothing(shards, tmp_path, file_size_limit):
-    with file_size_limit(300):
+    with (
+        file_size_limit(300),
+        pytest.warns(UserWarning, match=r"cannot be kept in .*/cache \(File too large\), and is"),
+    ):
         assert len(TarShards(shards, cache=tmp_path / "cache")) == 12
     assert list((tmp_path / "cache").iterdir()) == []
     (tmp_path / "file").touch()
-    assert len(TarShards(shards, cache=tmp_path / "file")) == 12
+    with pytest.warns(UserWarning, match=r"cannot be kept in .*/file \(File exists\).*: let --data\.cache be a folder"):
+        assert len(TarShards(shards, cache=tmp_path / "file")) == 12
 
 
 def test_a_run_keeps_the_listing_where_it_keeps_rendered_images(shards, scans, tmp_path):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from msbreg.console import say
-from msbreg.data.listing import Listing, listing_file, load_listing, save_listing
+from msbreg.data.listing import Listing, listing_file, load_listing, save_listing, state_of
 from msbreg.data.source import (
     ENDINGS,
     EXTENSIONS,
@@ -65,11 +65,12 @@ class TarShards(Source):
         if not self.shards:
             raise DataError(f"{self.pattern} names no shards: expected tar files, or rising numbers as in {{000..127}}")
         file = None if cache is None else listing_file(cache, self.shards)
-        listing = None if file is None else load_listing(file)
+        state = state_of(self.shards)
+        listing = None if file is None or state is None else load_listing(file, state)
         if listing is None:
             listing = self._scanned()
-            if file is not None:
-                save_listing(file, listing)
+            if file is not None and state is not None:
+                save_listing(file, state, listing)
         self.names, self.place, self.labels, self.classes, remarks = listing
         for remark in remarks:
             warnings.warn(f"{self.pattern}: {remark}", stacklevel=2)
