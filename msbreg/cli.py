@@ -93,7 +93,7 @@ def build_parser() -> ArgumentParser:
         "--dry-run",
         action="store_true",
         default=argparse.SUPPRESS,  # for --print_config to leave it out, as no option of a run
-        help="take a few steps on rendered images, and print memory, step time and the hours the run would take",
+        help="take a few steps, on rendered images without --data.path; print memory, step time and the run's hours",
     )
     add_config(pretrain)
     commands.add_subcommand("pretrain", pretrain, help="train a backbone without labels")

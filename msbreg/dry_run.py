@@ -11,7 +11,7 @@ import torch
 
 from msbreg.config import Config
 from msbreg.cuda_graph import WARM_UP
-from msbreg.data import ViewLoader, open_source, rendered
+from msbreg.data import Source, ViewLoader, open_source, rendered
 from msbreg.data.loader import whole_batches
 from msbreg.inputs import open_images, open_loader, share_of_batch
 from msbreg.machine import gpu_megabytes_in_use, memory_megabytes, synchronize, usable_cores
@@ -46,7 +46,7 @@ class _Measured(NamedTuple):
 
 
 def dry_run(config: Config) -> str | None:
-    """Takes two real steps of a run on rendered images; its run folder is not touched.
+    """Takes two real steps of a run, on rendered images where it has none yet; its run folder is not touched.
 
     Args:
         config: the run's options. The number of images comes from `data.path`, where it is given, or `data.images`.
@@ -54,9 +54,10 @@ def dry_run(config: Config) -> str | None:
     Returns:
         A Markdown table, on the first process alone: memory, the seconds of the first step (which compiles and chooses
         algorithms) and of the last (the second, or the second that a CUDA graph replays), the seconds in which the
-        loader makes a batch of rendered images as large as a view, and the hours that the whole run would take. On a
-        GPU, which works while the loader does, the slower of step and loader sets the pace; a CPU's cores do both in
-        turn. A CPU steps on a few images, and the table says so; the hours are then in proportion.
+        loader makes a batch, of the run's images or of rendered ones as large as a view, and the hours that the whole
+        run would take. On a GPU, which works while the loader does, the slower of step and loader sets the pace; a
+        CPU's cores do both in turn. A CPU steps on a few images, and the table says so; the hours are then in
+        proportion.
 
     Raises:
         MSBRegError: whatever would keep the run from its first step, or a step that does not fit into memory.
@@ -68,12 +69,16 @@ def dry_run(config: Config) -> str | None:
     whole, views = config.data.batch_size, config.data.views
     with Processes(config.run.device, timeout=config.run.timeout) as processes, tempfile.TemporaryDirectory() as folder:
         mine, gpu = share_of_batch(config, processes), processes.device.type == "cuda"
-        images, where = _images(config, processes)
+        images, where, source = _images(config, processes)
         steps = planned_steps(config, whole_batches(images, mine, processes.world, of=where))
         if not gpu:
             mine = min(mine, max(2, PIXELS_ON_A_CPU // (views * config.data.size**2)))
         config.data.batch_size = mine * processes.world
-        measured = _measure(config, processes, Path(folder), steps)
+        of = "its images" if source else f"{config.data.size}-pixel images"
+        if source is None:
+            pictures = rendered.render(Path(folder) / "images", images=RENDERED, test_images=10, size=config.data.size)
+            source = open_source(pictures / "train")
+        measured = _measure(config, processes, source, steps)
         if not processes.first:
             return None
     share = config.data.batch_size / whole
@@ -89,7 +94,7 @@ def dry_run(config: Config) -> str | None:
         ("parameters trained", f"{measured.parameters / 1e6:,.1f} M"),
         (f"first step{part}, s", f"{measured.steps[0]:.1f}"),
         (f"step {len(measured.steps)}{part}, s", f"{measured.steps[-1]:.3f}"),
-        (f"loading a batch of {config.data.size}-pixel images{part}, s", f"{measured.loading:.3f}"),
+        (f"loading a batch of {of}{part}, s", f"{measured.loading:.3f}"),
         (f"peak memory {'of torch in' if gpu else 'of'} a process{part}, MB", f"{measured.memory:,.0f}"),
         (f"steps of the run, {images:,} images", f"{steps:,}"),
         (f"hours of the run, projected from {'the slower' if gpu else 'the sum'} of step and loading", f"{hours:,.1f}"),
@@ -99,19 +104,19 @@ def dry_run(config: Config) -> str | None:
     return markdown_table((f"dry run: {config.method.name}, {config.model.backbone}", "value"), rows)
 
 
-def _images(config: Config, processes: Processes) -> tuple[int, object]:
-    """How many images an epoch of the run has, and what to call where they are."""
+def _images(config: Config, processes: Processes) -> tuple[int, object, Source | None]:
+    """How many images an epoch of the run has, what to call where they are, and where they are."""
     if config.data.path is None:
-        return config.data.images or rendered.IMAGES, "--data.images" if config.data.images else "the rendered images"
+        where = "--data.images" if config.data.images else "the rendered images"
+        return config.data.images or rendered.IMAGES, where, None
     source, _ = open_images(config, processes)
-    return len(source), source
+    return len(source), source, source
 
 
-def _measure(config: Config, processes: Processes, folder: Path, steps: int) -> _Measured:
-    """Takes some steps of a run of so many, then lets the loader work alone."""
-    pictures = rendered.render(folder / "images", images=RENDERED, test_images=10, size=config.data.size)
-    source = open_source(pictures / "train")
-    enough = np.arange(max(RENDERED, 2 * config.data.batch_size)) % RENDERED
+def _measure(config: Config, processes: Processes, source: Source, steps: int) -> _Measured:
+    """Takes some steps of a run of so many, then lets the loader work alone: on images from all over the source."""
+    images = (2 + BATCHES_LOADED) * config.data.batch_size  # each is read once, as from a disk
+    enough = np.linspace(0, len(source), images, endpoint=False, dtype=np.int64)
     loader = open_loader(config, processes, source.subset(enough))
 
     def most(number: float) -> float:

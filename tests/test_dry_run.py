@@ -14,7 +14,7 @@ import torch
 
 from msbreg.cli import main
 from msbreg.config import Config, packaged_configs
-from msbreg.data import ViewLoader
+from msbreg.data import ImageFolder, ViewLoader
 from msbreg.dry_run import PIXELS_ON_A_CPU, dry_run
 from msbreg.errors import MSBRegError
 from msbreg.files import read_yaml
@@ -109,10 +109,25 @@ def test_hours_are_those_of_the_whole_batch(swatches, monkeypatch):
     assert rows["images a step, of all processes"] == f"200, measured with {with_images}"
     part = f", measured with {with_images}"
     assert (rows[f"first step{part}, s"], rows[f"step 2{part}, s"]) == ("4.0", "3.000")
-    assert rows[f"loading a batch of 64-pixel images{part}, s"] == "0.250"
+    assert rows[f"loading a batch of its images{part}, s"] == "0.250"
     projected = rows["hours of the run, projected from the sum of step and loading"].replace(",", "")
     assert float(projected) == pytest.approx(5000 * 3.25 * 200 / with_images / 3600, abs=0.05)
     assert config.data.batch_size == 200
+
+
+def test_the_loader_is_timed_on_images_of_the_run_where_there_are_any(swatches, monkeypatch, capsys):
+    names, read = [], ImageFolder.read
+
+    def noting(source: ImageFolder, index: int) -> bytes:
+        names.append(source.name(index))
+        return read(source, index)
+
+    monkeypatch.setattr(ImageFolder, "read", noting)
+    for path, said in (([], "32-pixel images"), (["--data.path", str(swatches)], "its images")):
+        names.clear()
+        assert main(["pretrain", "--dry-run", *TINY, *path]) == 0
+        assert f"loading a batch of {said}" in capsys.readouterr().out
+        assert names and all(name.startswith(str(swatches / "train")) == bool(path) for name in names)
 
 
 def test_images_that_the_run_sets_aside_do_not_count(swatches, capsys):
