@@ -13,9 +13,9 @@ the width and depth of projectors. MSBReg has a predictor in two runs alone: wha
 one. Each method has the optimizer, learning rate and tau that were best for it in short runs of small networks
 (docs/decisions.md, "The settings of short schedules"); nothing is tuned for longer ones. Accuracy is that of the
 backbone's 512 features of whole, unaugmented images, from the 50,000 training images to the 10,000 test images:
-logistic regression at its optimum, and a weighted vote of 200 neighbours (`msbreg.evaluation`). The published figures
-beside it, from the README of https://github.com/tsb0601/EMP-SSL (commit 8fc3758), are of another protocol. As its code
-shows,
+logistic regression at its optimum, its weight decay chosen on a fifth of the training images, and a weighted vote of
+200 neighbours (`msbreg.evaluation`). The published figures beside it, from the README of
+https://github.com/tsb0601/EMP-SSL (commit 8fc3758), are of another protocol. As its code shows,
 
 * EMP-SSL is probed at the 4096 features of its projector's first layer, after batch normalisation and ReLU (model.py),
   averaged over 128 augmented crops of a quarter of the image, in training and test images alike (evaluate.py, aug.py);

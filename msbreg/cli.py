@@ -248,7 +248,7 @@ def run_eval(options: Namespace) -> int:
     config = config_of(state)
     config.run.device, config.data.threads, config.eval.linear = "auto", 0, True  # of this machine, not of the run's
     if options.data.path is not None:
-        config.data.eval_path, config.data.images = None, 0  # which are of the run's
+        config.data.eval_path = None
     for name in EVALUATED_WITH:
         group, option = name.split(".")
         if options[name] is not None:

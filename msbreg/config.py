@@ -83,7 +83,7 @@ class DataConfig:
     again."""
     images: int = 0
     """Images of an epoch, for --dry-run where there is no --data.path to count; 0: as many as msbreg renders.
-    Where it is set, training wants a --data.path, and warns where that has a hundredth more or fewer."""
+    Where it is set, training wants a --data.path."""
     recipe: str = "auto"
     """byol, cifar, multi_crop, or a YAML file with a block a view, or fewer, taken in turn; auto: cifar below 96
     pixels, else byol."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -117,12 +116,6 @@ def _listed(config: Config, path: str | Path, trained_on: int | None) -> tuple[S
     with contextlib.suppress(MSBRegError):  # what cannot be kept is made again
         cache = _cache(config)
     train, held_out = open_split(path, cache=cache)
-    if abs(len(train) - (config.data.images or len(train))) > 0.01 * len(train):
-        warnings.warn(
-            f"{train} has {len(train):,} images to train on, but --data.images says {config.data.images:,}: see "
-            "whether some are missing, or set it to what there is",
-            stacklevel=2,
-        )
     if config.data.eval_path == NONE:
         return train, None
     if config.data.eval_path is not None:

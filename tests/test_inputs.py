@@ -1,6 +1,5 @@
 """Which images a run trains and is judged on, and which of them each process has."""
 
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,16 +159,6 @@ def test_images_without_labels_are_all_trained_on(config, tmp_path, swatches):
     config.data.path = linked(tmp_path, [f"{index}.jpg" for index in range(40)], swatches)
     train, held_out = open_images(config, Processes("cpu"))
     assert len(train) == 40 and held_out is None
-
-
-@pytest.mark.parametrize(("images", "warns"), [(0, False), (101, False), (99, False), (102, True), (98, True)])
-def test_another_number_of_images_than_the_config_is_for_is_said(config, tmp_path, swatches, images, warns):
-    config.data.path, config.data.images = linked(tmp_path, [f"{index}.jpg" for index in range(100)], swatches), images
-    with warnings.catch_warnings(record=True) as caught:
-        open_images(config, Processes("cpu"))
-    assert [f"has 100 images to train on, but --data.images says {images}" in str(one.message) for one in caught] == (
-        [True] * warns
-    )
 
 
 def test_classes_of_held_out_images_are_matched_by_name(config, tmp_path, swatches):
