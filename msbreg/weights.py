@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from msbreg.errors import MSBRegError, is_of_memory
 
-__all__ = ["load_weights", "read_weights", "take_weights"]
+__all__ = ["load_weights", "take_weights"]
 
 CLASSIFIERS = {
     "fc", "classifier", "head", "heads", "head_dist", "heads_dist", "last_linear", "classif", "aux1", "aux2",

@@ -128,7 +128,7 @@ class Epoch:
 class ViewLoader:
     """Batches of views of the images of a source.
 
-    Images that cannot be read are named in a warning, replaced by the next readable image of the source and counted in
+    Images that cannot be read are named in a warning, replaced by others, drawn from their numbers, and counted in
     `unreadable`. Of a JPEG that is damaged in its middle, DALI makes what libjpeg can save; the torchvision backend
     gives it up.
 
