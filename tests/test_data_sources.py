@@ -11,7 +11,6 @@ import time
 import warnings
 import zlib
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ from PIL import Image, ImageOps, features
 from msbreg.data import (
     ImageFolder,
     IndexFile,
-    Source,
     TarShards,
     folders,
     images,
@@ -32,7 +30,6 @@ from msbreg.data import (
     reader,
     shards,
     tars,
-    with_classes_of,
 )
 from msbreg.data.images import UnreadableError, decode, probe
 from msbreg.data.reader import Reader
@@ -443,18 +440,6 @@ def test_held_out_classes_without_training_images_are_an_error(tmp_path, held_ou
     )
     with pytest.raises(DataError, match=says):
         open_split(tmp_path)
-
-
-def test_many_classes_are_matched_in_no_time():
-    """One by one, ImageNet-21K's took twelve seconds."""
-
-    def source(names: list[str]) -> Source:
-        return SimpleNamespace(classes=names, labels=np.arange(len(names)))
-
-    names = [f"n{number:08d}" for number in range(21_841)]
-    began = time.process_time()
-    assert with_classes_of(source(names), source(names[::-1])).labels.tolist() == [*range(len(names))][::-1]
-    assert time.process_time() - began < 2
 
 
 def test_a_fingerprint_is_of_names_labels_and_order_alone(tmp_path):
