@@ -85,16 +85,20 @@ def unit(x):
     short = squares < eps * eps  # false for NaN, which stays
     inverse = tl.where(short, 0.0, tl.rsqrt(squares))
     norm = tl.where(short, eps, squares * inverse)
+    square = squares * (inverse * inverse)
     if tl.max((squares == float("inf")).to(tl.int32), axis=0) == 1:
         largest = tl.max(tl.abs(x), axis=1)
         largest = tl.where(largest < eps, eps, largest)
-        x = x * (1.0 / largest)[:, None]
-        squares = tl.sum(x * x, axis=1)
+        y = x * (1.0 / largest)[:, None]
+        squares = tl.sum(y * y, axis=1)
+        root = tl.rsqrt(squares)
         norm = largest * tl.sqrt(squares)
-        inverse = tl.where(norm < eps, 0.0, tl.rsqrt(squares))
-        norm = tl.where(norm < eps, eps, norm)
+        short = norm < eps
+        inverse = tl.where(short, 0.0, root * (1.0 / largest))  # 1 / norm, which may be infinite
+        norm = tl.where(short, eps, norm)
+        square = tl.where(short, 0.0, squares * (root * root))
     # One product for both branches: where it is added to something, the two are one instruction.
-    return x * inverse[:, None], norm, squares * (inverse * inverse)
+    return x * inverse[:, None], norm, square
 
 
 @triton.jit
