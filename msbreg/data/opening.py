@@ -66,7 +66,7 @@ def open_split(path: str | Path, *, cache: Path | None = None) -> tuple[Source, 
             train: Source = TarShards(path, cache=cache, only="train")
             return train, with_classes_of(train, TarShards(path, cache=cache, only=word))
         source = open_source(path, cache=cache)
-        _refuse_split_below(Path(path), source)
+        _refuse_split_below(path, source)
         return source, None
     train = open_source(folders["train"], cache=cache)
     for name in HELD_OUT:
