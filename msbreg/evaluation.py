@@ -12,8 +12,8 @@ __all__ = ["evaluation_mode", "extract_features", "instance_accuracy", "knn_accu
 
 SIMILARITIES_AT_ONCE = 2**25  # 128 MiB in fp32
 L2 = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-"""Weight decays of a linear probe. For 5,000 images of CIFAR-10 with 1,024 features each, of k-means of patches, 1e-2 was
-best, and 1e-3 worse by four points; for 50,000 it was the other way round, by two (by hand)."""
+"""Weight decays of a linear probe. For 5,000 images of CIFAR-10 with 1,024 features each, of k-means of patches, 1e-2
+was best, and 1e-3 worse by four points; for 50,000 it was the other way round, by two (by hand)."""
 NO_CLASS = -100
 VOTE_UNIT = 2**40  # votes are counted in whole parts of this, so that their sum does not depend on the order
 
