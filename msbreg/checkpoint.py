@@ -18,7 +18,9 @@ import torch
 from msbreg.errors import MSBRegError, is_of_memory
 from msbreg.files import reason, sync_folder, whole_file
 
-__all__ = ["FORMAT", "holds_one", "keep_checkpoint", "kept_in", "load_checkpoint", "load_run", "save_checkpoint"]
+__all__ = [
+    "FORMAT", "holds_one", "keep_checkpoint", "kept_in", "load_checkpoint", "load_run", "read_run", "save_checkpoint",
+]  # fmt: skip
 
 FORMAT = 3
 NAME, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
@@ -154,3 +156,17 @@ def load_run(folder: Path, *, to_go_on: bool = False) -> dict[str, Any] | None:
             with contextlib.suppress(FileNotFoundError):
                 os.replace(newest, folder / DAMAGED)
         return state
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The checkpoint of a run folder, as `load_run` has it, or the one that a file holds.
+
+    Raises:
+        MSBRegError: there is none, or it cannot be read.
+    """
+    if not path.exists():
+        raise MSBRegError(f"there is no run folder or checkpoint {path}.")
+    state = load_run(path) if path.is_dir() else load_checkpoint(path)
+    if state is None:
+        raise MSBRegError(f"the folder {path} holds no checkpoint; a run writes checkpoint.pt there.")
+    return state

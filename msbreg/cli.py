@@ -1,23 +1,19 @@
 """The command line: pretrain, eval, export, bench, doctor."""
 
 import argparse
-import difflib
 import functools
-import os
 import sys
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 import msbreg
-from msbreg.config import Config, config_of, option_types, packaged_configs, require_text
+from msbreg.config import Config, option_types, packaged_configs, require_text
 from msbreg.console import say
 from msbreg.errors import MSBRegError
-from msbreg.files import expanded, read_yaml
+from msbreg.files import expanded
+from msbreg.options import EVALUATED_WITH, configs_first
 from msbreg.signals import StopSignals
 
 __all__ = ["main"]
@@ -145,70 +141,6 @@ def add_config(parser: ArgumentParser) -> None:
             action.help = argparse.SUPPRESS
 
 
-def configs_first(arguments: list[str]) -> list[str]:
-    """Puts --config before the other options, so that these win, and the file of a packaged config for its name."""
-    command, options = arguments[:1], iter(arguments[1:])
-    packaged, groups = packaged_configs(), {f"--{name}" for name in vars(Config())}
-    known = known_options(command[0]) if command else ()
-    configs, rest = [], []
-    for option in options:
-        flag, separator, name = option.partition("=")
-        if flag in groups:
-            raise MSBRegError(f"{flag} is a group of options; give {flag}.OPTION VALUE, or --config FILE for a file.")
-        if flag != "--config":
-            if flag.startswith("--") and known and flag not in known and (meant := meant_by(flag, known)):
-                raise MSBRegError(f"there is no option {flag}; did you mean {meant}?")
-            rest.append(option)
-            continue
-        value = name if separator else next(options, None)
-        if value in packaged and not os.path.isfile(value):
-            value = str(packaged[value])
-        elif value is not None and not os.path.exists(value):
-            raise MSBRegError(
-                f"there is no file {value!r} for --config, and no config of that name: those that come with msbreg are "
-                f"{', '.join(packaged)}."
-            )
-        if value is not None and os.path.isfile(value):  # a pipe can be read once
-            require_groups(value)
-        configs.append(flag if value is None else f"{flag}={value}")
-    return command + configs + rest
-
-
-def known_options(command: str) -> tuple[str, ...]:
-    """Of a command that takes options of a run; none of others."""
-    if command == "eval":
-        return tuple(f"--{name}" for name in EVALUATED_WITH)
-    own = {"pretrain": "--dry-run", "bench": "--steps"}
-    return ("--config", "--help", own[command], *(f"--{name}" for name in option_types())) if command in own else ()
-
-
-def meant_by(flag: str, known: Sequence[str]) -> str | None:
-    """The option that was probably meant: of the same last name, else of one that is spelled much alike."""
-    last = flag.lstrip("-").replace("-", "_").rpartition(".")[2]
-    same = [option for option in known if option.lstrip("-").replace("-", "_").rpartition(".")[2] == last]
-    return next(iter(same or difflib.get_close_matches(flag, known, 1, 0.75)), None)
-
-
-def require_groups(file: str) -> None:
-    """Raises MSBRegError where a YAML file is not one of options in groups; those are the parser's to judge."""
-    try:
-        content = read_yaml(Path(file))
-    except yaml.YAMLError:
-        return  # the parser says where
-    if not isinstance(content, dict):
-        what = "no options" if content is None else "something else"
-        raise MSBRegError(f"{file} must hold options in groups, as in `optim: {{lr: 0.1}}`, but holds {what}.")
-    known = [f"--{name}" for name in option_types()]
-    for name in vars(Config()):
-        if not isinstance(content.get(name, {}), dict):
-            raise MSBRegError(
-                f"{name} is {content[name]!r} in {file}, but must be a group of options; give it some, or leave it out."
-            )
-        for option in content.get(name, {}):
-            if f"--{name}.{option}" not in known and (meant := meant_by(f"--{name}.{option}", known)):
-                raise MSBRegError(f"{file} has {name}.{option}, which is no option; did you mean {meant[2:]}?")
-
-
 def config_from(options: Namespace) -> Config:
     """The typed config that parsed options describe."""
     return Config(**{name: type(group)(**vars(options[name])) for name, group in vars(Config()).items()})
@@ -235,44 +167,16 @@ def show(table: str | None) -> None:
 
 
 def run_eval(options: Namespace) -> int:
-    from msbreg.data.recipes import View
-    from msbreg.evaluator import TASKS, Evaluator
-    from msbreg.export import backbone_of
-    from msbreg.inputs import open_images
-    from msbreg.machine import usable_cores
-    from msbreg.processes import Processes
-    from msbreg.tables import markdown_table
-
     refuse_peers("eval")
-    state = read_run(run_of(options.path, "eval"))
-    config = config_of(state)
-    config.run.device, config.data.threads, config.eval.linear = "auto", 0, True  # of this machine, not of the run's
-    if options.data.path is not None:
-        config.data.eval_path = None
-    for name in EVALUATED_WITH:
-        group, option = name.split(".")
-        if options[name] is not None:
-            setattr(getattr(config, group), option, options[name])
-    config.validate()
-    with Processes(config.run.device) as processes:
-        its_own = options.data.path is options.data.eval_path is None
-        train, held_out = open_images(config, processes, trained_on=state["images"] if its_own else None)
-        if its_own and train.fingerprint() != state["fingerprint"]:
-            warnings.warn(f"the images of {config.data.path} are not those that the run was trained on", stacklevel=1)
-        threads = config.data.threads or usable_cores()
-        view = View(**state["recipe"][0]) if "recipe" in state else None  # whose file may be another by now
-        evaluator = Evaluator(config, train, held_out, device=processes.device, threads=threads, view=view)
-        accuracy = evaluator(backbone_of(state).to(processes.device), linear=True)
-        task = TASKS[evaluator.task]
-        rows = [(task, f"{accuracy.knn:.1%}"), (f"{task}, raw pixels", f"{evaluator.pixels():.1%}")]
-        if accuracy.linear is not None:
-            rows.insert(1, ("linear probe top-1", f"{accuracy.linear:.1%}"))
-        evaluator.close()
-    show(markdown_table((f"{config.model.backbone}, step {state['step']:,}", "value"), rows))
+    run = run_of(options.path, "eval")
+    from msbreg.eval import evaluate
+
+    show(evaluate(run, {name: options[name] for name in EVALUATED_WITH if options[name] is not None}))
     return 0
 
 
 def run_export(options: Namespace) -> int:
+    from msbreg.checkpoint import read_run
     from msbreg.export import backbone_of, export_backbone
 
     refuse_peers("export")
@@ -314,31 +218,5 @@ def run_of(text: str | None, command: str) -> Path:
     return expanded(text)
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """The checkpoint of a run folder, or the one that a file holds."""
-    from msbreg.checkpoint import load_checkpoint, load_run
-
-    if not path.exists():
-        raise MSBRegError(f"there is no run folder or checkpoint {path}.")
-    state = load_run(path) if path.is_dir() else load_checkpoint(path)
-    if state is None:
-        raise MSBRegError(f"the folder {path} holds no checkpoint; a run writes checkpoint.pt there.")
-    return state
-
-
-EVALUATED_WITH = {
-    "data.path": "labelled images; unset: those of the run",
-    "data.eval_path": "held-out images; unset: those of the run, or as in pretrain beside another --data.path",
-    "data.backend": "what decodes; unset: as in the run",
-    "data.threads": "threads that decode; unset: one a core",
-    "data.timeout": "seconds that images are waited for, 0 for ever; unset: as in the run",
-    "data.cache": "folder for rendered images and listings of tar shards; unset: as in the run",
-    "eval.k": "neighbours in the weighted kNN vote; unset: as in the run",
-    "eval.temperature": "temperature of the vote's weights; unset: as in the run",
-    "eval.bank": "labelled images that vote and that the probe is fitted to, at the most; unset: as in the run",
-    "eval.queries": "held-out images that are classified, at the most; unset: as in the run",
-    "run.device": "cpu, cuda, cuda:N or auto; unset: auto",
-}
-"""Options of pretrain that eval has too."""
 COMMANDS = {"eval": run_eval, "export": run_export, "bench": run_bench, "doctor": run_doctor}
 """What runs each command but pretrain."""

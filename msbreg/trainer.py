@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from msbreg import checkpoint
 from msbreg.collapse import embedding_statistics
@@ -25,6 +24,7 @@ from msbreg.evaluator import TASKS, Evaluator, GivenUpError
 from msbreg.export import export_backbone
 from msbreg.files import METRICS, read_json, reason, write_json
 from msbreg.inputs import has_labels, open_images, open_loader, recipe_of, share_of_batch
+from msbreg.loss_watch import LossWatch
 from msbreg.machine import memory_megabytes
 from msbreg.methods import StepOutput
 from msbreg.metrics import MetricsFile, finite, read_metrics
@@ -47,7 +47,6 @@ from msbreg.summary import start_of, summary_table
 
 __all__ = ["Trainer", "pretrain"]
 
-BAD_LOSSES_IN_A_ROW = 3
 SECONDS_BETWEEN_QUESTIONS = 5.0
 """At most so far apart ranks tell each other of signals: launchers kill what has not ended in half a minute."""
 
@@ -113,7 +112,7 @@ class Trainer:
         )
         classes = len(self.source.classes) if config.eval.linear and has_labels(self.source) else 0
         self.step = TrainingStep(begun, processes, steps=self.steps, warmup_steps=self.warmup_steps, classes=classes)
-        self.bad_losses = torch.zeros(2, dtype=torch.int64, device=self.device)  # in a row now, and the longest row
+        self.losses = LossWatch(processes)
         self.done, self.stopwatch = 0, Stopwatch(self.device)
         self.ask_every = 1
         """Steps between two exchanges of the signals that came, the same on all ranks."""
@@ -182,7 +181,7 @@ class Trainer:
         for step, batch in self._timed(self.loader.batches(self.done, self.steps)):
             out = self.step(batch, step)
             self.done = step + 1
-            self._watch(out.loss)
+            self.losses.see(out.loss)
             self.progress.step()
 
             if self.done % config.run.log_every == 0 or self.done == self.steps:
@@ -219,17 +218,10 @@ class Trainer:
             yield step, batch
             step += 1
 
-    def _watch(self, loss: Tensor) -> None:
-        """Counts losses that are not finite, on the device: reading each would make the host wait for it."""
-        row = torch.where(loss.detach().isfinite(), 0, self.bad_losses[0] + 1)
-        self.bad_losses = torch.stack((row, torch.maximum(row, self.bad_losses[1])))
-
     def _check_losses(self) -> None:
         """Raises MSBRegError after three bad losses in a row on any rank."""
-        rows = self.processes.gather(int(self.bad_losses[1]))
-        if ranks := [rank for rank, row in enumerate(rows) if row >= BAD_LOSSES_IN_A_ROW]:
-            where = f" on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if self.processes.world > 1 else ""
-            raise self._diverged(f"was not finite in {BAD_LOSSES_IN_A_ROW} steps in a row{where}")
+        if what := self.losses.gone_astray():
+            raise self._diverged(what)
 
     def _diverged(self, what: str) -> MSBRegError:
         kept = "The last good checkpoint is kept" if checkpoint.holds_one(self.folder) else "No checkpoint was due yet"
@@ -237,11 +229,6 @@ class Trainer:
             f"the loss {what}, at step {self.done} or shortly before. {kept}. "
             "Try a lower --optim.lr or a longer --optim.warmup_epochs in a new --run.dir."
         )
-
-    def _healthy(self) -> bool:
-        """Whether the last loss and all weights are finite, on every rank."""
-        finite = torch.stack([weight.isfinite().all() for weight in self.step.method.parameters()]).all()
-        return all(self.processes.gather(int(finite & (self.bad_losses[0] == 0))))
 
     def _stopped(self, stop: list[int]) -> bool:
         """Whether a signal or the end of torchrun came to any rank; several ask each other now and then only."""
@@ -348,7 +335,7 @@ class Trainer:
         self._check_losses()  # which waits for the GPU, whose time counts
         self.stopwatch.stop()
         self._share_unreadable()
-        healthy = self._healthy()
+        healthy = self.losses.healthy(self.step.method)
         if healthy:
             self.processes.of_first(self._write, "save the checkpoint")
         self.stopwatch.start()
@@ -400,7 +387,7 @@ class Trainer:
         """Last evaluation, checkpoint, curves, exported backbone and table; does nothing twice on a finished run."""
         before = "finished" in self.results
         if not before:
-            if not self._healthy():
+            if not self.losses.healthy(self.step.method):
                 raise self._diverged("or a weight is not finite")
             self._save()  # evaluation may take long, and a scheduler may not wait for it
             if not self._evaluate(linear=True):

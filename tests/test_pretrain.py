@@ -23,11 +23,12 @@ from torch._dynamo.exc import TorchDynamoException
 
 from msbreg import trainer as training
 from msbreg.checkpoint import load_checkpoint
-from msbreg.cli import configs_first, main, parse
+from msbreg.cli import main, parse
 from msbreg.config import Config
 from msbreg.errors import MSBRegError
 from msbreg.inputs import open_images
 from msbreg.metrics import read_metrics
+from msbreg.options import configs_first
 from msbreg.processes import Processes
 from msbreg.step import TrainingStep
 from msbreg.trainer import Trainer
