@@ -30,7 +30,7 @@ NVLINK, PORT = 370.0, 46.0
 """GB/s that NCCL reaches of NVLink 4 (github.com/NVIDIA/nccl-tests/issues/212) and of a 400 Gb/s port (.../290)."""
 LOADED = 19000 / GPUS
 """Images/s for each GPU: what DALI asks of a Hopper GPU and 70 threads (qa/TL1_decoder_perf/test.sh), shared by all."""
-JPEG = 147.8e9 / 1281167
+JPEG = 147.9e9 / 1281167
 """Bytes of an image of ImageNet's training set: its archive over its number."""
 DIM = 256
 FIRST_BUCKET, BUCKET = 2**20, 25 * 2**20

@@ -57,8 +57,9 @@ class RunConfig:
     """CPU threads of the networks in each process; 0 leaves torch's own choice. Where other programs keep cores busy,
     fewer are faster, or OMP_WAIT_POLICY=PASSIVE in the environment."""
     checkpoint_every: int = 200
-    """Steps between checkpoints; one is always written at the end, before each evaluation, and on Ctrl-C, SIGTERM,
-    SIGHUP (a terminal that closes) or SIGUSR1, which torchrun passes on where its --signals-to-handle names it."""
+    """Steps between checkpoints; one is always written at the end, before each evaluation but the first, and on Ctrl-C,
+    SIGTERM, SIGHUP (a terminal that closes) or SIGUSR1, which torchrun passes on where its --signals-to-handle names
+    it."""
     keep_every: int = 0
     """Steps between checkpoints that are kept as checkpoint-STEP.pt, beside the last two; 0: none."""
     log_every: int = 10
@@ -144,9 +145,9 @@ class MethodConfig:
     lambda_m: float = functional.LAMBDA_M
     """Weight of the multiview centroid loss; at 0, for an ablation, it is in the log alone."""
     lambda_s: float = functional.LAMBDA_S
-    """Weight of the singular value loss (paper: up to 0.004 at K = 4 and 8)."""
+    """Weight of the singular value loss (the paper's, as others quote it: up to 0.004 at K = 4 and 8)."""
     lambda_b: float = functional.LAMBDA_B
-    """Weight of the Brownian diffusive loss (paper: up to 0.5 at K = 4 and 8)."""
+    """Weight of the Brownian diffusive loss (the same: up to 0.5)."""
     leave_one_out: bool = functional.LEAVE_ONE_OUT
     """Compare each view with the centroid of the other views' targets instead of all views'."""
     disperse: Literal["projector", "predictor"] = "projector"

@@ -48,9 +48,9 @@ Per = Literal["image", "view"]
 Reduction = Literal["mean", "none"]
 
 # The defaults that functions, modules and configurations share.
-LAMBDA_M = 1.0  # the paper's
-LAMBDA_S = 0.004  # the paper's largest
-LAMBDA_B = 0.5  # the paper's largest
+LAMBDA_M = 1.0
+LAMBDA_S = 0.004  # the paper's largest, as others quote it
+LAMBDA_B = 0.5  # the same
 LEAVE_ONE_OUT = False
 SPECTRUM: Spectrum = "nuclear"
 # Ours: small beside a flat spectrum's 1, large enough for an inverse root of 10 or 11 steps in float32.
@@ -93,7 +93,8 @@ def msbreg_loss(
     """L = λ_m L_M + λ_s L_S + λ_b L_B, with one gradient pass over each input.
 
     Moon et al., "An Embedding-Dynamic Approach to Self-supervised Learning", WACV 2023,
-    https://arxiv.org/abs/2207.03552; λ_s, λ_b are theirs, the form of L_S is a reconstruction.
+    https://arxiv.org/abs/2207.03552; λ_s and λ_b are theirs as others quote them, the forms reconstructions: see
+    `msbreg/reference.py`.
 
     Args:
         online: (K, B, D) or K tensors (B, D), any floating-point dtype: the predictor's output where there is a
@@ -101,7 +102,7 @@ def msbreg_loss(
         target: (K', B, D) or K' tensors (B, D), by the EMA network. No gradient flows to it.
         embedding: (K, B, D') or K tensors (B, D'): the projector's output, on which L_S and L_B act. None for online.
             Where both of their weights are 0 it is not read, and gets no gradient.
-        lambda_m: weight of L_M, 1 in the paper; at 0 it is computed for the log alone.
+        lambda_m: weight of L_M; at 0 it is computed for the log alone.
         lambda_s: weight of L_S; at 0 it is not computed.
         lambda_b: weight of L_B; at 0 it is not computed.
         seed: of the noise; see `brownian_loss`.

@@ -12,7 +12,9 @@
     L_B = mean_k mean_i <ẑ[k, i], n̂[i]>         each gets a small random push
 
 Moon, Buracas, Park, Kim, Canny, "An Embedding-Dynamic Approach to Self-supervised Learning", WACV 2023,
-https://arxiv.org/abs/2207.03552. The form of L_S is a reconstruction: the paper's method section could not be read.
+https://arxiv.org/abs/2207.03552. The forms are reconstructions: the paper's method section could not be read. Its
+introduction says of L_M that it brings the centroids of online and target embeddings together; here it is
+2 - 2 <mean_k ẑ[k, i], ĉ[i]>, with ĉ alone of unit length.
 
 Each gradient here is with respect to ẑ; `tangent` turns their sum into the one with respect to z. All tensors are
 float32 or float64; `functional` sees to that.

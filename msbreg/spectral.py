@@ -38,7 +38,7 @@ class MMCRLoss(Loss):
     Representations", NeurIPS 2023, https://arxiv.org/abs/2303.03307. Ẑ[b] is the K x D matrix of an image's views.
 
     Args:
-        local_weight: λ; at 0, the paper's, the second term is not computed.
+        local_weight: λ; at 0, as in the authors' code, the second term is not computed.
         solver: as in `msbreg.functional.nuclear_norm`.
         group: process group over which a batch is spread, as many images in each process. ‖C‖_* is then of all
             images, and the second term stays this process's part: DistributedDataParallel's average over processes is
