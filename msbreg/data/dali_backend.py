@@ -76,7 +76,7 @@ class DaliBackend:
         """Whether DALI hands out bytes, and `pixelwise` does the rest."""
         self._groups = size_groups(recipe)
         self._pipeline: Any = None
-        self._pending: deque[list[Bytes]] = deque()
+        self._pending: deque[tuple[list[Bytes], Tensor | None]] = deque()
 
     def submit(self, encoded: list[Bytes], draws: list[Draw]) -> None:
         """Starts work on a batch.
@@ -91,7 +91,12 @@ class DaliBackend:
             )
             # DALI reads from the arrays without a copy, so they must live as long as a pipeline that may be at work.
             self._pipeline.encoded = self._pending = deque()
-        self._pending.append(encoded)
+        drawn = None
+        if self._ends_with_crops:
+            # Not through DALI, whose copy to a GPU goes by way of a buffer that the next batch's may overwrite.
+            drawn = torch.from_numpy(packed(draws))
+            drawn = drawn.pin_memory() if self.device.type == "cuda" else drawn
+        self._pending.append((encoded, drawn))
         self._pipeline.feed_input("encoded", encoded)
         for number, (view, draw) in enumerate(zip(self.recipe, draws, strict=True)):
             for name, values in _crop_inputs(view, draw, self.device).items():
@@ -99,8 +104,6 @@ class DaliBackend:
             if not self._ends_with_crops:
                 for name, values in _finish_inputs(view, draw).items():
                     self._pipeline.feed_input(f"{name}{number}", values)
-        if self._ends_with_crops:
-            self._pipeline.feed_input("drawn", packed(draws))
         self._pipeline.schedule_run()
 
     def receive(self) -> tuple[Tensor, ...]:
@@ -113,7 +116,7 @@ class DaliBackend:
             UndecodableError: images of the batch cannot be decoded. All batches under way are forgotten.
         """
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        encoded = self._pending[0]
+        encoded, drawn = self._pending[0]
         try:
             outputs = self._pipeline.share_outputs(cuda_stream=stream)
         except RuntimeError as error:
@@ -125,11 +128,10 @@ class DaliBackend:
         views = [torch.from_dlpack(output.as_tensor()) for output in outputs]  # each (B, H, W, 3)
         self._pipeline.release_outputs()
         self._pending.popleft()
-        if self._ends_with_crops:
-            *crops, numbers = views
-            drawn = numbers.unbind(1)  # K of (B, 16)
+        if drawn is not None:
+            numbers = drawn.to(self.device, non_blocking=True).unbind(1)  # K of (B, 16)
             return tuple(
-                joined_views([crops[number] for number in group], [drawn[number] for number in group], self.dtype)
+                joined_views([views[number] for number in group], [numbers[number] for number in group], self.dtype)
                 for group in self._groups
             )
         return tuple(_joined([views[number] for number in group]).to(self.dtype) for group in self._groups)
@@ -161,18 +163,13 @@ def views_pipeline(
 ) -> Pipeline:
     """The graph: decode, then per view crop, resize and blur; then colours, solarize, flip and normalise.
 
-    One that ends with crops hands out bytes, and last the input `drawn` (K, 16), which it brings to their device.
+    One that ends with crops hands out bytes.
     """
-    from nvidia.dali import fn, types
-
     pipeline = _pipeline(batch_size, device, threads)
     with pipeline:
         images = _decode(device)
         views = [_crop(view, number, images, device) for number, view in enumerate(recipe)]
-        if ends_with_crops:
-            drawn = fn.external_source(name="drawn", dtype=types.FLOAT, ndim=2)
-            views.append(drawn.gpu() if device.type == "cuda" else drawn)
-        else:
+        if not ends_with_crops:
             views = [_finish(view, number, x) for number, (view, x) in enumerate(zip(recipe, views, strict=True))]
         pipeline.set_outputs(*views)
     return pipeline
