@@ -20,6 +20,8 @@ def version() -> str:
     return found.group(1)
 
 
+TENSORBOARD = "tensorboard>=2.18"
+
 TRAIN = [
     "jsonargparse[signatures]>=4.40",
     "matplotlib>=3.7",
@@ -54,7 +56,7 @@ setup(
     extras_require={
         "train": TRAIN,
         "timm": ["timm>=1.0.7"],
-        "tensorboard": ["tensorboard>=2.12"],
+        "tensorboard": [TENSORBOARD],
         # setuptools builds the package in a test without network; Triton is named for torch wheels that lack it.
         "test": [
             "numpy>=1.24",
@@ -64,6 +66,7 @@ setup(
             "pytest-xdist>=3.5",
             "scikit-learn>=1.3",
             "setuptools>=77",
+            TENSORBOARD,
             "timm>=1.0.7",
             "triton>=3.5; platform_system == 'Linux'",
         ],

@@ -41,6 +41,12 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
     patch_once_a_launch()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Under TRITON_INTERPRET=1 only the tests of kernels run, unless -m says otherwise: others have torch's bounds."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and config.option.markexpr == "not slow":  # pyproject.toml's
+        config.option.markexpr = "interpreter and not slow"
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips tests that need a GPU where there is none; kernels run in Triton's interpreter, too."""
     if item.get_closest_marker("gpu") and not item.get_closest_marker("interpreter"):

@@ -129,12 +129,23 @@ def test_float64_keeps_its_digits(shape):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 6, 4), (2, 1, 9), (32, 3, 2), (1, 40, 33), (2, 20, 65), (1, 2, 600), (5, 3, 2100)]
+    "shape", [(1, 6, 4), (2, 1, 9), (32, 3, 2), (1, 40, 33), (2, 20, 65), (1, 2, 600), (5, 3, 2100), (2, 2, 8192)]
 )
 def test_odd_shapes(shape):
     views, batch, dim = shape
     target = gaussian(views + 2, batch, dim, seed=2, dtype=F32)
     check_against_oracle([gaussian(*shape, dtype=F32)], target, {"spectrum": "whitening"} if dim > 32 else SMOOTH)
+
+
+def test_targets_may_be_the_embeddings_themselves():
+    z = gaussian(2, 5, 7, dtype=F32).to(DEVICE)
+    losses = []
+    for target in (z, z.clone()):
+        leaf = z.clone().requires_grad_()
+        aliased = leaf if target is z else target
+        loss = msbreg_loss(leaf, aliased.detach(), **NOISE).loss
+        losses.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    assert all(map(torch.equal, *losses))
 
 
 def test_a_separate_embedding_has_the_dispersion():
@@ -210,10 +221,10 @@ FAMILIES = list(families(4, 4))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("shape", [(24, 8), (6, 12)])
+@pytest.mark.parametrize("shape", [(24, 8), (6, 12), (1, 8)])
 def test_spectrum_families(name, shape):
     z = families(*shape)[name].to(F32)
-    for spectrum in ("nuclear", "whitening"):
+    for spectrum in ("nuclear", "whitening", "coding_rate"):
         loss = lambda z: singular_value_loss(z, spectrum=spectrum, solver="newton_schulz")  # noqa: B023, E731
         value, got = value_and_gradient(loss, z.to(DEVICE))
         expected, expected_gradient = value_and_gradient(lambda z: oracle_value(z, spectrum), z.to(F64))  # noqa: B023

@@ -1,5 +1,6 @@
 """`msbreg pretrain` from the command line: what a run leaves behind, how it resumes, and what it says of bad input."""
 
+import gc
 import json
 import math
 import os
@@ -122,6 +123,33 @@ def test_a_run_begins_with_the_weights_of_another_and_goes_on_without_their_file
     assert_same_outcome(again, run)
     text = refusal(capsys, *options[:-1], tmp_path / "other.pt")
     assert f"--model.weights was {file} and is now {tmp_path / 'other.pt'}" in text
+
+
+def test_tensorboard_has_what_the_metrics_have(tmp_path, small):
+    pytest.importorskip("tensorboard", reason="this needs the tensorboard package")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert pretrain("--run.dir", tmp_path, *small, "--run.tensorboard", "true") == 0
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    for row in read_metrics(tmp_path / "metrics.jsonl"):
+        for name in ("loss", "lr", "effective_rank") if row["event"] == "train" else ("knn_top1",):
+            written = {event.step: event.value for event in board.Scalars(f"{row['event']}/{name}")}
+            assert written[row["step"]] == pytest.approx(row[name])
+
+
+def test_python_collects_garbage_only_when_it_is_asked_to_while_a_run_trains(tmp_path, small, monkeypatch):
+    collecting, step = [], TrainingStep.__call__
+
+    def observed(*arguments):
+        collecting.append(gc.isenabled())
+        return step(*arguments)
+
+    monkeypatch.setattr(TrainingStep, "__call__", observed)
+    assert pretrain("--run.dir", tmp_path / "whole", *small) == 0
+    assert len(collecting) == 12 and not any(collecting) and gc.isenabled() and not gc.get_freeze_count()
+    assert pretrain("--run.dir", tmp_path / "ruined", *small, *RUINED) == 2
+    assert gc.isenabled() and not gc.get_freeze_count()
 
 
 def test_without_a_compiler_nothing_is_compiled(tmp_path, small, monkeypatch, capsys):
