@@ -205,7 +205,7 @@ def run_doctor(options: Namespace) -> int:
 
 def refuse_peers(command: str) -> None:
     """Raises MSBRegError where torchrun has started several processes, which would all do the same."""
-    from msbreg.processes import number_from
+    from msbreg.machine import number_from
 
     if number_from("WORLD_SIZE", 1) > 1:
         raise MSBRegError(f"{command} is for one process, but torchrun has started several; run it without torchrun.")

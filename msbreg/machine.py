@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["allowed_cores", "gpu_megabytes_in_use", "memory_megabytes", "synchronize", "usable_cores"]
+from msbreg.errors import MSBRegError
+
+__all__ = ["allowed_cores", "gpu_megabytes_in_use", "memory_megabytes", "number_from", "synchronize", "usable_cores"]
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -26,6 +28,21 @@ def usable_cores() -> int:
         return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):
         return cores
+
+
+def number_from(variable: str, default: int) -> int:
+    """A whole number from the environment.
+
+    Raises:
+        MSBRegError: it is none.
+    """
+    text = os.environ.get(variable, str(default))
+    try:
+        return int(text)
+    except ValueError as error:
+        raise MSBRegError(
+            f"{variable} is {text!r} in the environment, but must be a whole number, as torchrun sets it."
+        ) from error
 
 
 def memory_megabytes(device: torch.device) -> float:

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from msbreg.errors import MSBRegError, is_of_memory
-from msbreg.machine import allowed_cores, usable_cores
+from msbreg.machine import allowed_cores, number_from, usable_cores
 
-__all__ = ["Processes", "number_from"]
+__all__ = ["Processes"]
 
 T = TypeVar("T")
 
@@ -210,21 +210,6 @@ class Processes:
     def wait(self) -> None:
         """Returns once every rank has come here."""
         self.gather(0)
-
-
-def number_from(variable: str, default: int) -> int:
-    """A whole number from the environment.
-
-    Raises:
-        MSBRegError: it is none.
-    """
-    text = os.environ.get(variable, str(default))
-    try:
-        return int(text)
-    except ValueError as error:
-        raise MSBRegError(
-            f"{variable} is {text!r} in the environment, but must be a whole number, as torchrun sets it."
-        ) from error
 
 
 def is_of_a_collective(error: RuntimeError) -> bool:

@@ -33,8 +33,7 @@ from msbreg.data.recipes import Recipe
 from msbreg.data.source import Source, class_numbers
 from msbreg.data.threads import Threads
 from msbreg.errors import DataError
-from msbreg.machine import usable_cores
-from msbreg.processes import number_from
+from msbreg.machine import number_from, usable_cores
 
 __all__ = ["Batch", "ViewLoader", "whole_batches"]
 
