@@ -154,6 +154,11 @@ class MSBRegLoss(_NoisyLoss):
             get different noise, as long as they have as many images each, and two groups the same. A module that
             runs beside others without a group warns once.
 
+    Raises:
+        ValueError: an unknown option, a weight that is not finite, a smoothing that is negative or not finite, a seed
+            beyond 64 bits.
+        TypeError: a weight or smoothing that is no number, a seed that is no integer, a group that is none.
+
     Example:
         >>> criterion = MSBRegLoss(lambda_s=0.004, lambda_b=0.5)
         >>> online = torch.randn(4, 32, 16, requires_grad=True)  # K = 4 views of B = 32 images, D = 16
@@ -231,6 +236,13 @@ class CentroidLoss(Loss):
     Args:
         leave_one_out: compare a view with the targets of the other views alone; half of BYOL's loss for two views.
         reduction: `"mean"` for a scalar, `"none"` for (K, B).
+
+    Raises:
+        ValueError: an unknown reduction.
+
+    Example:
+        >>> online, target = torch.randn(4, 8, 16, requires_grad=True), torch.randn(4, 8, 16)  # K = 4, B = 8, D = 16
+        >>> CentroidLoss()(online, target).backward()
     """
 
     options = ("leave_one_out", "reduction")
@@ -257,6 +269,14 @@ class SingularValueLoss(Loss):
         smoothing: δ of `"nuclear"`.
         solver: `"auto"`, `"newton_schulz"`, `"eigh"` or `"svd"`.
         group: process group over which the rows are spread; None for this process alone.
+
+    Raises:
+        ValueError: an unknown option, a smoothing that is negative or not finite.
+        TypeError: a smoothing that is no number, a group that is none.
+
+    Example:
+        >>> embeddings = torch.randn(2, 32, 16, requires_grad=True)  # K = 2 matrices of N = 32 rows, D = 16
+        >>> SingularValueLoss()(embeddings).backward()
     """
 
     options = ("spectrum", "smoothing", "solver")
@@ -295,6 +315,14 @@ class BrownianLoss(_NoisyLoss):
         per: `"image"` or `"view"`: whose random directions are independent.
         seed: of the noise; any int64. The same in all processes, another one for another module of the same model.
         group: process group by whose ranks images are numbered; None for the global rank.
+
+    Raises:
+        ValueError: an unknown option, a seed beyond 64 bits.
+        TypeError: a seed that is no integer, a group that is none.
+
+    Example:
+        >>> criterion = BrownianLoss(seed=3)
+        >>> criterion(torch.randn(2, 32, 16, requires_grad=True)).backward()  # K = 2, B = 32, D = 16
     """
 
     options = ("per",)

@@ -44,6 +44,10 @@ class MMCRLoss(Loss):
             images, and the second term stays this process's part: DistributedDataParallel's average over processes is
             the gradient of one process with the whole batch.
 
+    Raises:
+        ValueError: an unknown solver, a weight that is not finite.
+        TypeError: a weight that is no number, a group that is none.
+
     Example:
         >>> criterion = MMCRLoss()
         >>> loss = criterion(torch.randn(4, 32, 16, requires_grad=True))  # K = 4 views of B = 32 images, D = 16
@@ -108,6 +112,10 @@ class SVMaxLoss(Loss):
         group: process group over which the rows are spread, as many in each process; None for this process alone.
             Value and gradients as in `msbreg.functional.singular_value_loss`.
 
+    Raises:
+        ValueError: an unknown solver, a weight that is not finite.
+        TypeError: a weight that is no number, a group that is none.
+
     Example:
         >>> criterion = SVMaxLoss()
         >>> loss = criterion(torch.randn(32, 16, requires_grad=True))  # N = 32 rows, D = 16
@@ -159,6 +167,10 @@ class CodingRateLoss(Loss):
         group: process group over which a batch is spread, as many images in each process. The coding rate is then of
             all images, and the similarity stays this process's part: DistributedDataParallel's average over processes
             is the gradient of one process with the whole batch.
+
+    Raises:
+        ValueError: an unknown solver, a weight that is not finite, a precision that is not above 0.
+        TypeError: a weight or precision that is no number, a group that is none.
 
     Example:
         >>> criterion = CodingRateLoss()
