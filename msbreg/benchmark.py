@@ -11,6 +11,7 @@ import torch
 from msbreg.config import Config
 from msbreg.console import say
 from msbreg.errors import MSBRegError
+from msbreg.findings import keep_findings
 from msbreg.machine import synchronize
 from msbreg.processes import Processes
 from msbreg.tables import markdown_table
@@ -19,12 +20,13 @@ from msbreg.trainer import Trainer
 __all__ = ["benchmark"]
 
 
-def benchmark(config: Config, *, steps: int) -> str | None:
+def benchmark(config: Config, *, steps: int, file: Path | None = None) -> str | None:
     """Times the loader alone, the step alone, both together, and the step's parts, one after the other.
 
     Args:
         config: the run's options; its run folder is not touched.
         steps: how many of each are timed, after some that are not.
+        file: where the figures go as JSON, too.
 
     Returns:
         A Markdown table of images/s and views/s, and of the parts' shares of the step, on the first process alone,
@@ -62,6 +64,9 @@ def benchmark(config: Config, *, steps: int) -> str | None:
         trainer.loader.close()
         if not processes.first:
             return None
+    if file is not None:
+        figures = {f"{name.replace(',', '').replace(' ', '_')}_s": time_ for name, time_ in {**whole, **parts}.items()}
+        keep_findings(file, config, processes.device, {"steps": steps, "processes": processes.world, **figures})
     images, views = config.data.batch_size, config.data.views
     rows = [
         (name, f"{milliseconds(time_)}  {images / time_:,.0f} images/s  {views * images / time_:,.0f} views/s")

@@ -81,7 +81,7 @@ def build_parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command", required=True)
 
     pretrain = Parser(
-        usage="msbreg pretrain [--dry-run] [--config NAME_OR_FILE] [--GROUP.OPTION VALUE ...]",
+        usage="msbreg pretrain [--dry-run [--json FILE]] [--config NAME_OR_FILE] [--GROUP.OPTION VALUE ...]",
         description="Train a backbone without labels. With no option it trains on images that msbreg renders, in a few "
         "minutes on a CPU.",
     )
@@ -91,6 +91,7 @@ def build_parser() -> ArgumentParser:
         default=argparse.SUPPRESS,  # for --print_config to leave it out, as no option of a run
         help="take a few steps, on rendered images without --data.path; print memory, step time and the run's hours",
     )
+    add_json(pretrain)
     add_config(pretrain)
     commands.add_subcommand("pretrain", pretrain, help="train a backbone without labels")
 
@@ -113,10 +114,11 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("export", export, help="write a trained backbone for other software")
 
     bench = Parser(
-        usage="msbreg bench [--steps N] [--config NAME_OR_FILE] [--GROUP.OPTION VALUE ...]",
+        usage="msbreg bench [--steps N] [--json FILE] [--config NAME_OR_FILE] [--GROUP.OPTION VALUE ...]",
         description="Time the loader, the training step, both together and the step's parts. Options as of pretrain.",
     )
     bench.add_argument("--steps", type=int, default=argparse.SUPPRESS, help="how many of each are timed (default: 20)")
+    add_json(bench)
     add_config(bench)
     commands.add_subcommand("bench", bench, help="how fast this machine trains, and what bounds it")
 
@@ -125,6 +127,11 @@ def build_parser() -> ArgumentParser:
     )
     commands.add_subcommand("doctor", doctor, help="what works on this machine, and what does not and why")
     return parser
+
+
+def add_json(parser: ArgumentParser) -> None:
+    """Adds --json."""
+    parser.add_argument("--json", type=str, default=argparse.SUPPRESS, metavar="FILE", help="where figures go, too")
 
 
 def add_config(parser: ArgumentParser) -> None:
@@ -147,12 +154,14 @@ def config_from(options: Namespace) -> Config:
 
 
 def run_pretrain(options: Namespace, signals: StopSignals | None = None) -> int:
+    if options.get("json") is not None and not options.get("dry_run", False):
+        raise MSBRegError("--json is for --dry-run; a run leaves its figures in metrics.jsonl and summary.json.")
     if options.get("dry_run", False):
         if signals is not None:
             signals.deliver()
         from msbreg.dry_run import dry_run
 
-        show(dry_run(config_from(options)))
+        show(dry_run(config_from(options), file=json_file(options)))
     else:
         from msbreg.trainer import pretrain
 
@@ -164,6 +173,21 @@ def show(table: str | None) -> None:
     """Prints what a command is for, and one of several processes alone may have."""
     if table is not None:
         print(table, flush=True)
+
+
+def json_file(options: Namespace) -> Path | None:
+    """Where the figures of a command are to be written, if anywhere; refused before they are made."""
+    text = options.get("json")
+    require_text("--json", text)
+    if text is None:
+        return None
+    file = expanded(text)
+    if file.is_dir():
+        raise MSBRegError(f"--json {text} is a folder; name a file in it.")
+    if file.parent.exists() and not file.parent.is_dir():
+        raise MSBRegError(f"--json {text} cannot be written, since {file.parent} is no folder.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
 
 
 def run_eval(options: Namespace) -> int:
@@ -192,7 +216,7 @@ def run_export(options: Namespace) -> int:
 def run_bench(options: Namespace) -> int:
     from msbreg.benchmark import benchmark
 
-    show(benchmark(config_from(options), steps=options.get("steps", 20)))
+    show(benchmark(config_from(options), steps=options.get("steps", 20), file=json_file(options)))
     return 0
 
 

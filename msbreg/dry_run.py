@@ -13,9 +13,10 @@ from msbreg.config import Config
 from msbreg.cuda_graph import WARM_UP
 from msbreg.data import Source, ViewLoader, open_source, rendered
 from msbreg.data.loader import whole_batches
+from msbreg.findings import keep_findings
 from msbreg.inputs import open_images, open_loader, share_of_batch
 from msbreg.machine import gpu_megabytes_in_use, memory_megabytes, synchronize, usable_cores
-from msbreg.preflight import planned_steps, require_networks, require_packages
+from msbreg.preflight import planned_steps, require_networks, require_packages, require_processes
 from msbreg.processes import Processes
 from msbreg.step import TrainingStep
 from msbreg.tables import markdown_table
@@ -45,11 +46,12 @@ class _Measured(NamedTuple):
     """Numbers that a step changes."""
 
 
-def dry_run(config: Config) -> str | None:
+def dry_run(config: Config, *, file: Path | None = None) -> str | None:
     """Takes two real steps of a run, on rendered images where it has none yet; its run folder is not touched.
 
     Args:
         config: the run's options. The number of images comes from `data.path`, where it is given, or `data.images`.
+        file: where the figures go as JSON, too.
 
     Returns:
         A Markdown table, on the first process alone: memory, the seconds of the first step (which compiles and chooses
@@ -65,9 +67,10 @@ def dry_run(config: Config) -> str | None:
     config.validate()
     require_packages(config)
     require_networks(config)
-    config = copy.deepcopy(config)
+    asked, config = config, copy.deepcopy(config)
     whole, views = config.data.batch_size, config.data.views
     with Processes(config.run.device, timeout=config.run.timeout) as processes, tempfile.TemporaryDirectory() as folder:
+        require_processes(config, processes)
         mine, gpu = share_of_batch(config, processes), processes.device.type == "cuda"
         images, where, source = _images(config, processes)
         steps = planned_steps(config, whole_batches(images, mine, processes.world, of=where))
@@ -99,6 +102,21 @@ def dry_run(config: Config) -> str | None:
         (f"steps of the run, {images:,} images", f"{steps:,}"),
         (f"hours of the run, projected from {'the slower' if gpu else 'the sum'} of step and loading", f"{hours:,.1f}"),
     ]
+    if file is not None:
+        figures = {
+            "processes": processes.world,
+            "images_a_step": whole,
+            "images_measured": config.data.batch_size,
+            "views_a_step": whole * views,
+            "parameters": measured.parameters,
+            "steps_s": measured.steps,
+            "loading_s": measured.loading,
+            "memory_mb": measured.memory,
+            "gpu_memory_in_use_mb": measured.gpu_memory,
+            "steps_of_the_run": steps,
+            "hours_of_the_run": hours,
+        }
+        keep_findings(file, asked, processes.device, figures)
     if gpu:
         rows.insert(-2, ("memory in use on its GPU, DALI and others included, MB", f"{measured.gpu_memory:,.0f}"))
     return markdown_table((f"dry run: {config.method.name}, {config.model.backbone}", "value"), rows)

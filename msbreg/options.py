@@ -62,8 +62,8 @@ def known_options(command: str) -> tuple[str, ...]:
     """Of a command that takes options of a run; none of others."""
     if command == "eval":
         return tuple(f"--{name}" for name in EVALUATED_WITH)
-    own = {"pretrain": "--dry-run", "bench": "--steps"}
-    return ("--config", "--help", own[command], *(f"--{name}" for name in option_types())) if command in own else ()
+    own = {"pretrain": ("--dry-run", "--json"), "bench": ("--steps", "--json")}
+    return ("--config", "--help", *own[command], *(f"--{name}" for name in option_types())) if command in own else ()
 
 
 def meant_by(flag: str, known: Sequence[str]) -> str | None:

@@ -1,5 +1,6 @@
 """`msbreg pretrain --dry-run`: two steps, and what they say of a whole run."""
 
+import json
 import os
 import re
 import subprocess
@@ -31,7 +32,7 @@ def table(text: str) -> dict[str, str]:
 
 def test_the_default_runs_with_its_whole_batch(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["pretrain", "--dry-run", "--run.device", "cpu"]) == 0
+    assert main(["pretrain", "--dry-run", "--run.device", "cpu", "--json", str(tmp_path / "figures.json")]) == 0
     rows = table(capsys.readouterr().out)
     assert rows["images a step, of all processes"] == "128"
     assert rows["steps of the run, 5,000 images"] == "312"
@@ -39,7 +40,10 @@ def test_the_default_runs_with_its_whole_batch(capsys, tmp_path, monkeypatch):
     assert rows["parameters trained"] == f"{trained / 1e6:.1f} M"
     assert float(rows["step 2, s"]) > 0 and float(rows["loading a batch of 32-pixel images, s"]) > 0
     assert float(rows["peak memory of a process, MB"].replace(",", "")) > 100
-    assert list(tmp_path.iterdir()) == []  # no run folder
+    kept = json.loads((tmp_path / "figures.json").read_text())
+    assert f"{kept['figures']['steps_s'][1]:.3f}" == rows["step 2, s"] and kept["figures"]["steps_of_the_run"] == 312
+    assert kept["options"] == {"run.device": "cpu"}
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]  # no run folder
 
 
 def test_the_networks_have_as_many_threads_as_in_the_run():
@@ -150,6 +154,7 @@ TWO_SIZES = "- {size: 16}\n- {size: 12}\n"
         (["--data.recipe", "multi_crop", "--data.views", "4", "--method.leave_one_out", "true"], "several sizes"),
         (["--data.recipe", "TWO_SIZES", "--method.name", "byol"], "several sizes"),
         (["--model.backbone", "squeezenet1_1"], "squeezenet1_1 does not take images of 16 pixels"),
+        (["--model.cuda_graph", "true", "--data.path", "nowhere"], "cuda_graph needs a GPU"),  # said first
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
