@@ -10,10 +10,18 @@ from torch import nn
 from msbreg.config import Config
 from msbreg.errors import MSBRegError
 from msbreg.evaluation import evaluation_mode
-from msbreg.inputs import recipe_of
+from msbreg.inputs import recipe_of, share_of_batch
 from msbreg.methods import build_method
+from msbreg.processes import Processes
 
-__all__ = ["planned_steps", "require_images", "require_networks", "require_packages", "require_sizes"]
+__all__ = [
+    "planned_steps",
+    "require_images",
+    "require_networks",
+    "require_packages",
+    "require_processes",
+    "require_sizes",
+]
 
 
 def planned_steps(config: Config, steps_per_epoch: int) -> int:
@@ -54,6 +62,13 @@ def require_networks(config: Config) -> None:
         MSBRegError: of `build_method` and `require_sizes`.
     """
     require_sizes(build_method(config).online.backbone, config)
+
+
+def require_processes(config: Config, processes: Processes) -> None:
+    """Raises MSBRegError where the processes cannot share a batch evenly, or make a CUDA graph of a step."""
+    share_of_batch(config, processes)
+    if config.model.cuda_graph and (processes.device.type != "cuda" or processes.world > 1):
+        raise MSBRegError("--model.cuda_graph needs a GPU, and is for one process alone.")
 
 
 def _real(path: str) -> str:

@@ -18,12 +18,10 @@ from msbreg.compilation import compile_regions
 from msbreg.config import Config
 from msbreg.cuda_graph import RecordedPass
 from msbreg.data import Batch
-from msbreg.errors import MSBRegError
 from msbreg.inputs import input_dtype, share_of_batch
 from msbreg.methods import StepOutput, build_method
 from msbreg.online_probe import OnlineProbe
 from msbreg.optim import build_optimizer
-from msbreg.preflight import require_sizes
 from msbreg.processes import Processes
 from msbreg.schedules import ema_tau, scaled_lr, warmup_cosine
 
@@ -64,7 +62,6 @@ class TrainingStep:
             torch.set_num_threads(config.run.threads)
         torch.manual_seed(config.run.seed)  # the same weights on every rank
         method = build_method(config, processes.group)
-        require_sizes(method.online.backbone, config)
         method = method.to(self.device).to(memory_format=torch.channels_last)
         features = method.online.backbone.num_features
         self.probe = OnlineProbe(features, classes, group=processes.group).to(self.device) if classes else None
@@ -81,8 +78,6 @@ class TrainingStep:
         )
         self._pass = self._forward_backward
         if config.model.cuda_graph:
-            if self.device.type != "cuda" or processes.world > 1:
-                raise MSBRegError("--model.cuda_graph needs a GPU, and is for one process alone.")
             self._pass = RecordedPass(self._forward_backward, self.input_dtype)
 
     def __call__(self, batch: Batch, number: int) -> StepOutput:

@@ -23,13 +23,19 @@ from msbreg.errors import MSBRegError, is_of_a_compiler
 from msbreg.evaluator import TASKS, Evaluator, GivenUpError
 from msbreg.export import export_backbone
 from msbreg.files import METRICS, read_json, reason, write_json
-from msbreg.inputs import has_labels, open_images, open_loader, recipe_of, share_of_batch
+from msbreg.inputs import has_labels, open_images, open_loader, recipe_of
 from msbreg.loss_watch import LossWatch
 from msbreg.machine import memory_megabytes
 from msbreg.methods import StepOutput
 from msbreg.metrics import MetricsFile, finite, read_metrics
 from msbreg.plots import draw_curves
-from msbreg.preflight import planned_steps, require_images, require_networks, require_packages
+from msbreg.preflight import (
+    planned_steps,
+    require_images,
+    require_networks,
+    require_packages,
+    require_processes,
+)
 from msbreg.processes import Processes
 from msbreg.progress import Progress
 from msbreg.run_folder import (
@@ -98,7 +104,7 @@ class Trainer:
         # Those of a run that goes on are in its checkpoint, and the file of its first ones may be gone.
         begun = config if state is None else replace(config, model=replace(config.model, weights=None))
         require_networks(begun)  # now, since listing the images may take minutes
-        share_of_batch(config, processes)
+        require_processes(config, processes)
         trained_on = None if state is None else state["images"]
         self.source, self.held_out = open_images(config, processes, trained_on=trained_on)
         self.fingerprint = self.source.fingerprint()

@@ -21,7 +21,6 @@ from msbreg.batch_norm import CrossRankBatchNorm
 from msbreg.compilation import compile_regions, regions
 from msbreg.config import Config
 from msbreg.data import Batch, ViewLoader
-from msbreg.errors import MSBRegError
 from msbreg.metrics import read_metrics
 from msbreg.models import build_backbone, mlp_head
 from msbreg.online_probe import OnlineProbe
@@ -331,16 +330,6 @@ def test_regions_are_blocks_or_whole_networks():
 def test_the_option_compiles_every_region(option, device, compiles):
     found = regions(build(device, model__backbone="resnet18", model__compile=option).method)
     assert {region._compiled_call_impl is not None for region in found} == {compiles}
-
-
-def test_a_graph_needs_a_gpu():
-    with pytest.raises(MSBRegError, match="cuda_graph needs a GPU"):
-        build(model__cuda_graph=True)
-
-
-def test_a_size_that_the_backbone_does_not_take_is_refused_before_the_first_step():
-    with pytest.raises(MSBRegError, match="squeezenet1_1 does not take images of 8 pixels"):
-        build(model__backbone="squeezenet1_1", data__size=8)
 
 
 @pytest.mark.parametrize("name", [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
