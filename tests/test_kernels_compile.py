@@ -391,8 +391,8 @@ def test_launches_begin_early_from_hopper_on(compiled):
 @pytest.mark.parametrize(
     ("capability", "hip", "able", "ahead"),
     [
-        ((9, 0), None, 1, 3), ((10, 0), None, 1, 1), ((10, 3), None, 1, 1), ((12, 0), None, 1, 3),
-        ((8, 9), None, 0, 3), ((9, 4), "6", 0, 3),
+        ((9, 0), None, 1, 3), ((10, 0), None, 1, 1), ((10, 3), None, 1, 1), ((11, 0), None, 1, 1),
+        ((12, 0), None, 1, 3), ((8, 9), None, 0, 3), ((9, 4), "6", 0, 3),
     ],
 )  # fmt: skip
 def test_gpus_before_hopper_and_amds_do_not_begin_early_and_some_do_not_copy_ahead(

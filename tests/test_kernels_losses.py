@@ -215,6 +215,7 @@ def test_noise_of_no_integer_is_refused(noise):
 def test_more_matrices_than_a_grid_can_number_are_refused(loss):
     with pytest.raises(ValueError, match="at most 32,767 matrices at once, got 32,768"):
         loss(torch.zeros(2**15, 3, 2, device=DEVICE), solver="newton_schulz")
+    ops._check_count(torch.empty(2**15 - 1, 3, 2))
 
 
 FAMILIES = list(families(4, 4))
@@ -851,7 +852,8 @@ def test_of_less_than_full_rank_the_root_is_taken_on_the_side_where_it_is_exact(
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 40, 70), (1, 75, 70), (1, 64, 128), (1, 128, 64), (1, 128, 70), (1, 70, 128), (1, 64, 70)]
+    "shape",
+    [(2, 40, 70), (1, 75, 70), (1, 64, 128), (1, 128, 64), (1, 128, 70), (1, 70, 128), (1, 64, 70), (2, 32, 64)],
 )
 def test_matrices_of_several_tiles(shape):
     """Gram matrices of both sides, and products from both sides, of rows whose numbers do not lie side by side."""

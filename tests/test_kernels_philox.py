@@ -64,7 +64,7 @@ def test_words_equal_those_of_torch_bit_for_bit(seed, step, first_image, stream)
 @runs_kernels
 @pytest.mark.parametrize("dim", [1, 2, 7, 64, 130, 1000])
 @pytest.mark.parametrize("batch", [1, 9])
-@pytest.mark.parametrize("views", [None, 3])
+@pytest.mark.parametrize("views", [None, 1, 3])
 def test_directions_are_those_of_torch(batch, dim, views):
     seed, step, options = 0x1234_5678_9ABC_DEF0, 41, {"first_image": 6, "views": views}
     rows = kernels.brownian_directions(batch, dim, seed=on_device(seed), step=on_device(step), **options)
