@@ -329,6 +329,14 @@ def test_one_direction_with_rows_of_zeros_is_decomposed():
         pytest.skip("this machine's LAPACK decomposes them all anyway")
 
 
+@pytest.mark.parametrize("smoothing", [1e-5, 1e-4])
+def test_eigenvalues_that_rounding_takes_below_zero_have_a_root(smoothing):
+    for seed in range(5):
+        z = gaussian(2, 48, 2, seed=seed).float() @ gaussian(2, 2, 32, seed=seed + 9).float()  # of rank two
+        value, gradient = value_and_gradient(lambda z: singular_value_loss(z, solver="eigh", smoothing=smoothing), z)
+        assert value.isfinite() and gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("solver", ["eigh", "newton_schulz", "svd"])
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_nuclear_norm_of_zero_and_of_odd_scales(solver, dtype):
