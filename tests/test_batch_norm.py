@@ -79,6 +79,13 @@ def test_constant_channels_stay_finite(device):
     assert all(result.isfinite().all() for result in results) and results[0].abs().max() == 0
 
 
+def test_the_variance_of_large_constant_channels_is_not_below_zero(device):
+    """Which the rounding of their squares would leave of it."""
+    x = (1e8 * gaussian(64)).to(device, torch.float32).expand(1001, 64)
+    layer = CrossRankBatchNorm(64, momentum=1.0).to(device)
+    assert layer(x).isfinite().all() and layer.running_var.min() >= 0
+
+
 @pytest.mark.parametrize("device", [ON_A_GPU], indirect=True)
 def test_the_host_does_not_wait_and_a_graph_can_be_recorded(device):
     layer, x = CrossRankBatchNorm(5).to(device), torch.randn(16, 5, 3, 3, device=device, requires_grad=True)
