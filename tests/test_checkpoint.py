@@ -38,9 +38,12 @@ def damage(path: Path) -> None:
 
 
 def misdirect(path: Path) -> None:
-    """Damages where the archive's directory says it begins: the system refuses to go where its files would be."""
+    """Damages where the archive's directory says it begins, far behind the file's end: its files would lie before it.
+
+    The system refuses to go there.
+    """
     data = bytearray(path.read_bytes())
-    data[data.rindex(b"PK\x06\x06") + 48] ^= 0x80
+    data[data.rindex(b"PK\x06\x06") + 50] ^= 0x80
     path.write_bytes(data)
 
 
