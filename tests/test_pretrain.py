@@ -220,6 +220,19 @@ def test_a_finished_run_mends_its_summary(tmp_path, undisturbed, small, content)
     assert_same_outcome(tmp_path, undisturbed)
 
 
+def test_a_kill_behind_the_last_evaluation_leaves_one_line_of_it_and_all_seconds(tmp_path, undisturbed, small):
+    shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "summary.json").unlink()
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del state["results"]["finished"]
+    state["results"]["evaluated"], state["seconds"], state["waited"] = 0, 1000.0, 100.0
+    torch.save(state, tmp_path / "checkpoint.pt")
+    assert pretrain("--run.dir", tmp_path, *small) == 0
+    assert_same_outcome(tmp_path, undisturbed)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert 1000 <= summary["seconds"] < 1100 and summary["data_wait_ms"] == pytest.approx(100_000 / 12)
+
+
 def test_an_option_that_the_checkpoint_lacks_had_its_default(tmp_path, undisturbed, small, capsys):
     state = torch.load(undisturbed / "checkpoint.pt", weights_only=True)
     del state["config"]["method"]["leave_one_out"]
@@ -1050,6 +1063,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert saved["step"] in (1, 2)
     assert all(value.isfinite().all() for value in saved["method"].values())
+
+
+@pytest.mark.parametrize(("bad", "said"), [((3, 4, 6, 7, 9), ""), ((3, 4, 5), "not finite in 3 steps in a row")])
+def test_three_losses_in_a_row_end_a_run_and_two_do_not(tmp_path, small, monkeypatch, capsys, bad, said):
+    step = TrainingStep.__call__
+
+    def spoilt(own: TrainingStep, batch: object, number: int):
+        out = step(own, batch, number)
+        return out._replace(loss=out.loss * math.nan) if number in bad else out
+
+    monkeypatch.setattr(TrainingStep, "__call__", spoilt)
+    assert pretrain("--run.dir", tmp_path, *small) == (2 if said else 0)
+    assert said in capsys.readouterr().err
 
 
 def test_a_run_that_ends_with_ruined_weights_exports_nothing(tmp_path, small, capsys):

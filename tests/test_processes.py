@@ -146,6 +146,8 @@ def test_each_process_has_a_gpu_of_its_own_machine(monkeypatch):
     assert str(Processes().device) == str(Processes("cuda").device) == "cuda:1"
     with pytest.raises(MSBRegError, match="the device is 'cuda:0' for all 2 processes; say cuda for one each"):
         Processes("cuda:0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # one on each of four machines
+    assert str(Processes("cuda:0").device) == "cuda:0"
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(MSBRegError, match="process 3 needs GPU 2, but this machine has 2"):
         Processes("cuda")

@@ -10,7 +10,7 @@ pytest.importorskip("PIL", reason="this needs the extra [train]")
 from msbreg.config import Config
 from msbreg.errors import MSBRegError
 from msbreg.processes import Processes
-from msbreg.run_folder import refuse_other_config, run_folder
+from msbreg.run_folder import refuse_other_config, refuse_other_recipe, run_folder
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
@@ -40,6 +40,13 @@ def test_what_may_change_in_the_middle(name, value):
 def test_what_may_not(name, value):
     with pytest.raises(MSBRegError, match=f"holds a run with other options: --{name} was .* and is now {value}. "):
         refuse_other_config({"config": asdict(Config())}, changed(name, value), Path())
+
+
+def test_a_checkpoint_from_before_recipes_were_kept_goes_on_with_any():
+    refuse_other_recipe({}, [{"size": 32}], Config(), Path())
+    refuse_other_recipe({"recipe": [{"size": 32}]}, [{"size": 32}], Config(), Path())
+    with pytest.raises(MSBRegError, match="makes other views than when the run"):
+        refuse_other_recipe({"recipe": [{"size": 32}]}, [{"size": 16}], Config(), Path())
 
 
 def changed(name: str, value: object) -> Config:
