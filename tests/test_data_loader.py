@@ -983,6 +983,12 @@ def test_crops_are_those_of_random_resized_crop(view):
     assert crop_boxes(view, u, sizes).tolist() == expected
 
 
+@pytest.mark.parametrize(("ratio", "size"), [((3.0, 4.0), (9, 1)), ((0.2, 0.3), (1, 9))])
+def test_crops_of_images_of_one_row_or_column_are_not_empty(ratio, size):
+    boxes = draw((View(ratio=ratio),), np.arange(50), np.full((50, 2), size), seed=0)[0].box
+    assert (boxes[:, 2:] == 1).all() and (boxes[:, :2] >= 0).all() and (boxes[:, :2] < size).all()
+
+
 def test_the_evaluation_crop_is_the_centred_square():
     boxes = draw(evaluation(224), np.arange(2), np.array([[256, 341], [500, 400]]), seed=0)[0].box
     assert boxes.tolist() == [[16, 58, 224, 224], [75, 25, 350, 350]]
@@ -1044,6 +1050,7 @@ def test_recipes_by_name():
     crops = load_recipe("multi_crop", 8, 224)
     assert [view.size for view in crops] == [224] * 2 + [96] * 6
     assert [view.area for view in crops] == [(0.14, 1.0)] * 2 + [(0.05, 0.14)] * 6
+    assert [view.size for view in load_recipe("multi_crop", 3, 1)] == [1, 1, 1]
     assert [view.centre for view in (*evaluation(95), *evaluation(96))] == [1.0, 0.875]
     assert size_groups(multi_crop(2, 3)) == [[0, 1], [2, 3, 4]]
     assert size_groups((View(size=8), View(size=4), View(size=8))) == [[0, 2], [1]]
@@ -1080,10 +1087,12 @@ def test_no_block_of_a_recipe_is_left_out(tmp_path):
         ("- area: [0.5, 0.2]", "area is a range"),
         ("- area: 0.5", "block 1: area is a range .*, not 0.5"),
         ("- area: [0.1]", "block 1: area is a range .*, not .0.1"),
+        ("- sigma: [0, 2]", "block 1: sigma is a range .* 0 < low <= high .*, not .0, 2"),
         ("- sigma: {low: 1, high: 2}", "block 1: sigma is a range"),
         ("- jitter: 8e1", "block 1: jitter is a probability, 0 to 1, not 80"),
         ("- hue: null", "block 1: hue is a strength, 0 to 0.5, not None"),
         ("- centre: half", "block 1: centre is a share .*, not 'half'"),
+        ("- centre: 0", "block 1: centre is a share .*, not 0"),
         ("- size: true", "block 1: size is a number of pixels"),
         ("- size: big", "size is a number of pixels"),
         ("- flip: often", "block 1: flip is a probability"),
