@@ -304,10 +304,18 @@ def test_an_index_file_by_windows(tmp_path):
 def test_a_shard_cut_short_is_an_error(tmp_path):
     path = pack(tmp_path / "s.tar", {"a.jpg": b"x" * 5000, "b.jpg": b"y" * 5000})
     whole = path.read_bytes()
-    for length in (700, 7000, 5632 + 100):
+    for length in (700, 7000, 5632 + 100, 5632 + 300):
         path.write_bytes(whole[:length])
         with pytest.raises(DataError, match="not a whole, uncompressed tar file"):
             TarShards(path)
+
+
+def test_an_empty_shard_is_an_error(tmp_path):
+    """As a download leaves that did not begin; a tar file without members has zeros in it."""
+    pack(tmp_path / "0.tar", {"1.jpg": b"x"})
+    (tmp_path / "1.tar").touch()
+    with pytest.raises(DataError, match=r"1\.tar is not a whole, uncompressed tar file"):
+        TarShards(tmp_path)
 
 
 def test_a_compressed_shard_is_an_error(tmp_path):
@@ -326,6 +334,7 @@ def test_a_compressed_shard_is_an_error(tmp_path):
         ("list.csv", "a/1.jpg,01\nmy cat.jpg,1\nb c.jpg,001\n", [1, 2, 0], ["001", "01", "1"]),
         ("list.txt", f"a/1.jpg {5000 * '9'}\nmy cat.jpg 7\nb c.jpg 0\n", [2, 1, 0], ["0", "7", 5000 * "9"]),
         ("list.tsv", "a/1.jpg\tbig dog\nmy cat.jpg\tcat\nb c.jpg\n", [0, 1, -1], ["big dog", "cat"]),
+        ("list.txt", "a/1.jpg \t big dog\nmy cat.jpg\t -1\nb c.jpg \t\n", [0, -1, -1], ["big dog"]),
         ("list.csv", "path,label\na/1.jpg, dog\nmy cat.jpg,cat\nb c.jpg,\n", [1, 0, -1], ["cat", "dog"]),
     ],
 )
@@ -498,10 +507,16 @@ def tables_at(data: bytes) -> int:
     return data.index(b"\xff\xc4")
 
 
+def scan_at(data: bytes) -> int:
+    """Where its scan begins."""
+    return data.index(b"\xff\xda")
+
+
 ODD_JPEG = {
     "bytes between segments": lambda data: data[: tables_at(data)] + bytes(3) + data[tables_at(data) :],
     "a length too small": lambda data: data[: tables_at(data) + 2] + b"\0\5" + data[tables_at(data) + 4 :],
     "tables of no codes": lambda data: data[: tables_at(data) + 5] + bytes(16) + data[tables_at(data) + 21 :],
+    "a scan shorter than its length": lambda data: data[: scan_at(data) + 2] + b"\0\1" + data[scan_at(data) + 4 :],
     "two frames": lambda data: data[:2] + data[data.index(b"\xff\xc0") : tables_at(data)] + data[2:],
 }
 
@@ -606,6 +621,12 @@ def test_rare_kinds_are_left_to_pillow():
     assert probe(encoded((20, 30), "WEBP", lossless=True, exif=exif(1))) is None
     second = Image.new("RGB", (30, 20))
     assert probe(encoded((20, 30), "WEBP", save_all=True, append_images=[second])) is None
+
+
+def test_a_webp_chunk_of_odd_length_is_filled_up():
+    files = [encoded((20, 30), "WEBP", seed=seed, lossless=True) for seed in range(20)]
+    assert {data[16] % 2 for data in files} == {0, 1}
+    assert [probe(data) for data in files] == 20 * [(20, 30)]
 
 
 def exif(orientation: int, kind: int = 3) -> bytes:
