@@ -2,7 +2,7 @@
 
 import threading
 import time
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 
 import pytest
 
@@ -131,6 +131,7 @@ def test_what_waits_for_a_stalled_task_ends_with_the_pool(forgotten):
         pool.close()
         with pytest.raises(RuntimeError, match="closed"):
             pool.submit(abs, -1)
+    assert not wait(others, 10).not_done
     for future in others:
         with pytest.raises(CancelledError):
             future.result(10)
