@@ -12,7 +12,7 @@ import torch.multiprocessing as multiprocessing
 from torch import nn
 
 import msbreg.evaluation
-from msbreg.evaluation import extract_features, instance_accuracy, knn_accuracy, linear_probe
+from msbreg.evaluation import L2, _best_l2, extract_features, instance_accuracy, knn_accuracy, linear_probe
 from msbreg.online_probe import OnlineProbe
 
 
@@ -143,6 +143,11 @@ def test_the_weight_decay_is_chosen_on_rows_that_are_held_out():
     line = torch.rand(2000, 1, generator=random)  # in ten stretches, which only large weights tell apart
     many = line[:1000], (10 * line[:1000, 0]).long(), line[1000:], (10 * line[1000:, 0]).long()
     assert linear_probe(*many) > linear_probe(*many, l2=0.1) + 0.3
+
+
+def test_of_weight_decays_that_do_equally_well_the_largest_is_chosen():
+    apart = torch.tensor([[-1.0], [1.0]]).repeat(25, 1)
+    assert _best_l2(apart, torch.arange(50) % 2, 20) == max(L2)
 
 
 def test_the_linear_probe_takes_constant_features_gaps_in_labels_and_unknown_classes():

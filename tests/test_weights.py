@@ -101,7 +101,9 @@ def test_a_checkpoints_backbone_is_found_whatever_its_network_asks():
     config.model.backbone, config.method.name = "mnasnet0_5", "simsiam"
     method = random(build_method(config))
     state = {"config": dataclasses.asdict(config), "method": dict(method.state_dict())}
-    assert_same(backbone_of(state).state_dict(), method.online.backbone.state_dict())
+    backbone = backbone_of(state)
+    assert_same(backbone.state_dict(), method.online.backbone.state_dict())
+    assert not any(part.training for part in backbone.modules())
     del state["method"]["online.backbone.layers.0.weight"]
     with pytest.raises(MSBRegError, match="do not fit a mnasnet0_5"):
         backbone_of(state)
