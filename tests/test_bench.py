@@ -326,6 +326,7 @@ def test_what_the_report_computes():
     rows = {(row[0], row[2]): dict(zip(lines[2], row, strict=True)) for row in lines[4:]}
     assert [row[0] for row in lines[4:]] == ["fused_spectral", "fused", "svd", "fused"]
     assert rows["svd", "both"]["time"] == "12.5 ms" and rows["svd", "both"]["time / fused"] == "250"
+    assert rows["fused", "forward"]["time"] == "1.00 ms"
     assert rows["svd", "both"]["eager / fused"] == "80.0" and rows["svd", "both"]["kernels"] == "10.0 ms"
     fused = rows["fused", "both"]
     assert fused["time"] == "50.0 µs" and fused["time / fused"] == "1.00" and fused["eager"] == "250 µs"
