@@ -305,6 +305,7 @@ def test_what_is_not_finite_spoils_its_own_rows_alone(bad):
     (got,) = torch.autograd.grad(losses.sum(), leaf)
     assert losses.isnan().nonzero().tolist() == [[1, 2]]
     assert got.isnan().any(-1).nonzero().tolist() == [[1, 2]]
+    assert centroid_loss(z, t).isnan() and centroid_loss(z, t, leave_one_out=True).isnan()
     assert singular_value_loss(z, smoothing=1.0).isnan() and msbreg_loss(z, t, smoothing=1.0, **NOISE).loss.isnan()
 
 
