@@ -22,7 +22,7 @@ class OnlineProbe(nn.Module):
         num_features: F.
         num_classes: C.
         lr: Adam's learning rate; our default.
-        group: process group that shares each batch, whose gradients are averaged; None for one process.
+        group: process group that shares each batch; None for one process.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class OnlineProbe(nn.Module):
             features: (B, F).
             labels: (B,) int64; rows with a negative label are passed over.
         """
-        known = (labels >= 0).sum().clamp(min=1)
-        loss = cross_entropy(self(features), labels.clamp(min=-1), ignore_index=-1, reduction="sum") / known
+        loss = cross_entropy(self(features), labels.clamp(min=-1), ignore_index=-1, reduction="sum")
         parameters = (self.weight, self.bias)
-        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
-            if self.group is not None:
-                dist.all_reduce(gradient, group=self.group)
-                gradient /= dist.get_world_size(self.group)
-            parameter.grad = gradient
+        known, gradients = (labels >= 0).sum(), torch.autograd.grad(loss, parameters)
+        if self.group is not None:  # whose other processes may know more labels, or fewer
+            for summed in (known, *gradients):
+                dist.all_reduce(summed, group=self.group)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient / known.clamp(min=1)
         self._optimizer.step()
 
     @torch.no_grad()
