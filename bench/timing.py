@@ -158,13 +158,18 @@ def _between_events(work: Callable[[], None], backlog: float) -> float:
     return start.elapsed_time(end) * 1e-3
 
 
-def plan(round: Round, calls: int, seconds: float) -> int:
-    """How many rounds fill that time: 3 to 1000. Finding out takes a quarter of it and warms up caches and clocks."""
+def plan(round: Round, calls: int, seconds: float, *, least: int = 11, patience: float = 11.0) -> int:
+    """How many rounds fill that time: 3 to 1000, and at least `least` that take no more than `patience` together.
+
+    Finding out takes a quarter of the time and warms up caches and clocks. The first round, which may load and choose
+    what later ones find ready, says nothing of them.
+    """
+    round()
     spent = shortest = calls * round()
     while spent < seconds / 4:
         last = calls * round()
         spent, shortest = spent + last, min(shortest, last)
-    return min(1000, max(3, math.ceil(seconds / shortest)))
+    return min(1000, max(3, min(least, int(patience / shortest)), math.ceil(seconds / shortest)))
 
 
 def turns(clocks: Mapping[K, Round], calls: int, *, seconds: float, rounds: int) -> dict[K, list[float]]:
@@ -176,7 +181,7 @@ def turns(clocks: Mapping[K, Round], calls: int, *, seconds: float, rounds: int)
         seconds: of each clock, over all its turns.
         rounds: turns of each.
     """
-    counts = {name: plan(clock, calls, seconds / rounds) for name, clock in clocks.items()}
+    counts = {name: plan(clock, calls, seconds / rounds, least=3) for name, clock in clocks.items()}
     taken: dict[K, list[float]] = {name: [] for name in clocks}
     for _ in range(rounds):
         for name, clock in clocks.items():

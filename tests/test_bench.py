@@ -179,10 +179,14 @@ def test_modes_time_their_part():
 
 def test_rounds_fill_the_time():
     assert timing.plan(lambda: 0.01, 2, 1.0) == 50
-    assert timing.plan(lambda: 5.0, 1, 1.0) == 3
     assert timing.plan(lambda: 1e-6, 1, 1.0) == 1000
-    rounds = iter([0.1, 0.01, 0.2])  # the shortest is what a call takes
+    rounds = iter([9.0, 0.1, 0.01, 0.2])  # the shortest is what a call takes, the first says nothing
     assert timing.plan(lambda: next(rounds), 1, 1.0) == 100
+
+
+@pytest.mark.parametrize(("taken", "rounds"), [(0.9, 11), (2.0, 5), (5.0, 3)])
+def test_what_takes_long_has_few_rounds(taken, rounds):
+    assert timing.plan(lambda: taken, 1, 0.3) == rounds
 
 
 def test_ceilings_are_positive_and_differ_with_the_work():

@@ -32,7 +32,7 @@ def test_rows_of_more_numbers_than_registers_hold_are_not_tried():
 @pytest.mark.interpreter
 def test_the_harness_measures_what_it_has_compared(monkeypatch):
     monkeypatch.setattr(tiles, "CALLS", 1)
-    monkeypatch.setattr(timing, "plan", lambda *_: 1)
+    monkeypatch.setattr(timing, "plan", lambda *_, **__: 1)
     monkeypatch.setattr(tiles, "SMOOTHING", 3.0)  # takes few steps, each of which takes long here
     names = []
     for case in tiles.cases(2, 4, 16, torch.float32, CPU):
