@@ -1,7 +1,7 @@
 """What is timed: the fused loss and its parts, the same mathematics as others would write it, and other losses.
 
-A loss here takes z, (K, B, D), t, (K, B, D), and, for the check before the timing alone, n, (B, D), in place of the
-noise that it would draw. It returns a scalar.
+A loss here takes z, (K, B, D), or of it the views that it reads, t, (K, B, D), and, for the check before the timing
+alone, n, (B, D), in place of the noise that it would draw. It returns a scalar.
 """
 
 import functools
@@ -51,6 +51,11 @@ class Provider:
     needs: str | None = None
     """A package that has to be installed."""
     compiled: bool = False
+
+    def reads(self, views: int) -> tuple[int, int]:
+        """How many views of z, and of t, it reads where there are so many."""
+        of_z = self.views or views
+        return of_z, of_z if self.targets else 0
 
     @property
     def missing(self) -> bool:
@@ -260,8 +265,8 @@ def lightly_mmcr() -> Loss:
 
 
 def lightly_pair(name: str) -> Loss:
-    """One of lightly's losses of two views: the first two."""
+    """One of lightly's losses of two views, which is all that z has: (2, B, D)."""
     import lightly.loss
 
     criterion = getattr(lightly.loss, name)()
-    return lambda z, t, n=None: criterion(z[0], z[1])
+    return lambda z, t, n=None: criterion(*z.unbind())

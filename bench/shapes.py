@@ -86,6 +86,8 @@ def left_out(shape: Shape, provider: Provider, device: torch.device) -> str | No
     """Why a provider is not timed at a shape, or None."""
     if provider.missing:
         return f"{provider.name} needs {provider.needs}: pip install {provider.needs}"
+    if provider.views and (shape.views < provider.views or shape.batch < 2):
+        return f"{provider.name} takes {provider.views} views of two images at least"
     memory, needed = device_memory(device), BYTES_PER_NUMBER * shape.size
     if needed > memory:
         return f"{shape} needs {needed / 1e9:.0f} GB with its float64 oracle, and there are {memory / 1e9:.0f}"

@@ -16,12 +16,13 @@ pytest.importorskip("pytest_benchmark", reason="the benchmarks need pytest-bench
 import ceilings
 import records
 import shapes
+import timing
 import torch
 import usage
 from cost import bytes_moved, spectral_flops
 from gate import Reference, reference, refusal
 from providers import Loss, Provider, Terms
-from timing import CLOCK, calls, copies, device_round, plan, wall_round
+from timing import CLOCK, calls, device_round, plan, wall_round
 from torch import Tensor
 
 
@@ -37,10 +38,7 @@ def test_loss(benchmark, wanted, shape: str, dtype: str, provider: str, mode: st
     if fault:
         pytest.fail(f"{provider} is not timed at {shape} in {dtype}: {fault}", pytrace=False)
 
-    input_bytes = sum(read(what, size)) * size.batch * size.dim * number_type.itemsize
-    batches = inputs(size, number_type, device, copies(input_bytes, device))
-    if what.decomposition is not None:
-        batches = batches[:1]  # next to a decomposition, where the inputs come from is nothing
+    batches = inputs(what, size, number_type, device)
     round_, clock = device_round(lambda: calls(loss, batches, mode), device, waits=what.waits)
     rounds = plan(round_, len(batches), wanted.seconds)
 
@@ -88,17 +86,11 @@ def resnet_seconds(shape: list[int], device: torch.device) -> float | None:
 
 def counted(provider: Provider, shape: shapes.Shape, dtype: torch.dtype, spectrum: str, mode: str) -> dict[str, float]:
     """Bytes, and for the singular value loss alone floating-point operations."""
-    views, targets = read(provider, shape)
+    views, targets = provider.reads(shape.views)
     counts = {"bytes": bytes_moved(views, targets, shape.batch, shape.dim, dtype.itemsize, mode)}
     if provider.terms == "spectral":
         counts["flops"] = spectral_flops(*shape, spectrum, mode)
     return counts
-
-
-def read(provider: Provider, shape: shapes.Shape) -> tuple[int, int]:
-    """How many views of z, and of t, it reads."""
-    views = provider.views or shape.views
-    return views, views if provider.targets else 0
 
 
 @functools.lru_cache(maxsize=1)
@@ -121,7 +113,4 @@ def truth(shape: shapes.Shape, dtype: torch.dtype, device: torch.device, terms: 
     return reference(z, t, terms, spectrum, shapes.oracle_decomposition(shape, device))
 
 
-@functools.lru_cache(maxsize=1)
-def inputs(shape: shapes.Shape, dtype: torch.dtype, device: torch.device, number: int) -> list[tuple[Tensor, Tensor]]:
-    """So many z and t; the first are those that the oracle sees."""
-    return [shapes.inputs(shape, dtype, device, seed) for seed in range(number)]
+inputs = functools.lru_cache(maxsize=1)(timing.batches)

@@ -11,14 +11,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
+import shapes
 import torch
 from cost import Mode
-from providers import Loss
+from providers import Loss, Provider
+from shapes import Shape
 from torch import Tensor
 
 from msbreg.machine import synchronize
 
-__all__ = ["CLOCK", "Call", "Round", "calls", "copies", "device_round", "plan", "turns", "wall_round"]
+__all__ = ["CLOCK", "Call", "Round", "batches", "calls", "copies", "device_round", "plan", "turns", "wall_round"]
 
 K = TypeVar("K")
 
@@ -66,6 +68,17 @@ def calls(loss: Loss, inputs: Sequence[tuple[Tensor, Tensor]], mode: Mode) -> li
         return lambda: torch.autograd.grad(value, z, retain_graph=True)
 
     return [call(z, t) for z, t in inputs]
+
+
+def batches(provider: Provider, shape: Shape, dtype: torch.dtype, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Copies of z and t to rotate among; the oracle sees the first.
+
+    They have the views that are read alone: of a larger z the backward pass would make zeros for the others. Where the
+    host waits for the device there is one copy: beside that, where inputs come from is nothing.
+    """
+    views, targets = provider.reads(shape.views)
+    number = 1 if provider.waits else copies((views + targets) * shape.batch * shape.dim * dtype.itemsize, device)
+    return [shapes.inputs(shape._replace(views=views), dtype, device, seed) for seed in range(number)]
 
 
 def copies(input_bytes: int, device: torch.device) -> int:

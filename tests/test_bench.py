@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,11 +20,11 @@ import gate
 import records
 import report
 import shapes
-import test_loss_times
 import timing
 import torch
 import usage
-from providers import by_svd, definition, providers
+from providers import by_svd, definition, lightly_pair, providers
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from msbreg import linalg
@@ -106,7 +107,32 @@ def test_bytes_are_those_of_inputs_and_outputs():
 )
 def test_inputs_are_copied_by_what_a_loss_reads_of_them(provider, read):
     """Three times the cache of what it reads, or a loss that reads a quarter of the inputs would have them cached."""
-    assert test_loss_times.read(providers("nuclear")[provider], shapes.Shape(8, 512, 256)) == read
+    assert providers("nuclear")[provider].reads(8) == read
+
+
+def test_inputs_are_what_is_read_of_them(monkeypatch):
+    known = providers("nuclear")
+    monkeypatch.setattr(timing, "copies", lambda read, device: read)
+    sizes = {name: timing.batches(known[name], shapes.Shape(3, 2, 2), torch.float32, CPU) for name in ("fused", "svd")}
+    assert len(sizes["fused"]) == 2 * 3 * 2 * 2 * 4 and len(sizes["svd"]) == 1  # for svd the host waits
+    z, t = sizes["fused"][0]
+    assert all(map(torch.equal, (z, t), shapes.inputs(shapes.Shape(3, 2, 2), torch.float32, CPU)))
+    pairs = timing.batches(known["lightly_barlow_twins"], shapes.Shape(3, 2, 2), torch.float32, CPU)
+    assert len(pairs) == 2 * 2 * 2 * 4
+    assert all(z.shape == (2, 2, 2) and z.is_leaf and z.requires_grad for z, _ in pairs)
+
+
+@pytest.mark.parametrize("name", ["VICRegLoss", "BarlowTwinsLoss"])
+def test_a_loss_of_two_views_makes_no_zeros(name):
+    """Its backward pass stacks two gradients, and fills no z of zeros to write each into."""
+    pytest.importorskip("lightly", reason="times lightly's losses")
+    z, t = shapes.inputs(shapes.Shape(2, 8, 4), torch.float32, CPU)
+    value = lightly_pair(name)(z, t)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        torch.autograd.grad(value, z)
+    assert not [
+        event.key for event in profiler.key_averages() if event.key in ("SelectBackward0", "aten::select_backward")
+    ]
 
 
 def test_flops_are_those_of_the_products():
@@ -141,6 +167,8 @@ def test_what_would_take_minutes_or_too_much_memory_is_left_out():
     assert "minutes" in shapes.left_out(shapes.Shape(8, 2048, 512), known["svd"], CPU)
     assert shapes.left_out(shapes.Shape(8, 2048, 512), known["fused_rows"], CPU) is None
     assert "oracle minutes" in shapes.left_out(shapes.Shape(4, 2048, 2048), known["fused"], CPU)
+    assert "two images" in shapes.left_out(shapes.Shape(8, 1, 64), replace(known["lightly_vicreg"], needs=None), CPU)
+    assert "2 views" in shapes.left_out(shapes.Shape(1, 8, 64), replace(known["lightly_vicreg"], needs=None), CPU)
     assert "GB" in shapes.left_out(shapes.Shape(1024, 8192, 8192), known["fused_rows"], CPU)
 
 
