@@ -4,16 +4,17 @@ The error may be no larger than that of plain torch in the same dtype, plus a sm
 definition, a decomposition and autograd, as the oracle has in float64.
 """
 
+import textwrap
 from typing import NamedTuple
 
 import torch
-from providers import SEED, Loss, Terms, by_gram, by_svd, definition
+from providers import SEED, Loss, Provider, Terms, by_gram, by_svd, definition
 from torch import Tensor
 
 from msbreg.functional import brownian_directions
 from msbreg.reference import Spectrum
 
-__all__ = ["CEILING", "TOLERANCES", "Errors", "Reference", "reference", "refusal"]
+__all__ = ["CEILING", "TOLERANCES", "Errors", "Reference", "Verdict", "reference", "refusal", "verdict"]
 
 TOLERANCES = {  # what value and gradient may be off more than plain torch is: Newton-Schulz in float32 takes its part
     torch.float64: (1e-8, 1e-8),  # the package's noise is float32's, whose rows are 6e-8 longer or shorter than 1
@@ -81,9 +82,32 @@ def errors(value: Tensor, gradient: Tensor, expected: Tensor, expected_gradient:
     return Errors(abs(value.item() / expected.item() - 1), difference.item())
 
 
-def refusal(loss: Loss, truth: Reference) -> str | None:
-    """Why a loss is not to be timed, or None."""
-    found = truth.errors(loss)
+class Verdict(NamedTuple):
+    """What is known of a loss before it is timed."""
+
+    loss: Loss | None
+    """None where it raises."""
+    errors: Errors | None
+    """None of other mathematics, too."""
+    fault: str | None
+    """Why it is not to be timed."""
+
+
+def verdict(provider: Provider, z: Tensor, t: Tensor, truth: Reference | None) -> Verdict:
+    """Builds a loss and holds it against the oracle; with None, for other mathematics, it is called alone."""
+    try:
+        loss = provider.build(z.device)
+        if truth is None:
+            torch.autograd.grad(loss(z, t), z)
+            return Verdict(loss, None, None)
+        found = truth.errors(loss)
+    except Exception as error:  # the others are still to be timed
+        return Verdict(None, None, textwrap.shorten(f"it raises {type(error).__name__}: {error}", 300))
+    return Verdict(loss, found, refusal(found, truth))
+
+
+def refusal(found: Errors, truth: Reference) -> str | None:
+    """Why a loss with these errors is not to be timed, or None."""
     for name, error, plain, tolerance in zip(
         Errors._fields, found, truth.plain, TOLERANCES[truth.z.dtype], strict=True
     ):

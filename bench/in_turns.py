@@ -16,7 +16,7 @@ from typing import Any
 
 import shapes
 import torch
-from gate import Reference, reference, refusal
+from gate import Reference, reference, verdict
 from options import add_device, positive
 from providers import Loss, providers
 from records import cell, keep, provenance, spread
@@ -49,10 +49,10 @@ def measure(
     for name in names:
         provider = providers(SPECTRUM)[name]
         fault = shapes.left_out(shape, provider, device)
-        loss = None if fault else provider.build(device)
-        if loss is not None and provider.terms is not None:
-            fault = refusal(loss, truth(provider.terms))
-        if loss is None or fault:
+        if fault is None:
+            expected = truth(provider.terms) if provider.terms else None
+            loss, _, fault = verdict(provider, *batches[0], expected)
+        if fault:
             sys.exit(f"{name} is not timed: {fault}")
         clocks[name] = device_round(functools.partial(made, loss, batches), device, waits=provider.waits)
 

@@ -20,7 +20,7 @@ import timing
 import torch
 import usage
 from cost import bytes_moved, spectral_flops
-from gate import Reference, reference, refusal
+from gate import Reference, Verdict, reference, verdict
 from providers import Loss, Provider, Terms
 from timing import CLOCK, calls, device_round, plan, wall_round
 from torch import Tensor
@@ -34,7 +34,7 @@ def test_loss(benchmark, wanted, shape: str, dtype: str, provider: str, mode: st
     size, number_type = shapes.parse(shape)[0], getattr(torch, dtype)
     if reason := shapes.left_out(size, what, device):
         pytest.skip(reason)
-    loss, fault = checked(what, size, number_type, device, spectrum)
+    loss, errors, fault = checked(what, size, number_type, device, spectrum)
     if fault:
         pytest.fail(f"{provider} is not timed at {shape} in {dtype}: {fault}", pytrace=False)
 
@@ -51,6 +51,8 @@ def test_loss(benchmark, wanted, shape: str, dtype: str, provider: str, mode: st
         about=what.about,
         clock=clock,
         copies=len(batches),
+        value_error=errors and errors.value,
+        gradient_error=errors and errors.gradient,
         **counted(what, size, number_type, spectrum, mode),
     )
     benchmark.pedantic(CLOCK.tick, args=(round_,), rounds=rounds)
@@ -96,14 +98,12 @@ def counted(provider: Provider, shape: shapes.Shape, dtype: torch.dtype, spectru
 @functools.lru_cache(maxsize=1)
 def checked(
     provider: Provider, shape: shapes.Shape, dtype: torch.dtype, device: torch.device, spectrum: str
-) -> tuple[Loss, str | None]:
-    """A loss, compiled where it is, and what the oracle has against it."""
+) -> Verdict:
+    """A loss, compiled where it is, and what the oracle says of it."""
     if provider.compiled:
         torch.compiler.reset()  # one shape each: after some, torch.compile would silently stop compiling
-    loss = provider.build(device)
-    if provider.terms is None:
-        return loss, None
-    return loss, refusal(loss, truth(shape, dtype, device, provider.terms, spectrum))
+    expected = provider.terms and truth(shape, dtype, device, provider.terms, spectrum)
+    return verdict(provider, *inputs(provider, shape, dtype, device)[0], expected)
 
 
 @functools.lru_cache(maxsize=3)

@@ -41,7 +41,8 @@ def truth(dtype=torch.float32, terms="all", spectrum="nuclear", shape=SHAPE):
 
 
 def judged(loss, **options):
-    return gate.refusal(loss, truth(**options))
+    expected = truth(**options)
+    return gate.refusal(expected.errors(loss), expected)
 
 
 @pytest.mark.parametrize("spectrum", ["nuclear", "whitening", "coding_rate"])
@@ -91,7 +92,17 @@ def test_the_check_refuses_in_half_precision_too(dtype):
 
 def test_a_wrong_plain_torch_excuses_nobody():
     poor = truth()._replace(plain=gate.Errors(1.0, 1.0))
-    assert gate.refusal(lambda z, t, n: 1.05 * RIGHT(z, t, n), poor)
+    assert gate.refusal(poor.errors(lambda z, t, n: 1.05 * RIGHT(z, t, n)), poor)
+
+
+def test_a_loss_that_raises_is_not_timed():
+    def build(device):
+        return lambda z, t, n=None: z.reshape(7)
+
+    for terms, expected in (("all", truth()), (None, None)):
+        provider = replace(providers("nuclear")["fused"], build=build, terms=terms)
+        loss, errors, fault = gate.verdict(provider, *shapes.inputs(SHAPE, torch.float32, CPU), expected)
+        assert loss is errors is None and fault.startswith("it raises RuntimeError: shape '[7]' is invalid")
 
 
 def test_bytes_are_those_of_inputs_and_outputs():
@@ -278,6 +289,8 @@ def test_the_suite_times_what_is_right_and_refuses_what_is_wrong(suite):
     modes = ("forward", "backward", "both")
     assert sorted(found) == sorted((name, mode) for name in ("fused", "svd", "fused_spectral") for mode in modes)
     assert all(1e-6 < b["stats"]["median"] < 1 for b in run["benchmarks"])
+    errors = [b["extra_info"][name] for b in run["benchmarks"] for name in ("value_error", "gradient_error")]
+    assert all(0 <= error < 1e-4 for error in errors) and max(errors) > 1e-9
 
 
 def test_the_json_says_where_it_is_from(suite):
