@@ -27,6 +27,7 @@ __all__ = [
     "percent",
     "processor",
     "provenance",
+    "quartiles",
     "spread",
     "versions",
     "without_folder",
@@ -110,6 +111,12 @@ def percent(shares: Sequence[float]) -> str:
 def spread(values: list[float]) -> dict[str, float]:
     """What `cell` shows."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """What is kept of the rounds of a clock: median, quartiles, and how many there were."""
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "q1": q1, "q3": q3, "rounds": len(values)}
 
 
 def cell(values: dict[str, float] | None, digits: int) -> str:

@@ -41,10 +41,17 @@ class Figure(NamedTuple):
         return self.seconds / self.fused.seconds if self.fused else None
 
     @property
-    def eager_ratio(self) -> float | None:
-        """Wall time of a call without a graph over the fused loss's."""
-        eager, fused = self.info.get("eager_seconds"), self.fused and self.fused.info.get("eager_seconds")
-        return eager / fused if eager and fused else None
+    def eager(self) -> dict[str, float] | None:
+        """Wall time of a call without a graph; until 2026-11-28 its median alone."""
+        median = self.info.get("eager_seconds")
+        return {"median": median} if median else self.info.get("eager")
+
+    @property
+    def eager_ratio(self) -> dict[str, float] | None:
+        """The same over the fused loss's, in rounds in turn where there are such."""
+        if "eager_over_fused" in self.info or not (self.eager and self.fused and self.fused.eager):
+            return self.info.get("eager_over_fused")
+        return {"median": self.eager["median"] / self.fused.eager["median"]}
 
 
 def figures(run: dict[str, Any]) -> list[Figure]:
@@ -71,6 +78,13 @@ def digits(x: float) -> str:
     return f"{x:.{max(0, 2 - math.floor(math.log10(x)))}f}" if 0 < x < 100 else f"{x:,.0f}"
 
 
+def of_rounds(values: dict[str, float] | None, text: Callable[[float], str]) -> str | None:
+    """Median, and in brackets the quartiles where they were kept."""
+    if values is None or "q1" not in values:
+        return values and text(values["median"])
+    return f"{text(values['median'])} ({text(values['q1'])} to {text(values['q3'])})"
+
+
 def share(part: float, whole: float) -> str:
     return f"{digits(100 * part / whole)} %"
 
@@ -83,8 +97,8 @@ COLUMNS: dict[str, Callable[[Figure], str | None]] = {
     "time": lambda f: time_of(f.seconds),
     "time / fused": lambda f: f.ratio and digits(f.ratio),
     "kernels": lambda f: optional(f, "busy_seconds", time_of),
-    "eager": lambda f: optional(f, "eager_seconds", time_of),
-    "eager / fused": lambda f: f.eager_ratio and digits(f.eager_ratio),
+    "eager": lambda f: of_rounds(f.eager, time_of),
+    "eager / fused": lambda f: of_rounds(f.eager_ratio, digits),
     "GB/s": lambda f: optional(f, "copy_rate", lambda _: digits(f.info["bytes"] / f.seconds / 1e9)),
     "of a copy": lambda f: optional(f, "copy_rate", lambda rate: share(f.info["bytes"] / f.seconds, rate)),
     "TFLOP/s": lambda f: rate_of_products(f, lambda rate, _: digits(rate / 1e12)),

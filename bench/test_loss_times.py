@@ -21,9 +21,13 @@ import torch
 import usage
 from cost import bytes_moved, spectral_flops
 from gate import Reference, Verdict, reference, verdict
-from providers import Loss, Provider, Terms
-from timing import CLOCK, calls, device_round, plan, wall_round
+from providers import Loss, Provider, Terms, providers
+from timing import CLOCK, Call, calls, device_round, plan, wall_round
 from torch import Tensor
+
+EAGER_CALLS = 3
+EAGER_ROUNDS = 31
+"""At least, where these take no more than two seconds: what the host does scatters."""
 
 
 @pytest.mark.benchmark(timer=CLOCK)
@@ -57,18 +61,42 @@ def test_loss(benchmark, wanted, shape: str, dtype: str, provider: str, mode: st
     )
     benchmark.pedantic(CLOCK.tick, args=(round_,), rounds=rounds)
     if device.type == "cuda":
-        benchmark.extra_info.update(on_gpu(loss, batches, mode, benchmark.extra_info, wanted.seconds))
+        info = benchmark.extra_info
+        info["sm_clock"] = records.gpu_state(device).get("clocks.sm")  # straight after the timed rounds
+        fused = None if provider == "fused" else fused_call(size, number_type, device, spectrum, mode)
+        own = calls(loss, batches[:1], mode)[0]
+        info.update(eager(own, fused, device, wanted.seconds / 2))
+        info.update(on_gpu(loss, batches, mode, info))
 
 
-def on_gpu(loss: Loss, batches: list[tuple[Tensor, Tensor]], mode: str, counts: dict, seconds: float) -> dict:
-    """What is measured on a GPU beside its time, and the ceilings to compare with."""
+def fused_call(shape: shapes.Shape, dtype: torch.dtype, device: torch.device, spectrum: str, mode: str) -> Call | None:
+    """A call of the fused loss; None where it may not be timed."""
+    provider = providers(spectrum)["fused"]
+    if shapes.left_out(shape, provider, device):
+        return None
+    loss, _, fault = checked(provider, shape, dtype, device, spectrum)
+    return None if fault else calls(loss, [shapes.inputs(shape, dtype, device)], mode)[0]
+
+
+def eager(call: Call, fused: Call | None, device: torch.device, seconds: float) -> dict[str, dict[str, float]]:
+    """Wall time of a call without a graph, and over the fused loss's in the same rounds, with quartiles.
+
+    There is one copy of the inputs, and a round is of few calls: the host sets the pace.
+    """
+    clocks = [wall_round([each] * EAGER_CALLS, device) for each in (call, fused) if each]
+    rounds = plan(lambda: sum(clock() for clock in clocks), EAGER_CALLS, seconds, least=EAGER_ROUNDS, patience=2.0)
+    own, *others = zip(*([clock() for clock in clocks] for _ in range(rounds)), strict=True)
+    found = {"eager": records.quartiles(own)}
+    for other in others:
+        found["eager_over_fused"] = records.quartiles([mine / its for mine, its in zip(own, other, strict=True)])
+    return found
+
+
+def on_gpu(loss: Loss, batches: list[tuple[Tensor, Tensor]], mode: str, counts: dict) -> dict:
+    """What is measured on a GPU beside times, and the ceilings to compare with."""
     device = batches[0][0].device
-    found = {"sm_clock": records.gpu_state(device).get("clocks.sm")}  # straight after the timed rounds
-    eager = wall_round(calls(loss, batches, mode), device)
-    times = sorted(eager() for _ in range(plan(eager, len(batches), seconds / 4)))
     launches, busy = usage.device_work(calls(loss, batches[:1], mode)[0])
-    return found | {
-        "eager_seconds": times[len(times) // 2],
+    return {
         "memory": usage.peak_memory(lambda: calls(loss, batches[:1], mode)[0]),
         "launches": launches or None,  # 0: profiling is barred
         "busy_seconds": busy or None,
@@ -95,7 +123,7 @@ def counted(provider: Provider, shape: shapes.Shape, dtype: torch.dtype, spectru
     return counts
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)  # the loss that is timed, and the fused one beside it
 def checked(
     provider: Provider, shape: shapes.Shape, dtype: torch.dtype, device: torch.device, spectrum: str
 ) -> Verdict:
@@ -103,7 +131,8 @@ def checked(
     if provider.compiled:
         torch.compiler.reset()  # one shape each: after some, torch.compile would silently stop compiling
     expected = provider.terms and truth(shape, dtype, device, provider.terms, spectrum)
-    return verdict(provider, *inputs(provider, shape, dtype, device)[0], expected)
+    first = shapes.inputs(shape._replace(views=provider.reads(shape.views)[0]), dtype, device)
+    return verdict(provider, *first, expected)
 
 
 @functools.lru_cache(maxsize=3)

@@ -1,6 +1,7 @@
 """The benchmarks of the losses: they time what agrees with the oracle, count right, and report what they measured."""
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ import gate
 import records
 import report
 import shapes
+import test_loss_times
 import timing
 import torch
 import usage
@@ -223,6 +225,17 @@ def test_rounds_fill_the_time():
     assert timing.plan(lambda: next(rounds), 1, 1.0) == 100
 
 
+def test_calls_without_a_graph_take_turns_with_the_fused_loss(monkeypatch):
+    """The machine becomes slower from round to round, and a ratio is of one round."""
+    slower = {"own": itertools.count(2, 2), "fused": itertools.count(1)}
+    monkeypatch.setattr(test_loss_times, "wall_round", lambda calls, device: lambda: 1e-3 * next(slower[calls[0]()]))
+    found = test_loss_times.eager(lambda: "own", lambda: "fused", CPU, 0.0)
+    assert found["eager_over_fused"] == {"median": 2, "q1": 2, "q3": 2, "rounds": 31}
+    assert found["eager"]["q1"] < found["eager"]["median"] < found["eager"]["q3"] and found["eager"]["rounds"] == 31
+    slower["own"] = itertools.count(2, 2)
+    assert test_loss_times.eager(lambda: "own", None, CPU, 0.0).keys() == {"eager"}
+
+
 @pytest.mark.parametrize(("taken", "rounds"), [(0.9, 11), (2.0, 5), (5.0, 3)])
 def test_what_takes_long_has_few_rounds(taken, rounds):
     assert timing.plan(lambda: taken, 1, 0.3) == rounds
@@ -358,10 +371,12 @@ def benchmark_of(provider, seconds, **info):
 def test_what_the_report_computes():
     measured = {"bytes": 6_000_000, "copy_rate": 4e12, "product_rate": 4e14, "memory": 3e6, "launches": 9}
     measured |= {"eager_seconds": 2.5e-4, "resnet_seconds": 0.5}
+    in_rounds = {"eager": {"median": 2e-4, "q1": 1.9e-4, "q3": 2.2e-4, "rounds": 31}}
+    in_rounds["eager_over_fused"] = {"median": 0.5, "q1": 0.4, "q3": 0.6, "rounds": 31}
     run = {
         "benchmarks": [
             benchmark_of("svd", 0.0125, **measured | {"eager_seconds": 0.02}, busy_seconds=0.01),
-            benchmark_of("fused_spectral", 4e-5, flops=2e9, **measured),
+            benchmark_of("fused_spectral", 4e-5, flops=2e9, **measured | {"eager_seconds": None}, **in_rounds),
             benchmark_of("fused", 5e-5, **measured),
             benchmark_of("fused", 1e-3, **measured | {"mode": "forward", "copy_rate": None}),
         ]
@@ -377,6 +392,8 @@ def test_what_the_report_computes():
     assert fused["time"] == "50.0 µs" and fused["time / fused"] == "1.00" and fused["eager"] == "250 µs"
     assert fused["GB/s"] == "120" and fused["of a copy"] == "3.00 %"
     assert fused["memory"] == "3.00 MB" and fused["launches"] == "9" and fused["of a ResNet-50 step"] == "0.0100 %"
+    assert rows["fused_spectral", "both"]["eager"] == "200 µs (190 µs to 220 µs)"
+    assert rows["fused_spectral", "both"]["eager / fused"] == "0.500 (0.400 to 0.600)"
     assert rows["fused_spectral", "both"]["TFLOP/s"] == "50.0"
     assert rows["fused_spectral", "both"]["of a TF32 product"] == "12.5 %"
     assert fused["TFLOP/s"] == ""
