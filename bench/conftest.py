@@ -3,9 +3,11 @@
 import os
 import platform
 import shlex
+import textwrap
 import time
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,8 @@ from msbreg.machine import usable_cores
 MODES = ("forward", "backward", "both")
 SPECTRA = ("nuclear", "whitening", "coding_rate")
 DTYPES = ("bfloat16", "float32", "float16")
+LASTING = ("name", "driver_version", "clocks.max.sm")
+"""What nvidia-smi says of a GPU whatever it does."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[SETTINGS] = settings(config)
+    config.stash[SETTINGS], config.stash[LEFT_OUT] = settings(config), []
+    file = config.getoption("benchmark_json", None)
+    if isinstance(file, Path) and not config.option.collectonly:
+        try:  # now, and not when all is timed; and where nothing passes, an old file would seem to be this run's
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+            file.unlink()
+        except OSError as error:
+            raise pytest.UsageError(f"--benchmark-json {file}: {error.strerror}") from None
 
 
 SETTINGS = pytest.StashKey[Settings]()
+LEFT_OUT = pytest.StashKey[list[dict[str, Any]]]()
+"""Cases that were skipped, refused or failed, with the reason."""
 
 
 def settings(config: pytest.Config) -> Settings:
@@ -106,6 +120,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("shape", "dtype", "provider", "mode"), cases, ids=["-".join(case) for case in cases])
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> None:
+    """Notes what is not timed; the report itself is pytest's."""
+    if call.excinfo is not None and (case := getattr(item, "callspec", None)):
+        skipped = call.excinfo.errisinstance(pytest.skip.Exception)
+        found = str(call.excinfo.value) or call.excinfo.typename
+        reason = textwrap.shorten(found, 300)
+        item.config.stash[LEFT_OUT].append({**case.params, "failed": not skipped, "reason": reason})
+
+
 @pytest.fixture(scope="session")
 def wanted(request: pytest.FixtureRequest) -> Settings:
     """What the command line asks for."""
@@ -114,26 +138,31 @@ def wanted(request: pytest.FixtureRequest) -> Settings:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    """What the figures depend on, without the machine's name in its network and its folders."""
-    wanted, arguments = config.stash[SETTINGS], config.invocation_params.args
+    """What is alike in all runs on a machine, whose name in its network is left out: others are warned of."""
+    wanted = config.stash[SETTINGS]
     cpu = machine_info.pop("cpu", {})
     machine_info.pop("node", None)
     machine_info |= {
         "cpu": cpu.get("brand_raw", platform.machine()),
         "cores": usable_cores(),
         "threads": torch.get_num_threads(),
-        "load_before": wanted.load,
         "device": wanted.device.type,
-        "gpu": gpu_state(wanted.device),
+        "gpu": {name: value for name, value in gpu_state(wanted.device).items() if name in LASTING},
         "versions": versions("triton", "lightly") | {"cuda": torch.version.cuda},
         "spectrum": wanted.spectrum,
-        "command": shlex.join(["python", "-m", "pytest", *(without_folder(str(word)) for word in arguments)]),
     }
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_benchmark_update_json(output_json: dict) -> None:
-    """Without the time of every round: its quartiles stay."""
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> None:
+    """What else the figures depend on, and what has none. Quartiles stay of the rounds' times."""
+    wanted, arguments = config.stash[SETTINGS], config.invocation_params.args
+    output_json["run"] = {
+        "command": shlex.join(["python", "-m", "pytest", *(without_folder(str(word)) for word in arguments)]),
+        "load_before": wanted.load,
+        "gpu": gpu_state(wanted.device),
+    }
+    output_json["left_out"] = config.stash[LEFT_OUT]
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)
 

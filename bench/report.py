@@ -149,7 +149,8 @@ def tables(found: list[Figure], columns: Iterable[str] = COLUMNS) -> str:
 
 def page(run: dict[str, Any], plots: Iterable[str] = ()) -> str:
     """The whole Markdown page, with the plots of those file names."""
-    machine, commit, found = run["machine_info"], run["commit_info"], figures(run)
+    machine = run["machine_info"] | run.get("run", {})  # which until 2026-11-28 were one
+    commit, found = run["commit_info"], figures(run)
     gpu = machine["gpu"]
     name = gpu.get("name") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
     state = ", ".join(f"{key} {value}" for key, value in gpu.items() if key != "name")
@@ -166,17 +167,30 @@ def page(run: dict[str, Any], plots: Iterable[str] = ()) -> str:
         "spectrum": machine["spectrum"],
     }
     about = {figure.provider: figure.info["about"] for figure in found}
-    return "\n\n".join(
-        [
-            "# The losses, timed",
-            "Drawn by `bench/report.py` from the JSON beside it; `bench/README.md` says what the columns are. Ratios "
-            "within this run are what counts.",
-            "\n".join(f"* {fact}: {value}" for fact, value in facts.items()),
-            "\n".join(f"* `{provider}`: {text}" for provider, text in about.items()),
-            *(f"![{plot}]({plot})" for plot in plots),
-            tables(found) + "\n",
-        ]
-    )
+    parts = [
+        "# The losses, timed",
+        "Drawn by `bench/report.py` from the JSON beside it; `bench/README.md` says what the columns are. Ratios "
+        "within this run are what counts.",
+        "\n".join(f"* {fact}: {value}" for fact, value in facts.items()),
+        "\n".join(f"* `{provider}`: {text}" for provider, text in about.items()),
+        *(f"![{plot}]({plot})" for plot in plots),
+        tables(found),
+        *left_out(run),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def left_out(run: dict[str, Any]) -> list[str]:
+    """What has no figures, and why: a paragraph, or none."""
+    cases = defaultdict(list)
+    for case in run.get("left_out", []):
+        cases[case["reason"]].append(case)
+    lines = []
+    for reason, alike in cases.items():
+        values = {name: dict.fromkeys(case[name] for case in alike) for name in ("provider", "shape", "dtype", "mode")}
+        which = ", ".join(next(iter(found)) for found in values.values() if len(found) == 1)
+        lines.append(f"* {len(alike)} x {reason}" + f" ({which})" * bool(which))
+    return ["## Left out\n\n" + "\n".join(lines)] if lines else []
 
 
 def charts(found: list[Figure]) -> dict[str, list[Figure]]:
@@ -224,6 +238,15 @@ def plot(found: list[Figure], path: Path) -> None:
     canvas.savefig(path, dpi=110)
 
 
+def is_ours(run: Any) -> bool:
+    """Whether it is from the benchmarks of the losses."""
+    if not (isinstance(run, dict) and isinstance(run.get("machine_info"), dict)):
+        return False
+    return "load_before" in run["machine_info"] | run.get("run", {}) and all(
+        "provider" in benchmark.get("extra_info", {}) for benchmark in run.get("benchmarks", [])
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
@@ -236,7 +259,7 @@ def main() -> None:
         parser.error(
             f"{options.json} cannot be read ({error}); pytest bench/ --benchmark-json {options.json} writes it"
         )
-    if not (isinstance(run, dict) and "load_before" in run.get("machine_info", {})):
+    if not is_ours(run):
         parser.error(f"{options.json} is not what pytest bench/ --benchmark-json writes")
     if options.short:
         print(tables([figure for figure in figures(run) if figure.mode == "both"], SHORT))

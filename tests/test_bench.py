@@ -277,7 +277,7 @@ def suite(tmp_path_factory):
     pytest.importorskip("pytest_benchmark", reason="the benchmarks need pytest-benchmark")
     folder = tmp_path_factory.mktemp("bench")
     (folder / "wrong_provider.py").write_text(PLUGIN)
-    path = folder / "losses.json"
+    path = folder / "new" / "losses.json"
     options = ["--bench-device", "cpu", "--bench-shapes", "2x16x8", "--bench-seconds", "0.01"]
     options += ["--bench-providers", "fused,svd,wrong,fused_spectral", "--benchmark-json", str(path)]
     done = run_suite("-p", "wrong_provider", *options, path=[folder, ROOT / "bench"])
@@ -300,6 +300,9 @@ def test_the_suite_times_what_is_right_and_refuses_what_is_wrong(suite):
     run = json.loads(path.read_text())
     found = [(b["extra_info"]["provider"], b["extra_info"]["mode"]) for b in run["benchmarks"]]
     modes = ("forward", "backward", "both")
+    assert [(c["provider"], c["shape"], c["mode"], c["failed"]) for c in run["left_out"]] == [
+        ("wrong", "2x16x8", mode, True) for mode in modes
+    ]
     assert sorted(found) == sorted((name, mode) for name in ("fused", "svd", "fused_spectral") for mode in modes)
     assert all(1e-6 < b["stats"]["median"] < 1 for b in run["benchmarks"])
     errors = [b["extra_info"][name] for b in run["benchmarks"] for name in ("value_error", "gradient_error")]
@@ -310,16 +313,20 @@ def test_the_json_says_where_it_is_from(suite):
     run = json.loads(suite[1].read_text())
     machine = run["machine_info"]
     assert machine["versions"]["torch"] == torch.__version__
-    assert "--bench-shapes 2x16x8" in machine["command"]
-    assert machine["cpu"] and machine["threads"] >= 1 and len(machine["load_before"]) == 3
+    assert "--bench-shapes 2x16x8" in run["run"]["command"]
+    assert machine["cpu"] and machine["threads"] >= 1 and len(run["run"]["load_before"]) == 3
+    assert not {"command", "load_before"} & machine.keys()  # or no two runs could be compared without a warning
     assert "node" not in machine and "data" not in run["benchmarks"][0]["stats"]
     assert {"id", "dirty"} <= run["commit_info"].keys()
 
 
-def test_without_time_everything_is_skipped():
+def test_without_time_everything_is_skipped(tmp_path):
+    """And figures of another run do not stay in the file."""
     pytest.importorskip("pytest_benchmark", reason="the benchmarks need pytest-benchmark")
-    done = run_suite("--bench-device", "cpu", "--bench-shapes", "2x16x8", "--bench-minutes", "0")
-    assert done.returncode == 0
+    (tmp_path / "losses.json").write_text("{}")
+    options = ["--bench-device", "cpu", "--bench-shapes", "2x16x8", "--bench-minutes", "0"]
+    done = run_suite(*options, "--benchmark-json", str(tmp_path / "losses.json"))
+    assert done.returncode == 0 and not (tmp_path / "losses.json").exists()
     assert f"{3 * len(providers('nuclear'))} skipped" in done.stdout
     assert "the time of --bench-minutes is over" in done.stdout
 
@@ -330,6 +337,7 @@ def test_the_report_draws_a_run(suite, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "losses.md").read_text()
+    assert "\n* 3 x wrong is not timed at 2x16x8 in float32: its value is off by 1.0e-02" in text
     assert "## K = 2, B = 16, D = 8" in text and "![losses-float32.png](losses-float32.png)" in text
     assert (tmp_path / "losses-float32.png").read_bytes().startswith(b"\x89PNG")
     assert done.stdout.strip() in text
@@ -351,7 +359,14 @@ def test_a_busy_machine_is_said_to_be_one(monkeypatch, load, threads, warned):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(None, "cannot be read"), ("{", "cannot be read"), ("{}", "is not what")]
+    ("content", "said"),
+    [
+        (None, "cannot be read"),
+        ("{", "cannot be read"),
+        ("{}", "is not what"),
+        ('{"machine_info": null}', "is not what"),
+        ('{"machine_info": {"load_before": []}, "benchmarks": [{"extra_info": {}}]}', "is not what"),
+    ],
 )
 def test_the_report_says_what_is_wrong_with_its_file(monkeypatch, capsys, tmp_path, content, said):
     file = tmp_path / "losses.json"
