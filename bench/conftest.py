@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import ceilings
 import pytest
 import shapes
 import torch
@@ -163,6 +164,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> No
         "gpu": gpu_state(wanted.device),
     }
     output_json["left_out"] = config.stash[LEFT_OUT]
+    ceilings.level([benchmark["extra_info"] for benchmark in output_json["benchmarks"]])
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)
 

@@ -53,6 +53,12 @@ class Figure(NamedTuple):
             return self.info.get("eager_over_fused")
         return {"median": self.eager["median"] / self.fused.eager["median"]}
 
+    @property
+    def flop_rate(self) -> float | None:
+        """Floating-point operations a second, of the singular value loss alone, on a GPU."""
+        info = self.info
+        return info["flops"] / self.seconds if "flops" in info and info.get("copy_rate") else None
+
 
 def figures(run: dict[str, Any]) -> list[Figure]:
     """The benchmarks of a run, in its order."""
@@ -101,11 +107,12 @@ COLUMNS: dict[str, Callable[[Figure], str | None]] = {
     "eager / fused": lambda f: of_rounds(f.eager_ratio, digits),
     "GB/s": lambda f: optional(f, "copy_rate", lambda _: digits(f.info["bytes"] / f.seconds / 1e9)),
     "of a copy": lambda f: optional(f, "copy_rate", lambda rate: share(f.info["bytes"] / f.seconds, rate)),
-    "TFLOP/s": lambda f: rate_of_products(f, lambda rate, _: digits(rate / 1e12)),
-    "of a TF32 product": lambda f: rate_of_products(f, share),
+    "TFLOP/s": lambda f: f.flop_rate and digits(f.flop_rate / 1e12),
+    "of three products of halves": lambda f: optional(
+        f, "half_product_rate", lambda rate: f.flop_rate and share(f.flop_rate, rate / 3)
+    ),
     "memory": lambda f: optional(f, "memory", lambda size: f"{digits(size / 1e6)} MB"),
     "launches": lambda f: optional(f, "launches", str),
-    "of a ResNet-50 step": lambda f: optional(f, "resnet_seconds", lambda step: share(f.seconds, step)),
 }
 TEXT = {"provider", "dtype", "mode", "clock"}
 """Columns of words, before those of numbers."""
@@ -115,13 +122,6 @@ def optional(figure: Figure, name: str, text: Callable[[Any], str]) -> str | Non
     """None where it was not measured."""
     value = figure.info.get(name)
     return None if value is None else text(value)
-
-
-def rate_of_products(figure: Figure, text: Callable[[float, float], str]) -> str | None:
-    """Of the singular value loss alone, on a GPU."""
-    if "flops" not in figure.info or "product_rate" not in figure.info:
-        return None
-    return text(figure.info["flops"] / figure.seconds, figure.info["product_rate"])
 
 
 SHORT = ("provider", "dtype", "time", "time / fused", "eager / fused", "GB/s", "launches")

@@ -100,18 +100,9 @@ def on_gpu(loss: Loss, batches: list[tuple[Tensor, Tensor]], mode: str, counts: 
         "memory": usage.peak_memory(lambda: calls(loss, batches[:1], mode)[0]),
         "launches": launches or None,  # 0: profiling is barred
         "busy_seconds": busy or None,
-        "copy_rate": ceilings.copy_rate(ceilings.size_class(counts["bytes"]), device),
-        "product_rate": ceilings.product_rate("tf32", device),
-        "resnet_seconds": resnet_seconds(counts["shape"], device),
+        "copy_rate": ceilings.copy_rate(counts["bytes"], device),
+        "half_product_rate": ceilings.product_rate(device),
     }
-
-
-def resnet_seconds(shape: list[int], device: torch.device) -> float | None:
-    """To train ResNet-50 on the K B images of a shape, from the time of one; None where that cannot be measured."""
-    try:
-        return shape[0] * shape[1] * ceilings.resnet_seconds_per_image(device)
-    except (ImportError, torch.OutOfMemoryError):
-        return None
 
 
 def counted(provider: Provider, shape: shapes.Shape, dtype: torch.dtype, spectrum: str, mode: str) -> dict[str, float]:

@@ -242,11 +242,14 @@ def test_what_takes_long_has_few_rounds(taken, rounds):
 
 
 def test_ceilings_are_positive_and_differ_with_the_work():
-    assert ceilings.copy_rate(20, CPU) > 1e8
-    assert ceilings.product_rate("float32", CPU, 128) > 1e8
-    assert ceilings.size_class(2**20) == ceilings.size_class(1.3 * 2**20) == 20
-    pytest.importorskip("torchvision")
-    assert 1e-3 < ceilings.resnet_seconds_per_image(CPU, 1, 64) < 60
+    assert ceilings.copy_rate(2**20, CPU) > 1e8 and ceilings.copy_rate(2**10, CPU) > 1e6
+    assert ceilings.product_rate(CPU, 128) > 1e6
+
+
+def test_of_copies_of_much_the_best_counts():
+    found = [{"bytes": 2**size, "copy_rate": rate} for size, rate in ((20, 1.0), (28, 3.0), (29, 2.0))]
+    ceilings.level([*found, {"bytes": 2**30}])
+    assert [one["copy_rate"] for one in found] == [1, 3, 3]
 
 
 def test_launches_are_kernels_copies_and_fills():
@@ -384,8 +387,8 @@ def benchmark_of(provider, seconds, **info):
 
 
 def test_what_the_report_computes():
-    measured = {"bytes": 6_000_000, "copy_rate": 4e12, "product_rate": 4e14, "memory": 3e6, "launches": 9}
-    measured |= {"eager_seconds": 2.5e-4, "resnet_seconds": 0.5}
+    measured = {"bytes": 6_000_000, "copy_rate": 4e12, "half_product_rate": 1.2e15, "memory": 3e6, "launches": 9}
+    measured |= {"eager_seconds": 2.5e-4}
     in_rounds = {"eager": {"median": 2e-4, "q1": 1.9e-4, "q3": 2.2e-4, "rounds": 31}}
     in_rounds["eager_over_fused"] = {"median": 0.5, "q1": 0.4, "q3": 0.6, "rounds": 31}
     run = {
@@ -406,11 +409,11 @@ def test_what_the_report_computes():
     fused = rows["fused", "both"]
     assert fused["time"] == "50.0 µs" and fused["time / fused"] == "1.00" and fused["eager"] == "250 µs"
     assert fused["GB/s"] == "120" and fused["of a copy"] == "3.00 %"
-    assert fused["memory"] == "3.00 MB" and fused["launches"] == "9" and fused["of a ResNet-50 step"] == "0.0100 %"
+    assert fused["memory"] == "3.00 MB" and fused["launches"] == "9"
     assert rows["fused_spectral", "both"]["eager"] == "200 µs (190 µs to 220 µs)"
     assert rows["fused_spectral", "both"]["eager / fused"] == "0.500 (0.400 to 0.600)"
     assert rows["fused_spectral", "both"]["TFLOP/s"] == "50.0"
-    assert rows["fused_spectral", "both"]["of a TF32 product"] == "12.5 %"
+    assert rows["fused_spectral", "both"]["of three products of halves"] == "12.5 %"
     assert fused["TFLOP/s"] == ""
     assert rows["fused", "forward"]["time / fused"] == "1.00" and rows["fused", "forward"]["GB/s"] == ""
 
@@ -440,5 +443,5 @@ def test_usage_and_ceilings_of_a_gpu():
     assert usage.peak_memory(lambda: lambda: x + x) == x.nbytes
     assert records.gpu_state(device).get("name", torch.cuda.get_device_name()) == torch.cuda.get_device_name()
     assert timing.copies(x.nbytes, device) * x.nbytes >= 3 * torch.cuda.get_device_properties(device).L2_cache_size
-    assert 1e11 < ceilings.copy_rate(30, device) < 2e13
-    assert 1e12 < ceilings.product_rate("tf32", device, 2048) < ceilings.product_rate("bfloat16", device) < 1e16
+    assert 1e11 < ceilings.copy_rate(2**30, device) < 2e13
+    assert 1e12 < ceilings.product_rate(device) < 1e16
