@@ -25,6 +25,8 @@ from providers import Loss, Provider, Terms, providers
 from timing import CLOCK, Call, calls, device_round, plan, wall_round
 from torch import Tensor
 
+PROFILED = 5
+"""Calls, of which a median is taken."""
 EAGER_CALLS = 3
 EAGER_ROUNDS = 31
 """At least, where these take no more than two seconds: what the host does scatters."""
@@ -66,7 +68,10 @@ def test_loss(benchmark, wanted, shape: str, dtype: str, provider: str, mode: st
         fused = None if provider == "fused" else fused_call(size, number_type, device, spectrum, mode)
         own = calls(loss, batches[:1], mode)[0]
         info.update(eager(own, fused, device, wanted.seconds / 2))
-        info.update(on_gpu(loss, batches, mode, info))
+        info.update(on_gpu(loss, batches[:1], mode, info["bytes"]))
+        # A decomposition has thousands of launches, whose trace takes the profiler seconds.
+        launches, busy = usage.device_work(own, 1 if what.decomposition else PROFILED)
+        info.update(launches=launches or None, busy_seconds=busy or None)  # 0: profiling is barred
 
 
 def fused_call(shape: shapes.Shape, dtype: torch.dtype, device: torch.device, spectrum: str, mode: str) -> Call | None:
@@ -92,15 +97,12 @@ def eager(call: Call, fused: Call | None, device: torch.device, seconds: float) 
     return found
 
 
-def on_gpu(loss: Loss, batches: list[tuple[Tensor, Tensor]], mode: str, counts: dict) -> dict:
-    """What is measured on a GPU beside times, and the ceilings to compare with."""
-    device = batches[0][0].device
-    launches, busy = usage.device_work(calls(loss, batches[:1], mode)[0])
+def on_gpu(loss: Loss, batch: list[tuple[Tensor, Tensor]], mode: str, moved: int) -> dict[str, float]:
+    """The memory that a call takes, and the ceilings to compare with, where it moves so many bytes."""
+    device = batch[0][0].device
     return {
-        "memory": usage.peak_memory(lambda: calls(loss, batches[:1], mode)[0]),
-        "launches": launches or None,  # 0: profiling is barred
-        "busy_seconds": busy or None,
-        "copy_rate": ceilings.copy_rate(counts["bytes"], device),
+        "memory": usage.peak_memory(lambda: calls(loss, batch, mode)[0]),
+        "copy_rate": ceilings.copy_rate(moved, device),
         "half_product_rate": ceilings.product_rate(device),
     }
 

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,19 +25,26 @@ def peak_memory(make: Callable[[], Call]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def device_work(call: Call) -> tuple[int, float]:
+def device_work(call: Call, calls: int) -> tuple[int, float]:
     """How many kernels, copies and fills a call has the GPU do, and the sum of their seconds: no host time is in it."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        call()
+        for _ in range(calls):
+            call()
         torch.cuda.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
-        return work_in(json.loads(path.read_text()))
+        return work_in(json.loads(path.read_text()), calls)
 
 
-def work_in(trace: dict) -> tuple[int, float]:
-    """Those in a profiler's trace. Its own annotations, on the GPU's track as well, are not counted."""
+def work_in(trace: dict, calls: int) -> tuple[int, float]:
+    """Those of a call in a profiler's trace of some that are alike, and the median of their seconds.
+
+    The profiler's own annotations, on the GPU's track as well, are not counted.
+    """
     work = [event for event in trace["traceEvents"] if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    return len(work), 1e-6 * sum(event["dur"] for event in work)
+    work.sort(key=lambda event: event["ts"])
+    share = len(work) / calls
+    parts = [work[round(number * share) : round((number + 1) * share)] for number in range(calls)]
+    return round(share), 1e-6 * statistics.median(sum(event["dur"] for event in part) for part in parts)

@@ -254,8 +254,12 @@ def test_of_copies_of_much_the_best_counts():
 
 def test_launches_are_kernels_copies_and_fills():
     categories = ["kernel", "kernel", "gpu_memcpy", "gpu_memset", "gpu_user_annotation", "cpu_op", None]
-    events = [{"cat": category, "dur": 2.5} if category else {"ph": "M"} for category in categories]
-    assert usage.work_in({"traceEvents": events}) == (4, pytest.approx(10e-6))
+    events = [{"cat": category, "dur": 2.5, "ts": 1.0} if category else {"ph": "M"} for category in categories]
+    assert usage.work_in({"traceEvents": events}, 1) == (4, pytest.approx(10e-6))
+    assert usage.work_in({"traceEvents": events[-2:]}, 3) == (0, 0)
+    # Three calls of two kernels each, the first of which is slow, in whatever order.
+    calls = [{"cat": "kernel", "dur": dur, "ts": ts} for ts, dur in enumerate([90.0, 10, 2, 1, 3, 1])]
+    assert usage.work_in({"traceEvents": calls[::-1]}, 3) == (2, pytest.approx(4e-6))
 
 
 PLUGIN = """
@@ -438,7 +442,7 @@ def test_clocks_of_a_gpu_agree(name, mode):
 def test_usage_and_ceilings_of_a_gpu():
     device = torch.device("cuda")
     x = torch.randn(2**20, device=device)
-    launches, seconds = usage.device_work(lambda: x + x)
+    launches, seconds = usage.device_work(lambda: x + x, 5)
     assert launches == 1 and 1e-7 < seconds < 1e-3
     assert usage.peak_memory(lambda: lambda: x + x) == x.nbytes
     assert records.gpu_state(device).get("name", torch.cuda.get_device_name()) == torch.cuda.get_device_name()
