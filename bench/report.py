@@ -20,6 +20,8 @@ __all__ = ["Figure", "figures", "page", "plot", "tables"]
 
 MODES = ("forward", "backward", "both")
 FUSED = "fused"
+COLOURS = (*(f"C{number}" for number in range(10)), "gold", "navy", "lime", "deeppink")
+MARKERS = "osD^v<>pP*Xdh8"
 
 
 class Figure(NamedTuple):
@@ -31,14 +33,26 @@ class Figure(NamedTuple):
     provider: str
     seconds: float
     """Median, of a call."""
+    quartiles: tuple[float, float]
+    """Of the rounds, seconds a call."""
+    rounds: int
     info: dict[str, Any]
     fused: "Figure | None"
     """The fused loss's at the same shape, dtype and mode, in the same run."""
+    most_clock: str | None
+    """Of the GPU's processors, what it has at the most."""
 
     @property
     def ratio(self) -> float | None:
-        """Time over the fused loss's."""
-        return self.seconds / self.fused.seconds if self.fused else None
+        """Time over the fused loss's by the same clock: another has host time in it, or has not."""
+        alike = self.fused is not None and self.fused.info["clock"] == self.info["clock"]
+        return self.seconds / self.fused.seconds if alike else None
+
+    @property
+    def other_clock(self) -> str | None:
+        """That of the GPU's processors, where it was not the highest by more than two percent."""
+        clock, most = (megahertz(text) for text in (self.info.get("sm_clock"), self.most_clock))
+        return self.info["sm_clock"] if clock and most and abs(clock / most - 1) > 0.02 else None
 
     @property
     def eager(self) -> dict[str, float] | None:
@@ -62,13 +76,20 @@ class Figure(NamedTuple):
 
 def figures(run: dict[str, Any]) -> list[Figure]:
     """The benchmarks of a run, in its order."""
-    found = []
+    found, most_clock = [], run["machine_info"].get("gpu", {}).get("clocks.max.sm")
     for benchmark in run["benchmarks"]:
-        info = benchmark["extra_info"]
-        key = (tuple(info["shape"]), info["dtype"], info["mode"])
-        found.append(Figure(*key, info["provider"], benchmark["stats"]["median"], info, None))
+        info, stats = benchmark["extra_info"], benchmark["stats"]
+        key = (tuple(info["shape"]), info["dtype"], info["mode"], info["provider"])
+        times = (stats["median"], (stats["q1"], stats["q3"]), stats["rounds"])
+        found.append(Figure(*key, *times, info, None, most_clock))
     fused = {figure[:3]: figure for figure in found if figure.provider == FUSED}
     return [figure._replace(fused=fused.get(figure[:3])) for figure in found]
+
+
+def megahertz(text: str | None) -> float | None:
+    """Of what nvidia-smi says, which may be that it cannot say."""
+    number = (text or "").partition(" ")[0]
+    return float(number) if number.isdecimal() else None
 
 
 def time_of(seconds: float) -> str:
@@ -101,6 +122,8 @@ COLUMNS: dict[str, Callable[[Figure], str | None]] = {
     "mode": lambda f: f.mode,
     "clock": lambda f: f.info["clock"],
     "time": lambda f: time_of(f.seconds),
+    "spread": lambda f: " to ".join(map(time_of, f.quartiles)),
+    "rounds": lambda f: str(f.rounds),
     "time / fused": lambda f: f.ratio and digits(f.ratio),
     "kernels": lambda f: optional(f, "busy_seconds", time_of),
     "eager": lambda f: of_rounds(f.eager, time_of),
@@ -113,6 +136,10 @@ COLUMNS: dict[str, Callable[[Figure], str | None]] = {
     ),
     "memory": lambda f: optional(f, "memory", lambda size: f"{digits(size / 1e6)} MB"),
     "launches": lambda f: optional(f, "launches", str),
+    "SM clock": lambda f: f.other_clock,
+    "value, gradient off by": lambda f: optional(
+        f, "value_error", lambda error: f"{error:.1e}, {f.info['gradient_error']:.1e}"
+    ),
 }
 TEXT = {"provider", "dtype", "mode", "clock"}
 """Columns of words, before those of numbers."""
@@ -124,7 +151,7 @@ def optional(figure: Figure, name: str, text: Callable[[Any], str]) -> str | Non
     return None if value is None else text(value)
 
 
-SHORT = ("provider", "dtype", "time", "time / fused", "eager / fused", "GB/s", "launches")
+SHORT = ("provider", "dtype", "clock", "time", "spread", "time / fused", "eager / fused", "GB/s", "launches")
 
 
 def table(rows: list[Figure], columns: Iterable[str]) -> str:
@@ -202,40 +229,49 @@ def charts(found: list[Figure]) -> dict[str, list[Figure]]:
     return parts
 
 
-def plot(found: list[Figure], path: Path) -> None:
-    """Times of one dtype by shape, one panel for each mode."""
+def plot(found: list[Figure], names: list[str], path: Path) -> None:
+    """Times of one dtype by shape, with quartiles, one panel for each mode; providers look as in `names`."""
     from matplotlib.figure import Figure as Canvas
 
     shapes = list(dict.fromkeys(figure.shape for figure in found))
     modes = [mode for mode in MODES if any(figure.mode == mode for figure in found)]
-    names = list(dict.fromkeys(figure.provider for figure in found))
     stacked = len(shapes) > 6
-    width, height = max(2.0, 0.45 * len(shapes)), 3.4
+    width, height = max(2.0, 0.9 * len(shapes)), 3.4
     size = (2.5 + width, 1 + height * len(modes)) if stacked else (2.5 + width * len(modes), 1 + height)
     canvas = Canvas(figsize=size, layout="constrained")
     grid = (len(modes), 1) if stacked else (1, len(modes))
     panels = canvas.subplots(*grid, sharex=True, sharey=True, squeeze=False).flat
+    drawn = {}
     for panel, mode in zip(panels, modes, strict=True):
         for i, name in enumerate(names):
-            points = [(f.shape, 1e6 * f.seconds) for f in found if (f.mode, f.provider) == (mode, name)]
-            panel.plot(
-                [shapes.index(shape) for shape, _ in points],
-                [time for _, time in points],
-                marker="osD^v<>pP*X"[i % 11],
-                color="black" if name == FUSED else f"C{i % 10}",
-                linewidth=2.5 if name == FUSED else 1,
-                label=name,
-            )
+            rows = [figure for figure in found if (figure.mode, figure.provider) == (mode, name)]
+            beside = 0.6 * ((i + 0.5) / len(names) - 0.5)  # or those alike would hide each other
+            points = [shapes.index(row.shape) + beside for row in rows]
+            if rows:
+                drawn[name] = panel.errorbar(points, *heights(rows), linestyle="none", **look(i, name))
         panel.set_title(mode)
         panel.set_yscale("log")
         panel.set_xticks(range(len(shapes)), ["x".join(map(str, shape)) for shape in shapes], rotation=35, ha="right")
         panel.set_xlim(-0.5, len(shapes) - 0.5)
         panel.grid(axis="y", which="both", alpha=0.25)
-    handles, labels = panel.get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside right upper", fontsize="small", frameon=False)
+    canvas.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize="small", frameon=False)
     canvas.supxlabel("K x B x D", fontsize="medium")
     canvas.supylabel(f"µs a call, {found[0].dtype}", fontsize="medium")
     canvas.savefig(path, dpi=110)
+
+
+def heights(rows: list[Figure]) -> tuple[list[float], list[list[float]]]:
+    """Microseconds, and how far the quartiles are below and above."""
+    below = [1e6 * (row.seconds - row.quartiles[0]) for row in rows]
+    above = [1e6 * (row.quartiles[1] - row.seconds) for row in rows]
+    return [1e6 * row.seconds for row in rows], [below, above]
+
+
+def look(number: int, name: str) -> dict[str, Any]:
+    """The fused loss is black and on top; no two of fourteen are alike."""
+    colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+    ours = {"color": "black", "zorder": 9} if name == FUSED else {"color": colour, "zorder": 3}
+    return {"marker": marker, "markersize": 5, "capsize": 2, "elinewidth": 1, **ours}
 
 
 def is_ours(run: Any) -> bool:
@@ -267,9 +303,10 @@ def main() -> None:
     folder, stem = options.out or options.json.parent, options.json.stem
     folder.mkdir(parents=True, exist_ok=True)
     plots = {f"{stem}-{name}.png": found for name, found in charts(figures(run)).items()}
+    names = list(dict.fromkeys(figure.provider for figure in figures(run)))
     try:
         for name, found in plots.items():
-            plot(found, folder / name)
+            plot(found, names, folder / name)
     except ModuleNotFoundError as error:
         print(f"No plots: {error}. pip install matplotlib")
         plots = {}

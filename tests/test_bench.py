@@ -387,26 +387,36 @@ def test_the_report_says_what_is_wrong_with_its_file(monkeypatch, capsys, tmp_pa
 
 def benchmark_of(provider, seconds, **info):
     info = {"shape": [8, 512, 256], "dtype": "bfloat16", "mode": "both", "clock": "graph", "about": "", **info}
-    return {"extra_info": {"provider": provider, **info}, "stats": {"median": seconds}}
+    stats = {"median": seconds, "q1": 0.9 * seconds, "q3": 1.2 * seconds, "rounds": 31}
+    return {"extra_info": {"provider": provider, **info}, "stats": stats}
 
 
 def test_what_the_report_computes():
     measured = {"bytes": 6_000_000, "copy_rate": 4e12, "half_product_rate": 1.2e15, "memory": 3e6, "launches": 9}
     measured |= {"eager_seconds": 2.5e-4}
     in_rounds = {"eager": {"median": 2e-4, "q1": 1.9e-4, "q3": 2.2e-4, "rounds": 31}}
+    off = {"value_error": 1.23e-7, "gradient_error": 3.4e-6}
     in_rounds["eager_over_fused"] = {"median": 0.5, "q1": 0.4, "q3": 0.6, "rounds": 31}
     run = {
+        "machine_info": {"gpu": {"clocks.max.sm": "1980 MHz"}},
         "benchmarks": [
-            benchmark_of("svd", 0.0125, **measured | {"eager_seconds": 0.02}, busy_seconds=0.01),
+            benchmark_of("gram", 0.0125, **measured, clock="events", sm_clock="1965 MHz"),
+            benchmark_of(
+                "svd", 0.0125, sm_clock="1725 MHz", **measured | {"eager_seconds": 0.02}, busy_seconds=0.01, **off
+            ),
             benchmark_of("fused_spectral", 4e-5, flops=2e9, **measured | {"eager_seconds": None}, **in_rounds),
             benchmark_of("fused", 5e-5, **measured),
             benchmark_of("fused", 1e-3, **measured | {"mode": "forward", "copy_rate": None}),
-        ]
+        ],
     }
     lines = [line.strip("|").split("|") for line in report.tables(report.figures(run)).splitlines()]
     lines = [[cell.strip() for cell in line] for line in lines]
     rows = {(row[0], row[2]): dict(zip(lines[2], row, strict=True)) for row in lines[4:]}
-    assert [row[0] for row in lines[4:]] == ["fused_spectral", "fused", "svd", "fused"]
+    assert [row[0] for row in lines[4:]] == ["fused_spectral", "fused", "gram", "svd", "fused"]
+    assert rows["gram", "both"]["time / fused"] == rows["gram", "both"]["SM clock"] == ""
+    assert rows["gram", "both"]["eager / fused"] == "1.00" and rows["svd", "both"]["SM clock"] == "1725 MHz"
+    assert rows["svd", "both"]["spread"] == "11.3 ms to 15.0 ms" and rows["svd", "both"]["rounds"] == "31"
+    assert rows["svd", "both"]["value, gradient off by"] == "1.2e-07, 3.4e-06"
     assert rows["svd", "both"]["time"] == "12.5 ms" and rows["svd", "both"]["time / fused"] == "250"
     assert rows["fused", "forward"]["time"] == "1.00 ms"
     assert rows["svd", "both"]["eager / fused"] == "80.0" and rows["svd", "both"]["kernels"] == "10.0 ms"
