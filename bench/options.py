@@ -2,10 +2,11 @@
 
 import argparse
 import sys
+from collections.abc import Collection, Sequence
 
 import torch
 
-__all__ = ["add_device", "positive", "the_gpu"]
+__all__ = ["add_device", "listed", "positive", "the_gpu"]
 
 
 def positive(text: str) -> int:
@@ -14,6 +15,14 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
     return number
+
+
+def listed(parser: argparse.ArgumentParser, words: Sequence[str], known: Collection[str]) -> list[str]:
+    """What --providers names, with commas or spaces between them."""
+    found = list(dict.fromkeys(" ".join(words).replace(",", " ").split()))
+    if wrong := [name for name in found if name not in known] or ([] if found else ["none"]):
+        parser.error(f"--providers: expected some of {', '.join(known)}, got {wrong[0]}")
+    return found
 
 
 def add_device(parser: argparse.ArgumentParser, meaning: str) -> None:

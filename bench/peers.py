@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from options import add_device, positive
+from options import add_device, listed, positive
 from peer_trainers import CASES, PROVIDERS, Case, Peer, Setting
 from records import gpu_state, keep, provenance
 from torch import Tensor, nn
@@ -357,7 +357,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--case", choices=CASES, default="small" if gpu else "tiny", help=f"{cases}; default: %(default)s"
     )
-    parser.add_argument("--providers", default=",".join(PROVIDERS), help="names, with commas; default: %(default)s")
+    parser.add_argument(
+        "--providers", nargs="+", default=list(PROVIDERS), metavar="NAME", help=f"default: {' '.join(PROVIDERS)}"
+    )
     parser.add_argument("--rounds", type=positive, default=3, help="turns of each provider; default: %(default)s")
     parser.add_argument("--seconds", type=float, default=8.0, help="of a turn at least; default: %(default)s")
     parser.add_argument("--steps", type=positive, default=1, help="of a turn at least; default: %(default)s")
@@ -380,9 +382,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, after each turn")
     options = parser.parse_args()
-    options.providers = options.providers.split(",")
-    if unknown := [name for name in options.providers if name not in PROVIDERS]:
-        parser.error(f"--providers: expected some of {', '.join(PROVIDERS)}, got {unknown[0]}")
+    options.providers = listed(parser, options.providers, PROVIDERS)
     return options
 
 
