@@ -37,6 +37,7 @@ from typing import NamedTuple
 
 import accuracy_report
 import runs
+from options import above_zero, not_negative, positive
 from records import keep
 from runs import RunError, finished, train
 
@@ -205,15 +206,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="CIFAR-10 as image files: train/CLASS/*, test/CLASS/*")
     parser.add_argument("--folder", type=Path, help="of the runs; default: runs/accuracy, or runs/accuracy-small")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which this call ends; default: none")
+    parser.add_argument(
+        "--minutes", type=not_negative, default=float("inf"), help="after which this call ends; default: none"
+    )
     parser.add_argument(
         "--json", type=Path, help="results; page and plot go beside it; default: accuracy.json in FOLDER"
     )
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--small", action="store_true", help="the small case, for a CPU")
     parser.add_argument("--arms", nargs="+", choices=KEYS, metavar="ARM", help=f"only these, of {', '.join(KEYS)}")
-    parser.add_argument("--epochs", nargs="+", type=float, help="schedules of these lengths only; default: all")
-    parser.add_argument("--seeds", type=int, help=f"runs of each; default: {SEEDS}, or 1 with --small")
+    parser.add_argument("--epochs", nargs="+", type=above_zero, help="schedules of these lengths only; default: all")
+    parser.add_argument("--seeds", type=positive, help=f"runs of each; default: {SEEDS}, or 1 with --small")
     parser.add_argument("options", nargs="*", help="of msbreg pretrain, after --")
     options = parser.parse_args(arguments)
     if not options.report and not options.small and options.data is None:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
+from options import positive
 from records import commit, percent, processor, versions
 from runs import RunError, train
 
@@ -42,9 +43,11 @@ ROWS = {
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="CIFAR-10 as image files: train/CLASS/*, test/CLASS/*")
-    parser.add_argument("--steps", type=int, default=240, help="optimizer steps of a run; default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=2, help="runs of each row; default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each; default: %(default)s")
+    parser.add_argument("--steps", type=positive, default=240, help="optimizer steps of a run; default: %(default)s")
+    parser.add_argument("--seeds", type=positive, default=2, help="runs of each row; default: %(default)s")
+    parser.add_argument(
+        "--jobs", type=positive, default=1, help="runs at a time, one thread each; default: %(default)s"
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/choices"), help="of the runs; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the table there, with where it is from")

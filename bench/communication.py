@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from options import positive
 from records import keep, provenance
 
 from msbreg import MSBRegLoss
@@ -102,7 +103,9 @@ def main() -> None:
         metavar="FILE",
         help="count in real processes, and write JSON there; default: print the table on paper",
     )
-    parser.add_argument("--calls", type=int, default=20, help="calls that a count is the mean of; default: %(default)s")
+    parser.add_argument(
+        "--calls", type=positive, default=20, help="calls that a count is the mean of; default: %(default)s"
+    )
     options = parser.parse_args()
     if options.count is None:
         print(table(8, 256, 256))

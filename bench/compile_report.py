@@ -203,6 +203,14 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("hip", name, 64) if name.startswith("gfx") else GPUTarget("cuda", int(name), 32)
 
 
+def architecture(text: str) -> str:
+    """The `type` of --arch."""
+    known = [name.removeprefix("sm_") for name in SHARED_BYTES]
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}, got {text}")
+    return text
+
+
 def named(target: GPUTarget) -> str:
     """Its usual name."""
     return target.arch if target.backend == "hip" else f"sm_{target.arch}"
@@ -352,7 +360,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the report; 1 where a kernel has a fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--arch", nargs="+", default=["90"], help="compute capabilities times ten, or AMD names as gfx942"
+        "--arch",
+        nargs="+",
+        type=architecture,
+        default=["90"],
+        help="compute capabilities times ten, or AMD names as gfx942",
     )
     parser.add_argument("--json", type=Path, help="file to write the rows to, with a short table in Markdown beside it")
     parser.add_argument("--quick", action="store_true", help="seven of the cases")

@@ -14,6 +14,7 @@ import ceilings
 import pytest
 import shapes
 import torch
+from options import above_zero, not_negative
 from providers import Provider, providers
 from records import gpu_state, versions, without_folder
 
@@ -55,8 +56,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-modes", default=",".join(MODES), help="default: %(default)s")
     group.addoption("--bench-providers", help="names, with commas; default: all")
     group.addoption("--bench-spectrum", choices=SPECTRA, default="nuclear", help="default: %(default)s")
-    group.addoption("--bench-seconds", type=float, default=0.3, help="timed for each figure; default: %(default)s")
-    group.addoption("--bench-minutes", type=float, default=float("inf"), help="after which the rest is skipped")
+    group.addoption("--bench-seconds", type=above_zero, default=0.3, help="timed for each figure; default: %(default)s")
+    group.addoption("--bench-minutes", type=not_negative, default=float("inf"), help="after which the rest is skipped")
 
 
 @pytest.hookimpl(tryfirst=True)

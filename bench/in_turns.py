@@ -88,7 +88,7 @@ def prepared(
 def main(arguments: Sequence[str] | None = None) -> None:
     known = providers(SPECTRUM)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="8x512x256", help="K x B x D; default: %(default)s")
+    parser.add_argument("--shape", type=shapes.one_shape, default="8x512x256", help="K x B x D; default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     add_device(parser, "of the losses")
     parser.add_argument(
@@ -100,11 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     options = parser.parse_args(arguments)
     wanted = listed(parser, options.providers, known)
-    device = torch.device(options.device)
-    try:
-        (shape,) = shapes.parse(options.shape)
-    except ValueError:
-        parser.error(f"--shape: expected one shape KxBxD such as 8x512x256, got {options.shape!r}")
+    device, shape = torch.device(options.device), options.shape
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     result = provenance("bench/in_turns.py", None, device, ("triton", "lightly"))

@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
-from options import add_device, positive
+from options import add_device, not_negative, positive
 from PIL import Image, ImageFilter
 from records import cell, keep, provenance, spread
 from runs import end_with_parent
@@ -420,7 +420,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, default=usable_cores(), help="and cores; default: all, %(default)s")
     add_device(parser, "where the views are to be")
     parser.add_argument("--rounds", type=positive, default=3, help="turns of each loader; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a turn at least; default: %(default)s")
+    parser.add_argument("--seconds", type=not_negative, default=1.0, help="of a turn at least; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args()
     if options.batch is None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from options import the_gpu
+from options import above_zero, positive, the_gpu
 from records import cell, keep, provenance, spread
 from timing import device_round, turns
 from torch import Tensor
@@ -98,8 +98,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each way; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=0.2, help="timed for each way; default: %(default)s")
+    parser.add_argument("--rounds", type=positive, default=5, help="turns of each way; default: %(default)s")
+    parser.add_argument("--seconds", type=above_zero, default=0.2, help="timed for each way; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args()
     device = the_gpu("bench/one_launch.py")

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from loader import images
 from numpy.typing import NDArray
-from options import add_device, positive
+from options import add_device, not_negative, positive
 from records import cell, keep, provenance, spread
 
 from msbreg.data import Source, View
@@ -249,7 +249,7 @@ def parse() -> argparse.Namespace:
         "--threads", type=positive, default=usable_cores() if gpu else 1, help="of DALI; default: %(default)s"
     )
     parser.add_argument("--rounds", type=positive, default=7, help="turns of each operator; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of a turn; default: %(default)s")
+    parser.add_argument("--seconds", type=not_negative, default=0.3, help="of a turn; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args()
     options.images = options.batch

@@ -1,12 +1,13 @@
-"""What options of several scripts take: whole numbers from 1 on, and the device."""
+"""What options of several scripts take: numbers, names, and the device."""
 
 import argparse
+import math
 import sys
 from collections.abc import Collection, Sequence
 
 import torch
 
-__all__ = ["add_device", "listed", "positive", "the_gpu"]
+__all__ = ["above_zero", "add_device", "listed", "not_negative", "positive", "the_gpu"]
 
 
 def positive(text: str) -> int:
@@ -14,6 +15,22 @@ def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+    return number
+
+
+def above_zero(text: str) -> float:
+    """The `type` of an option that is a time or a rate."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return number
+
+
+def not_negative(text: str) -> float:
+    """The `type` of an option that is a limit, which may be infinite."""
+    number = float(text)
+    if not number >= 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
     return number
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from options import add_device, listed, positive
+from options import add_device, listed, not_negative, positive
 from peer_trainers import CASES, PROVIDERS, Case, Peer, Setting
 from records import gpu_state, keep, provenance
 from torch import Tensor, nn
@@ -361,7 +361,7 @@ def parse() -> argparse.Namespace:
         "--providers", nargs="+", default=list(PROVIDERS), metavar="NAME", help=f"default: {' '.join(PROVIDERS)}"
     )
     parser.add_argument("--rounds", type=positive, default=3, help="turns of each provider; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of a turn at least; default: %(default)s")
+    parser.add_argument("--seconds", type=not_negative, default=8.0, help="of a turn at least; default: %(default)s")
     parser.add_argument("--steps", type=positive, default=1, help="of a turn at least; default: %(default)s")
     add_device(parser, "that trains")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 autocast on a GPU, fp32 on a CPU")

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from options import the_gpu
+from options import above_zero, positive, the_gpu
 from records import cell, keep, provenance, spread
 from timing import device_round, turns
 from torch import Tensor
@@ -93,10 +93,10 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=224, help="side of a view, pixels; default: %(default)s")
-    parser.add_argument("--images", type=int, default=128, help="of four views each; default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each way; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=0.5, help="timed for each way; default: %(default)s")
+    parser.add_argument("--size", type=positive, default=224, help="side of a view, pixels; default: %(default)s")
+    parser.add_argument("--images", type=positive, default=128, help="of four views each; default: %(default)s")
+    parser.add_argument("--rounds", type=positive, default=5, help="turns of each way; default: %(default)s")
+    parser.add_argument("--seconds", type=above_zero, default=0.5, help="timed for each way; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args()
     device = the_gpu("bench/pixels.py")

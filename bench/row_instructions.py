@@ -17,7 +17,9 @@ import triton
 from assembly import executed, ptxas_resources
 from compile_report import assembler_log, machine_code
 from launches import Case, calls, specialised
+from options import positive
 from records import keep, provenance
+from shapes import one_shape
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
@@ -90,17 +92,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="8x4096x2048", help="KxBxD")
+    parser.add_argument("--shape", type=one_shape, default="8x4096x2048", help="K x B x D; default: %(default)s")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--options", nargs="*", default=[], choices=["leave_one_out", "per_view", "each"])
-    parser.add_argument("--warps", nargs="*", type=int, default=[], help="of a program, beside those that are chosen")
+    parser.add_argument(
+        "--warps", nargs="*", type=positive, default=[], help="of a program, beside those that are chosen"
+    )
     parser.add_argument("--json", type=Path, help="file to write the counts to")
     options = parser.parse_args(arguments)
-    try:
-        views, batch, dim = (int(number) for number in options.shape.split("x"))
-    except ValueError:
-        parser.error(f"--shape is {options.shape}, but must be three numbers, as in 8x4096x2048")
-    case = Case(views, batch, dim, getattr(torch, options.dtype), tuple(options.options))
+    case = Case(*options.shape, getattr(torch, options.dtype), tuple(options.options))
     rows = [
         row
         for spectral in (False, True)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torchvision
+from options import above_zero, positive
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -142,17 +143,17 @@ def table(counts: Counts, links: Links, *, views: int, batch: int, rate: float, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--views", type=positive, default=4, help="K, views of an image; default: %(default)s")
+    parser.add_argument("--batch", type=positive, default=256, help="images a GPU; default: %(default)s")
     for name, default, meaning in (
-        ("--views", 4, "K, views of an image"),
-        ("--batch", 256, "images a GPU"),
         ("--loaded", LOADED, "images/s that the loader gives each GPU"),
         ("--nvlink", NVLINK, "GB/s in a machine, nccl-tests' bus bandwidth"),
         ("--port", PORT, "GB/s of each GPU's network port"),
         ("--latency", 1.0, "factor on NCCL's estimates of its latencies"),
     ):
-        parser.add_argument(name, type=type(default), default=default, help=f"{meaning}; default: %(default)s")
+        parser.add_argument(name, type=above_zero, default=default, help=f"{meaning}; default: %(default)s")
     parser.add_argument(
-        "--views-per-second", type=float, help=f"of one GPU; default: {SUPERVISED:,.0f} over the cost of a view"
+        "--views-per-second", type=above_zero, help=f"of one GPU; default: {SUPERVISED:,.0f} over the cost of a view"
     )
     options = parser.parse_args()
     counts = count()

@@ -1,5 +1,6 @@
 """Which shapes are timed, and which are left out for which provider, with the reason."""
 
+import argparse
 import itertools
 import os
 from typing import NamedTuple
@@ -7,7 +8,18 @@ from typing import NamedTuple
 import torch
 from providers import Provider
 
-__all__ = ["ALL", "SETS", "SMALL", "TARGETS", "Shape", "inputs", "left_out", "oracle_decomposition", "parse"]
+__all__ = [
+    "ALL",
+    "SETS",
+    "SMALL",
+    "TARGETS",
+    "Shape",
+    "inputs",
+    "left_out",
+    "one_shape",
+    "oracle_decomposition",
+    "parse",
+]
 
 
 class Shape(NamedTuple):
@@ -63,6 +75,15 @@ def parse(text: str) -> tuple[Shape, ...]:
             raise ValueError(f"expected {', '.join(SETS)} or shapes KxBxD such as 8x512x256,2x256x128, got {text!r}")
         shapes.append(Shape(*map(int, numbers)))
     return tuple(shapes)
+
+
+def one_shape(text: str) -> Shape:
+    """The `type` of an option that is K x B x D."""
+    try:
+        (shape,) = parse(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected one shape KxBxD such as 8x512x256, got {text}") from None
+    return shape
 
 
 def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

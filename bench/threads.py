@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from loader import Case, Loader, OurLoader, Turn, costs, facts, images, measure, rates, ratios
-from options import add_device, positive
+from options import add_device, not_negative, positive
 from records import cell, keep, spread
 
 from msbreg.data import load_recipe
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--views", type=positive, default=4, help="of an image; default: %(default)s")
     add_device(parser, "where the views are to be")
     parser.add_argument("--rounds", type=positive, default=5, help="turns of each setting; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of a turn at least; default: %(default)s")
+    parser.add_argument("--seconds", type=not_negative, default=1.0, help="of a turn at least; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args()
     options.batch = 256 if options.size < WHOLE_IMAGE_BELOW else 32

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from options import the_gpu
+from options import above_zero, positive, the_gpu
 from records import cell, keep, provenance, spread
 from timing import device_round, turns
 from torch import Tensor
@@ -207,8 +207,8 @@ def table(shape: str, found: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each tile; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=0.05, help="timed for each tile; default: %(default)s")
+    parser.add_argument("--rounds", type=positive, default=3, help="turns of each tile; default: %(default)s")
+    parser.add_argument("--seconds", type=above_zero, default=0.05, help="timed for each tile; default: %(default)s")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="'KxBxD DTYPE'", help="default: %(default)s")
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="those whose names begin like this; default: all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")

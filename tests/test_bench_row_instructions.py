@@ -67,6 +67,7 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_a_shape_that_is_none(capsys):
-    with pytest.raises(SystemExit):
-        row_instructions.main(["--shape", "8x512"])
-    assert "must be three numbers" in capsys.readouterr().err
+    for shape in ("8x512", "0x1x1"):
+        with pytest.raises(SystemExit):
+            row_instructions.main(["--shape", shape])
+        assert "expected one shape KxBxD" in capsys.readouterr().err
