@@ -8,9 +8,9 @@
 #   bench/run_gpu.sh tiles         the kernels of the losses with the tiles that are chosen and with others
 #   bench/run_gpu.sh alternatives  other ways to do what msbreg does: the inverse root in one launch, pixels by a kernel
 # Results are in bench/results/GPU/DATE/, or in GPU/DATE/ of the folder RESULTS, and a short table comes last. The first
-# part and the tiles need torch with CUDA, Triton and the extras [test] and [bench]; the others [train] too, and `peers`
-# lightly where it is to be among them. K = 32 and the peers at 224 are for GPUs with 140 GB. LIMIT=300 ends a part after
-# 300 seconds.
+# part and the tiles need torch with CUDA, Triton and the extras [test] and [bench], of which pytest-xdist may be missing:
+# tests then run one by one; the others [train] too, and `peers` lightly where it is to be among them. K = 32 and the peers
+# at 224 are for GPUs with 140 GB. LIMIT=300 ends a part after 300 seconds.
 # Limits are seconds. Comments are the seconds that a machine with one H200 and 16 cores is expected to take, by count: the
 # first part has run there, in 240 seconds with --bench-minutes 1.9, and the first dry run. What runs over is interrupted
 # as by Ctrl-C, since pytest writes what it has by then, and nothing when it is terminated; what would begin when the
@@ -68,7 +68,9 @@ losses() {
     rm -f "$out/tests.txt" "$out/losses.json"
     # The tests that compare clocks have the GPU to themselves; the others are compiled, and run, many at a time.
     local clocks=(tests/test_bench.py tests/test_bench_peers.py tests/test_dry_run.py)
-    within 180 "$out/tests.txt" -m pytest tests -m gpu -n auto --maxprocesses 14 "${clocks[@]/#/--ignore=}"
+    local parallel=()
+    "$python" -c 'import xdist' >/dev/null 2>&1 && parallel=(-n auto --maxprocesses 14)
+    within 180 "$out/tests.txt" -m pytest tests -m gpu "${parallel[@]}" "${clocks[@]/#/--ignore=}"
     within 80 "$out/tests.txt" -m pytest "${clocks[@]}" -m gpu
     keep 290 -m pytest bench --bench-device cuda --bench-shapes targets --bench-minutes 4 \
         --benchmark-json "$out/losses.json" "$@"

@@ -13,7 +13,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 STAND_IN = """#!{python}
 import json, os, sys
-if sys.argv[1] == "-c":
+if sys.argv[1:] == ["-c", "import xdist"]:
+    sys.exit("NO_XDIST" in os.environ)
+elif sys.argv[1] == "-c":
     print("pictures" if "rendered" in sys.argv[2] else "some-gpu")
 else:
     with open(os.environ["CALLS"], "a") as file:
@@ -69,6 +71,13 @@ def test_the_gpu_script_runs_what_is_there(planned, part, scripts):
         theirs = ("--benchmark-json", "--ignore", "--maxprocesses")  # pytest's
         options = [word for word in words if word.startswith("--") and word.split("=")[0] not in theirs]
         assert all(f'"{option}"' in script for option in options)
+
+
+def test_the_gpu_script_runs_tests_one_by_one_without_xdist(planned, monkeypatch):
+    assert "-n" in planned("losses")[0]
+    monkeypatch.setenv("NO_XDIST", "1")
+    first, *_ = planned("losses")[5:]
+    assert first[:5] == ["-m", "pytest", "tests", "-m", "gpu"] and "-n" not in first
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
