@@ -4,6 +4,9 @@
 
 writes FOLDER/losses.md, with a table for each shape, and FOLDER/losses-DTYPE.png for each dtype (and, where shapes are
 many, each K); without --out, beside the JSON. The name is that of the JSON file.
+
+    python bench/report.py losses.json --over dim    # plots of the times over D, for each K and B
+    python bench/report.py old.json new.json         # prints old and new times, and their ratios
 """
 
 import argparse
@@ -19,6 +22,8 @@ from msbreg.tables import markdown_table
 __all__ = ["Figure", "figures", "page", "plot", "tables"]
 
 MODES = ("forward", "backward", "both")
+AXES = {"views": "K", "batch": "B", "dim": "D"}
+"""Names of a shape's sizes, in their order."""
 FUSED = "fused"
 COLOURS = (*(f"C{number}" for number in range(10)), "gold", "navy", "lime", "deeppink")
 MARKERS = "osD^v<>pP*Xdh8"
@@ -229,11 +234,35 @@ def charts(found: list[Figure]) -> dict[str, list[Figure]]:
     return parts
 
 
-def plot(found: list[Figure], names: list[str], path: Path) -> None:
-    """Times of one dtype by shape, with quartiles, one panel for each mode; providers look as in `names`."""
+def sweeps(found: list[Figure], over: str) -> dict[str, list[Figure]]:
+    """Figures that differ in one of K, B and D, by a name with the others; single ones are left out."""
+    axis = list(AXES).index(over)
+    parts = defaultdict(list)
+    for figure in found:
+        rest = [f"{AXES[name]}{size}" for name, size in zip(AXES, figure.shape, strict=True) if name != over]
+        parts["-".join([figure.dtype, over, *rest])].append(figure)
+    return {name: part for name, part in parts.items() if len({figure.shape[axis] for figure in part}) > 1}
+
+
+def plot(found: list[Figure], names: list[str], path: Path, over: str | None = None) -> None:
+    """Times of one dtype by shape, or over one of K, B and D, with quartiles, one panel for each mode.
+
+    Args:
+        found: figures.
+        names: of the providers, whose places here decide how they look.
+        path: of the picture.
+        over: the dimension in which they differ; None for all shapes, one beside the other.
+    """
     from matplotlib.figure import Figure as Canvas
 
-    shapes = list(dict.fromkeys(figure.shape for figure in found))
+    shapes = sorted({figure.shape for figure in found}) if over else list(dict.fromkeys(f.shape for f in found))
+    if over:
+        places = {shape: shape[list(AXES).index(over)] for shape in shapes}
+        ticks = list(map(str, places.values()))
+        others = [f"{AXES[name]} = {size}" for name, size in zip(AXES, shapes[0], strict=True) if name != over]
+    else:
+        places = {shape: number for number, shape in enumerate(shapes)}
+        ticks = ["x".join(map(str, shape)) for shape in shapes]
     modes = [mode for mode in MODES if any(figure.mode == mode for figure in found)]
     stacked = len(shapes) > 6
     width, height = max(2.0, 0.9 * len(shapes)), 3.4
@@ -245,17 +274,22 @@ def plot(found: list[Figure], names: list[str], path: Path) -> None:
     for panel, mode in zip(panels, modes, strict=True):
         for i, name in enumerate(names):
             rows = [figure for figure in found if (figure.mode, figure.provider) == (mode, name)]
-            beside = 0.6 * ((i + 0.5) / len(names) - 0.5)  # or those alike would hide each other
-            points = [shapes.index(row.shape) + beside for row in rows]
+            rows.sort(key=lambda row: places[row.shape])
+            beside = 0.0 if over else 0.6 * ((i + 0.5) / len(names) - 0.5)  # or those alike would hide each other
+            points = [places[row.shape] + beside for row in rows]
             if rows:
-                drawn[name] = panel.errorbar(points, *heights(rows), linestyle="none", **look(i, name))
+                drawn[name] = panel.errorbar(points, *heights(rows), linestyle="-" if over else "none", **look(i, name))
         panel.set_title(mode)
         panel.set_yscale("log")
-        panel.set_xticks(range(len(shapes)), ["x".join(map(str, shape)) for shape in shapes], rotation=35, ha="right")
-        panel.set_xlim(-0.5, len(shapes) - 0.5)
+        if over:
+            panel.set_xscale("log")
+            panel.set_xticks([], minor=True)
+        else:
+            panel.set_xlim(-0.5, len(shapes) - 0.5)
+        panel.set_xticks(list(places.values()), ticks, rotation=35, ha="right")
         panel.grid(axis="y", which="both", alpha=0.25)
     canvas.legend(drawn.values(), drawn.keys(), loc="outside right upper", fontsize="small", frameon=False)
-    canvas.supxlabel("K x B x D", fontsize="medium")
+    canvas.supxlabel(f"{AXES[over]} ({', '.join(others)})" if over else "K x B x D", fontsize="medium")
     canvas.supylabel(f"µs a call, {found[0].dtype}", fontsize="medium")
     canvas.savefig(path, dpi=110)
 
@@ -283,33 +317,69 @@ def is_ours(run: Any) -> bool:
     )
 
 
+def read(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """A run's JSON."""
+    try:
+        run = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"{path} cannot be read ({error}); pytest bench/ --benchmark-json {path} writes it")
+    if not is_ours(run):
+        parser.error(f"{path} is not what pytest bench/ --benchmark-json writes")
+    return run
+
+
+def compared(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Figures of both runs by the same clock, and whether their quartiles overlap; then how many have no partner."""
+    before, after = ({figure[:4]: figure for figure in figures(run)} for run in (old, new))
+    both = [key for key in before if key in after and before[key].info["clock"] == after[key].info["clock"]]
+    cells = []
+    for key in both:
+        shape, *names = key
+        one, other = before[key], after[key]
+        overlap = max(one.quartiles[0], other.quartiles[0]) <= min(one.quartiles[1], other.quartiles[1])
+        times = [f"{time_of(f.seconds)} ({' to '.join(map(time_of, f.quartiles))})" for f in (one, other)]
+        ratio = digits(other.seconds / one.seconds)
+        cells.append(["x".join(map(str, shape)), *names, "overlap" if overlap else "apart", *times, ratio])
+    head = ["K x B x D", "dtype", "mode", "provider", "quartiles", "old", "new", "new / old"]
+    alone = f"{len(before) - len(both)} of the old, {len(after) - len(both)} of the new"
+    return markdown_table(head, cells, text=5) + f"\n\nWithout a partner by the same clock: {alone}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("json", type=Path, help="what --benchmark-json wrote")
+    parser.add_argument("json", type=Path, nargs="+", help="what --benchmark-json wrote; two, to compare them")
     parser.add_argument("--out", type=Path, help="folder for the page and the plots; default: that of the JSON")
     parser.add_argument("--short", action="store_true", help="print forward and backward together, write nothing")
+    parser.add_argument(
+        "--over", choices=AXES, help="draw the times over this size alone, for each value of the others"
+    )
     options = parser.parse_args()
-    try:
-        run = json.loads(options.json.read_text())
-    except (OSError, ValueError) as error:
-        parser.error(
-            f"{options.json} cannot be read ({error}); pytest bench/ --benchmark-json {options.json} writes it"
-        )
-    if not is_ours(run):
-        parser.error(f"{options.json} is not what pytest bench/ --benchmark-json writes")
+    runs = [read(path, parser) for path in options.json]
+    if len(runs) > 2:
+        parser.error(f"expected one file, or two to compare, got {len(runs)}")
+    if len(runs) == 2:
+        print(compared(*runs))
+        return
+    (run,), (path,) = runs, options.json
     if options.short:
         print(tables([figure for figure in figures(run) if figure.mode == "both"], SHORT))
         return
-    folder, stem = options.out or options.json.parent, options.json.stem
+    folder, stem = options.out or path.parent, path.stem
+    parts = sweeps(figures(run), options.over) if options.over else charts(figures(run))
+    if not parts:
+        parser.error(f"{path} has no two shapes that differ in {AXES[options.over]} alone")
     folder.mkdir(parents=True, exist_ok=True)
-    plots = {f"{stem}-{name}.png": found for name, found in charts(figures(run)).items()}
+    plots = {f"{stem}-{name}.png": found for name, found in parts.items()}
     names = list(dict.fromkeys(figure.provider for figure in figures(run)))
     try:
         for name, found in plots.items():
-            plot(found, names, folder / name)
+            plot(found, names, folder / name, options.over)
     except ModuleNotFoundError as error:
         print(f"No plots: {error}. pip install matplotlib")
         plots = {}
+    if options.over:
+        print("\n".join(str(folder / name) for name in plots))
+        return
     (folder / f"{stem}.md").write_text(page(run, plots), encoding="utf-8")
     print(tables(figures(run)))
 

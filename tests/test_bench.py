@@ -432,6 +432,36 @@ def test_what_the_report_computes():
     assert rows["fused", "forward"]["time / fused"] == "1.00" and rows["fused", "forward"]["GB/s"] == ""
 
 
+def report_of(monkeypatch, tmp_path, *runs, options=()):
+    """Runs the report on files with these benchmarks."""
+    files = [tmp_path / f"{number}.json" for number in range(len(runs))]
+    for file, run in zip(files, runs, strict=True):
+        file.write_text(json.dumps({"machine_info": {"load_before": []}, "benchmarks": run}))
+    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, files), *options])
+    report.main()
+
+
+def test_the_report_compares_two_runs(monkeypatch, tmp_path, capsys):
+    old = [benchmark_of("fused", 1e-4), benchmark_of("svd", 1e-2), benchmark_of("gram", 1e-2, clock="events")]
+    new = [benchmark_of("svd", 1.1e-2), benchmark_of("fused", 5e-5), benchmark_of("gram", 1e-2)]
+    report_of(monkeypatch, tmp_path, old, new)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "| 8x512x256 | bfloat16 | both | fused | apart | 100 µs (90.0 µs to 120 µs) | 50.0 µs (" in text
+    assert "| 0.500 |" in text and "| svd | overlap | 10.0 ms" in text and "| 1.10 |" in text
+    assert "| gram |" not in text and text.endswith("by the same clock: 1 of the old, 1 of the new.")
+
+
+def test_the_report_draws_times_over_one_size(monkeypatch, tmp_path, capsys):
+    shapes = [[8, 64, 256], [8, 64, 128], [8, 32, 128], [4, 64, 512]]
+    run = [benchmark_of(name, 1e-4, shape=shape) for name in ("fused", "svd") for shape in shapes]
+    report_of(monkeypatch, tmp_path, run, options=["--over", "dim"])
+    assert capsys.readouterr().out.split() == [str(tmp_path / "0-bfloat16-dim-K8-B64.png")]
+    assert [path.name for path in tmp_path.glob("*.png")] == ["0-bfloat16-dim-K8-B64.png"]
+    with pytest.raises(SystemExit):
+        report_of(monkeypatch, tmp_path, run, options=["--over", "views"])
+    assert "has no two shapes that differ in K alone" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["forward", "backward", "both"])
 @pytest.mark.parametrize("name", ["fused", "newton_schulz", "svd"])
