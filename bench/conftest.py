@@ -37,6 +37,8 @@ class Settings:
     modes: tuple[str, ...]
     spectrum: str
     providers: dict[str, Provider]
+    fused: Provider
+    """What the others take turns with, whether it is among them or not."""
     seconds: float
     deadline: float
     """Of time.monotonic()."""
@@ -97,6 +99,7 @@ def settings(config: pytest.Config) -> Settings:
         modes=chosen(config, "bench_modes", MODES, MODES),
         spectrum=spectrum,
         providers={name: known[name] for name in names},
+        fused=known["fused"],
         seconds=config.getoption("bench_seconds"),
         deadline=time.monotonic() + 60 * config.getoption("bench_minutes"),
         load=os.getloadavg(),

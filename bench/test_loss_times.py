@@ -21,7 +21,7 @@ import torch
 import usage
 from cost import bytes_moved, spectral_flops
 from gate import Reference, Verdict, reference, verdict
-from providers import Loss, Provider, Terms, providers
+from providers import Loss, Provider, Terms
 from timing import CLOCK, Call, calls, device_round, plan, wall_round
 from torch import Tensor
 
@@ -65,7 +65,7 @@ def test_loss(benchmark, wanted, shape: str, dtype: str, provider: str, mode: st
     if device.type == "cuda":
         info = benchmark.extra_info
         info["sm_clock"] = records.gpu_state(device).get("clocks.sm")  # straight after the timed rounds
-        fused = None if provider == "fused" else fused_call(size, number_type, device, spectrum, mode)
+        fused = None if what is wanted.fused else other(wanted.fused, size, number_type, device, spectrum, mode)
         own = calls(loss, batches[:1], mode)[0]
         info.update(eager(own, fused, device, wanted.seconds / 2))
         info.update(on_gpu(loss, batches[:1], mode, info["bytes"]))
@@ -74,9 +74,10 @@ def test_loss(benchmark, wanted, shape: str, dtype: str, provider: str, mode: st
         info.update(launches=launches or None, busy_seconds=busy or None)  # 0: profiling is barred
 
 
-def fused_call(shape: shapes.Shape, dtype: torch.dtype, device: torch.device, spectrum: str, mode: str) -> Call | None:
-    """A call of the fused loss; None where it may not be timed."""
-    provider = providers(spectrum)["fused"]
+def other(
+    provider: Provider, shape: shapes.Shape, dtype: torch.dtype, device: torch.device, spectrum: str, mode: str
+) -> Call | None:
+    """A call of another loss that reads all views; None where it may not be timed."""
     if shapes.left_out(shape, provider, device):
         return None
     loss, _, fault = checked(provider, shape, dtype, device, spectrum)
