@@ -310,11 +310,10 @@ def look(number: int, name: str) -> dict[str, Any]:
 
 def is_ours(run: Any) -> bool:
     """Whether it is from the benchmarks of the losses."""
-    if not (isinstance(run, dict) and isinstance(run.get("machine_info"), dict)):
+    if not (isinstance(run, dict) and isinstance(run.get("machine_info"), dict) and run.get("benchmarks")):
         return False
-    return "load_before" in run["machine_info"] | run.get("run", {}) and all(
-        "provider" in benchmark.get("extra_info", {}) for benchmark in run.get("benchmarks", [])
-    )
+    known = run["machine_info"] | run.get("run", {})
+    return "load_before" in known and all("provider" in benchmark["extra_info"] for benchmark in run["benchmarks"])
 
 
 def read(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:

@@ -372,6 +372,7 @@ def test_a_busy_machine_is_said_to_be_one(monkeypatch, load, threads, warned):
         ("{", "cannot be read"),
         ("{}", "is not what"),
         ('{"machine_info": null}', "is not what"),
+        ('{"machine_info": {"load_before": []}}', "is not what"),
         ('{"machine_info": {"load_before": []}, "benchmarks": [{"extra_info": {}}]}', "is not what"),
     ],
 )
