@@ -107,7 +107,7 @@ def main() -> None:
     for views, side in SHAPES:
         result["rows"].append(measure(views, side, device, seconds=options.seconds, rounds=options.rounds))
         keep(result, options.json)
-    print(table(result["rows"]))
+        print(table(result["rows"][-1:]), flush=True)  # now: programs of the next that wait in vain end it all
 
 
 if __name__ == "__main__":

@@ -100,13 +100,14 @@ def megahertz(text: str | None) -> float | None:
 def time_of(seconds: float) -> str:
     """Three digits, with their unit."""
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * scale >= 1 or unit == "µs":
+        if float(f"{seconds * scale:.2e}") >= 1 or unit == "µs":
             return f"{digits(seconds * scale)} {unit}"
     raise AssertionError
 
 
 def digits(x: float) -> str:
     """Three digits that count, whole numbers from 100 on."""
+    x = float(f"{x:.2e}") if x < 100 else x  # what is rounded up may have one digit more
     return f"{x:.{max(0, 2 - math.floor(math.log10(x)))}f}" if 0 < x < 100 else f"{x:,.0f}"
 
 

@@ -82,37 +82,40 @@ losses() {
 }
 
 dry_run() {
-    local seconds=$1
-    shift
-    keep "$seconds" -m msbreg pretrain --dry-run --config "$@" --data.batch_size 256
+    local seconds=$1 name=$2
+    shift 2
+    keep "$seconds" -m msbreg pretrain --dry-run --json "$out/$name.json" --config "$@" --data.batch_size 256
 }
 
 # Images of 0.2 megapixels, ImageNet's mean, for views of 224: prints where they are, kept for the next time.
 photos() {
-    PYTHONPATH=bench${PYTHONPATH:+:$PYTHONPATH} timeout 100 "$python" -c 'import peers; print(peers.rendered(peers.CASES["imagenet"]))'
+    local left=$((limit - SECONDS))
+    [ "$left" -gt 0 ] || return 124
+    PYTHONPATH=bench${PYTHONPATH:+:$PYTHONPATH} timeout "$((left < 100 ? left : 100))" "$python" -c 'import peers; print(peers.rendered(peers.CASES["imagenet"]))'
 }
 
 training() {
-    dry_run 60 imagenet-resnet50-100ep --model.compile false                     # 25
-    dry_run 150 imagenet-resnet50-100ep                                          # 90
-    dry_run 90 imagenet-resnet50-100ep --data.views 32 --model.view_chunk 4 --model.compile false  # 50
-    dry_run 90 imagenet-resnet50-300ep                                           # 50: Inductor kept what it compiled
-    dry_run 100 imagenet100-resnet18                                             # 65
-    dry_run 60 cifar10-resnet18                                                  # 25
+    dry_run 60 resnet50-eager imagenet-resnet50-100ep --model.compile false                          # 25
+    dry_run 150 resnet50 imagenet-resnet50-100ep                                                     # 90
+    dry_run 90 resnet50-k32 imagenet-resnet50-100ep --data.views 32 --model.view_chunk 4 --model.compile false  # 50
+    dry_run 90 resnet50-300ep imagenet-resnet50-300ep                            # 50: Inductor kept what it compiled
+    dry_run 100 imagenet100 imagenet100-resnet18                                                     # 65
+    dry_run 60 cifar10 cifar10-resnet18                                                              # 25
 }
 
 # What needs no photographs comes first, since rendering them may fail.
 loader() {
     local images
     keep 80 bench/loader.py --rounds 2 --json "$out/loader-32.json"              # 55
-    keep 35 -m msbreg bench --config cifar10-resnet18                            # 25
-    keep 35 -m msbreg bench --config cifar10-resnet18 --model.cuda_graph true    # 25
+    keep 50 -m msbreg bench --config cifar10-resnet18 --json "$out/bench-cifar10.json"               # 25
+    keep 50 -m msbreg bench --config cifar10-resnet18 --json "$out/bench-cifar10-graph.json" \
+        --model.cuda_graph true                                                  # 25
     images=$(photos) || return                                                   # 40
     # On a GPU the package's other loader, Python threads, is for small machines without DALI.
     keep 240 bench/loader.py --data "$images" --size 224 --batch 64 --rounds 2 --json "$out/loader-224.json" \
         --loaders msbreg torchvision torchvision-pillow-blur                     # 170
     keep 140 -m msbreg bench --config imagenet-resnet50-100ep --data.path "$images" --data.batch_size 256 \
-        --steps 10                                                               # 95: LARS, K = 4, compiled
+        --steps 10 --json "$out/bench-imagenet.json"                             # 95: LARS, K = 4, compiled
 }
 
 peers() {
@@ -129,8 +132,11 @@ alternatives() {
     local images
     keep 120 bench/operators.py --size 32 --json "$out/operators-32.json"                                # 80
     keep 60 bench/pixels.py --json "$out/pixels.json"                                                    # 30
-    images=$(photos) &&                                                          # 40
+    if images=$(photos); then                                                    # 40
         keep 120 bench/operators.py --data "$images" --json "$out/operators-224.json"                    # 90
+    else
+        status=1
+    fi
     # Last, since programs that waited for each other in vain would hang until the limit.
     keep 100 bench/one_launch.py --json "$out/one_launch.json"                                           # 60
 }

@@ -490,3 +490,11 @@ def test_usage_and_ceilings_of_a_gpu():
     assert timing.copies(x.nbytes, device) * x.nbytes >= 3 * torch.cuda.get_device_properties(device).L2_cache_size
     assert 1e11 < ceilings.copy_rate(2**30, device) < 2e13
     assert 1e12 < ceilings.product_rate(device) < 1e16
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(1.2345, "1.23 s"), (99.97e-3, "100 ms"), (9.996e-3, "10.0 ms"), (0.9996e-3, "1.00 ms"), (1.5e-9, "0.00150 µs")],
+)
+def test_times_have_three_digits(seconds, text):
+    assert report.time_of(seconds) == text

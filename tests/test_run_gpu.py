@@ -15,6 +15,8 @@ STAND_IN = """#!{python}
 import json, os, sys
 if sys.argv[1:] == ["-c", "import xdist"]:
     sys.exit("NO_XDIST" in os.environ)
+elif sys.argv[1] == "-c" and "rendered" in sys.argv[2] and "NO_ROOM" in os.environ:
+    sys.exit(3)
 elif sys.argv[1] == "-c":
     print("pictures" if "rendered" in sys.argv[2] else "some-gpu")
 else:
@@ -78,6 +80,14 @@ def test_the_gpu_script_runs_tests_one_by_one_without_xdist(planned, monkeypatch
     monkeypatch.setenv("NO_XDIST", "1")
     first, *_ = planned("losses")[5:]
     assert first[:5] == ["-m", "pytest", "tests", "-m", "gpu"] and "-n" not in first
+
+
+@pytest.mark.parametrize(("part", "others"), [("loader", 3), ("peers", 1), ("alternatives", 3)])
+def test_a_part_without_its_photographs_says_so_and_runs_the_rest(planned, monkeypatch, tmp_path, part, others):
+    monkeypatch.setenv("NO_ROOM", "1")
+    assert len(planned(part)) == others
+    environment = os.environ | {"PYTHON": str(tmp_path / "python"), "CALLS": str(tmp_path / "calls")}
+    assert subprocess.run([tmp_path / "bench" / "run_gpu.sh", part], env=environment, capture_output=True).returncode
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
