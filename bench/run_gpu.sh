@@ -141,7 +141,11 @@ alternatives() {
     keep 100 bench/one_launch.py --json "$out/one_launch.json"                                           # 60
 }
 
-rm -f "$out/$part.txt"
+# Where the figures are from: the JSON of msbreg's own commands knows neither.
+{
+    git describe --always --abbrev=40 --dirty=+
+    nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.draw,temperature.gpu --format=csv
+} >"$out/$part.txt" 2>/dev/null
 "$part" "$@" || status=$?
 if [ "$part" != losses ]; then
     echo

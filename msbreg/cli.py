@@ -131,7 +131,8 @@ def build_parser() -> ArgumentParser:
 
 def add_json(parser: ArgumentParser) -> None:
     """Adds --json."""
-    parser.add_argument("--json", type=str, default=argparse.SUPPRESS, metavar="FILE", help="where figures go, too")
+    meaning = "write the figures to that file, too, as JSON"
+    parser.add_argument("--json", type=str, default=argparse.SUPPRESS, metavar="FILE", help=meaning)
 
 
 def add_config(parser: ArgumentParser) -> None:
