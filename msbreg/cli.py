@@ -96,10 +96,11 @@ def build_parser() -> ArgumentParser:
     commands.add_subcommand("pretrain", pretrain, help="train a backbone without labels")
 
     evaluate = Parser(
-        usage="msbreg eval RUN [--GROUP.OPTION VALUE ...]",
+        usage="msbreg eval RUN [--json FILE] [--GROUP.OPTION VALUE ...]",
         description="kNN and linear probe accuracy of the frozen backbone of a run.",
     )
     evaluate.add_argument("path", nargs="?", metavar="RUN", help="run folder, or a checkpoint file")
+    add_json(evaluate)
     kinds = option_types()
     for name, meaning in EVALUATED_WITH.items():
         evaluate.add_argument(f"--{name}", type=kinds[name], default=None, help=meaning)
@@ -196,7 +197,8 @@ def run_eval(options: Namespace) -> int:
     run = run_of(options.path, "eval")
     from msbreg.eval import evaluate
 
-    show(evaluate(run, {name: options[name] for name in EVALUATED_WITH if options[name] is not None}))
+    changes = {name: options[name] for name in EVALUATED_WITH if options[name] is not None}
+    show(evaluate(run, changes, file=json_file(options)))
     return 0
 
 

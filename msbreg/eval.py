@@ -9,6 +9,7 @@ from msbreg.config import config_of
 from msbreg.data.recipes import View
 from msbreg.evaluator import TASKS, Evaluator
 from msbreg.export import backbone_of
+from msbreg.findings import keep_findings
 from msbreg.inputs import open_images
 from msbreg.machine import usable_cores
 from msbreg.processes import Processes
@@ -17,13 +18,14 @@ from msbreg.tables import markdown_table
 __all__ = ["evaluate"]
 
 
-def evaluate(run: Path, changes: dict[str, Any]) -> str:
+def evaluate(run: Path, changes: dict[str, Any], *, file: Path | None = None) -> str:
     """Measures the backbone of a run's newest checkpoint, or of one that a file holds.
 
     Args:
         run: the run folder, or a checkpoint.
         changes: options that are to be others than the run's, as {"eval.k": 5}. Device and threads are this machine's
             anyway, and another `data.path` leaves the run's `data.eval_path` behind.
+        file: where the figures go as JSON, too.
 
     Returns:
         A Markdown table of accuracies.
@@ -49,9 +51,13 @@ def evaluate(run: Path, changes: dict[str, Any]) -> str:
         view = View(**state["recipe"][0]) if "recipe" in state else None  # whose file may be another by now
         evaluator = Evaluator(config, train, held_out, device=processes.device, threads=threads, view=view)
         accuracy = evaluator(backbone_of(state).to(processes.device), linear=True)
-        task = TASKS[evaluator.task]
-        rows = [(task, f"{accuracy.knn:.1%}"), (f"{task}, raw pixels", f"{evaluator.pixels():.1%}")]
+        task, pixels = TASKS[evaluator.task], evaluator.pixels()
+        rows = [(task, f"{accuracy.knn:.1%}"), (f"{task}, raw pixels", f"{pixels:.1%}")]
         if accuracy.linear is not None:
             rows.insert(1, ("linear probe top-1", f"{accuracy.linear:.1%}"))
+        if file is not None:
+            figures = {"step": state["step"], "task": evaluator.task, "protocol": evaluator.protocol}
+            figures |= {"knn_top1": accuracy.knn, "linear_top1": accuracy.linear, "knn_top1_pixels": pixels}
+            keep_findings(file, config, processes.device, figures)
         evaluator.close()
     return markdown_table((f"{config.model.backbone}, step {state['step']:,}", "value"), rows)

@@ -1,4 +1,4 @@
-"""What `msbreg bench` and dry runs have measured, as a file for programs."""
+"""What `msbreg bench`, `msbreg eval` and dry runs have measured, as a file for programs."""
 
 import os
 import platform

@@ -61,7 +61,7 @@ def configs_first(arguments: list[str]) -> list[str]:
 def known_options(command: str) -> tuple[str, ...]:
     """Of a command that takes options of a run; none of others."""
     if command == "eval":
-        return tuple(f"--{name}" for name in EVALUATED_WITH)
+        return ("--json", *(f"--{name}" for name in EVALUATED_WITH))
     own = {"pretrain": ("--dry-run", "--json"), "bench": ("--steps", "--json")}
     return ("--config", "--help", *own[command], *(f"--{name}" for name in option_types())) if command in own else ()
 

@@ -672,9 +672,12 @@ def test_ranks_ask_about_signals_more_often_than_they_log(tmp_path, small, free_
 
 
 def test_eval_and_export(undisturbed, tmp_path, capsys):
-    assert main(["eval", str(undisturbed), "--run.device", "cpu"]) == 0
+    file = tmp_path / "figures.json"
+    assert main(["eval", str(undisturbed), "--run.device", "cpu", "--json", str(file)]) == 0
+    kept, summary = json.loads(file.read_text()), json.loads((undisturbed / "summary.json").read_text())
+    for name in ("knn_top1", "linear_top1", "knn_top1_pixels"):
+        assert kept["figures"][name] == pytest.approx(summary[name], abs=1e-9), name
     printed = capsys.readouterr().out
-    summary = json.loads((undisturbed / "summary.json").read_text())
     assert f"{summary['knn_top1']:.1%}" in printed and f"{summary['linear_top1']:.1%}" in printed
     assert main(["export", str(undisturbed), "--out", str(tmp_path)]) == 0
     for name, value in torch.load(undisturbed / "backbone.pt", weights_only=True).items():
