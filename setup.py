@@ -61,7 +61,7 @@ setup(
         "test": [
             "numpy>=1.24",
             "pytest>=8",
-            "pytest-benchmark>=5",
+            "pytest-benchmark>=5.3",
             "pytest-timeout>=2.2",
             "pytest-xdist>=3.5",
             "scikit-learn>=1.3",
@@ -71,7 +71,7 @@ setup(
             "triton>=3.5; platform_system == 'Linux'",
         ],
         # lightly is timed too where it is installed; it brings a dozen packages, so that it is left to its users.
-        "bench": ["matplotlib>=3.7", "pytest>=8", "pytest-benchmark>=5", "torchvision>=0.24"],
+        "bench": ["matplotlib>=3.7", "pytest>=8", "pytest-benchmark>=5.3", "torchvision>=0.24"],
         "dev": [RUFF, MYPY, "numpy>=1.24", "pre-commit>=3.5", "setuptools>=77"],
     },
     entry_points={"console_scripts": ["msbreg = msbreg.__main__:run"]},

@@ -37,7 +37,7 @@ from typing import NamedTuple
 
 import accuracy_report
 import runs
-from options import above_zero, not_negative, positive
+from options import above_zero, limit, positive
 from records import keep
 from runs import RunError, finished, train
 
@@ -206,9 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="CIFAR-10 as image files: train/CLASS/*, test/CLASS/*")
     parser.add_argument("--folder", type=Path, help="of the runs; default: runs/accuracy, or runs/accuracy-small")
-    parser.add_argument(
-        "--minutes", type=not_negative, default=float("inf"), help="after which this call ends; default: none"
-    )
+    parser.add_argument("--minutes", type=limit, default=float("inf"), help="after which this call ends; default: none")
     parser.add_argument(
         "--json", type=Path, help="results; page and plot go beside it; default: accuracy.json in FOLDER"
     )

@@ -82,7 +82,12 @@ def prepared(
         return reason
     inputs = batches(provider, shape, dtype, device)
     loss, _, fault = verdict(provider, *inputs[0], provider.terms and truth(provider.terms))
-    return fault or device_round(lambda: calls(loss, inputs, "both"), device, waits=provider.waits)
+    if fault:
+        return fault
+    try:
+        return device_round(lambda: calls(loss, inputs, "both"), device, waits=provider.waits)
+    except RuntimeError as error:  # of memory, or of a graph that cannot be recorded
+        return f"it cannot be timed: {type(error).__name__}: {error}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,31 +7,47 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-__all__ = ["above_zero", "add_device", "listed", "not_negative", "positive", "the_gpu"]
+__all__ = ["above_zero", "add_device", "limit", "listed", "not_negative", "positive", "the_gpu"]
 
 
 def positive(text: str) -> int:
     """The `type` of an option that counts."""
-    number = int(text)
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {number}")
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
     return number
 
 
 def above_zero(text: str) -> float:
     """The `type` of an option that is a time or a rate."""
-    number = float(text)
-    if not 0 < number < math.inf:
+    if not 0 < number_in(text) < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-    return number
+    return float(text)
 
 
 def not_negative(text: str) -> float:
-    """The `type` of an option that is a limit, which may be infinite."""
-    number = float(text)
-    if not number >= 0:
+    """The `type` of an option that is a time at the least."""
+    if not 0 <= number_in(text) < math.inf:
         raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
-    return number
+    return float(text)
+
+
+def limit(text: str) -> float:
+    """The `type` of an option that is a time at the most, which may be infinite."""
+    if not number_in(text) >= 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
+    return float(text)
+
+
+def number_in(text: str) -> float:
+    """NaN where there is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def listed(parser: argparse.ArgumentParser, words: Sequence[str], known: Collection[str]) -> list[str]:

@@ -357,6 +357,8 @@ def main() -> None:
     runs = [read(path, parser) for path in options.json]
     if len(runs) > 2:
         parser.error(f"expected one file, or two to compare, got {len(runs)}")
+    if (len(runs) == 2 and (options.out or options.over or options.short)) or (options.over and options.short):
+        parser.error("--out and --over are for one file that is drawn, --short for one that is printed")
     if len(runs) == 2:
         print(compared(*runs))
         return

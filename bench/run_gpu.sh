@@ -72,7 +72,7 @@ losses() {
     "$python" -c 'import xdist' >/dev/null 2>&1 && parallel=(-n auto --maxprocesses 14)
     within 180 "$out/tests.txt" -m pytest tests -m gpu "${parallel[@]}" "${clocks[@]/#/--ignore=}"
     within 80 "$out/tests.txt" -m pytest "${clocks[@]}" -m gpu
-    keep 290 -m pytest bench --bench-device cuda --bench-shapes targets --bench-minutes 4 \
+    keep 390 -m pytest bench --bench-device cuda --bench-shapes targets --bench-minutes 5.5 \
         --benchmark-json "$out/losses.json" "$@"
     "$python" bench/report.py "$out/losses.json" --out "$out" >/dev/null || status=$?
 
@@ -84,6 +84,7 @@ losses() {
 dry_run() {
     local seconds=$1 name=$2
     shift 2
+    rm -f "$out/$name.json"
     keep "$seconds" -m msbreg pretrain --dry-run --json "$out/$name.json" --config "$@" --data.batch_size 256
 }
 
@@ -91,13 +92,15 @@ dry_run() {
 photos() {
     local left=$((limit - SECONDS))
     [ "$left" -gt 0 ] || return 124
-    PYTHONPATH=bench${PYTHONPATH:+:$PYTHONPATH} timeout "$((left < 100 ? left : 100))" "$python" -c 'import peers; print(peers.rendered(peers.CASES["imagenet"]))'
+    PYTHONPATH=bench${PYTHONPATH:+:$PYTHONPATH} timeout "$((left < 100 ? left : 100))" "$python" -c '
+import peers; print(peers.rendered(peers.CASES["imagenet"]))'
 }
 
 training() {
     dry_run 60 resnet50-eager imagenet-resnet50-100ep --model.compile false                          # 25
     dry_run 150 resnet50 imagenet-resnet50-100ep                                                     # 90
-    dry_run 90 resnet50-k32 imagenet-resnet50-100ep --data.views 32 --model.view_chunk 4 --model.compile false  # 50
+    dry_run 90 resnet50-k32 imagenet-resnet50-100ep --data.views 32 --model.view_chunk 4 \
+        --model.compile false                                                                        # 50
     dry_run 90 resnet50-300ep imagenet-resnet50-300ep                            # 50: Inductor kept what it compiled
     dry_run 100 imagenet100 imagenet100-resnet18                                                     # 65
     dry_run 60 cifar10 cifar10-resnet18                                                              # 25

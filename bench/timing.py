@@ -171,7 +171,7 @@ def _between_events(work: Callable[[], None], backlog: float) -> float:
     return start.elapsed_time(end) * 1e-3
 
 
-def plan(round: Round, calls: int, seconds: float, *, least: int = 11, patience: float = 11.0) -> int:
+def plan(round: Round, calls: int, seconds: float, *, least: int = 11, patience: float = 2.5) -> int:
     """How many rounds fill that time: 3 to 1000, and at least `least` that take no more than `patience` together.
 
     Finding out takes a quarter of the time and warms up caches and clocks. The first round, which may load and choose

@@ -3,6 +3,7 @@
 import argparse
 import functools
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -186,9 +187,11 @@ def json_file(options: Namespace) -> Path | None:
     file = expanded(text)
     if file.is_dir():
         raise MSBRegError(f"--json {text} is a folder; name a file in it.")
-    if file.parent.exists() and not file.parent.is_dir():
-        raise MSBRegError(f"--json {text} cannot be written, since {file.parent} is no folder.")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=file.parent).close()
+    except OSError as error:
+        raise MSBRegError(f"--json {text} cannot be written: {error.strerror}.") from error
     return file
 
 

@@ -112,7 +112,7 @@ def dry_run(config: Config, *, file: Path | None = None) -> str | None:
             "steps_s": measured.steps,
             "loading_s": measured.loading,
             "memory_mb": measured.memory,
-            "gpu_memory_in_use_mb": measured.gpu_memory,
+            "gpu_memory_in_use_mb": measured.gpu_memory if gpu else None,
             "steps_of_the_run": steps,
             "hours_of_the_run": hours,
         }

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import shlex
+import sys
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +37,7 @@ def keep_findings(file: Path, config: Config, device: torch.device, figures: dic
     options = {name: value for name, value in flatten(config).items() if value != defaults[name]}
     installed = {one.metadata["Name"]: one.version for one in metadata.distributions()}
     result = {
+        "command": shlex.join(["msbreg", *map(_without_folder, sys.argv[1:])]),
         "date": date.today().isoformat(),
         "versions": {
             "msbreg": msbreg.__version__,
@@ -51,4 +54,4 @@ def keep_findings(file: Path, config: Config, device: torch.device, figures: dic
 
 
 def _without_folder(value: Any) -> Any:
-    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+    return Path(value).name if isinstance(value, str) and os.path.isabs(os.path.expanduser(value)) else value

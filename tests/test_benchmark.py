@@ -66,7 +66,9 @@ def test_no_steps_are_none_to_time(small, capsys):
         (["bench", "--json", "."], "--json . is a folder; name a file in it"),
         (["bench", "--json="], "--json is empty"),
         (["pretrain", "--json", "a.json"], "--json is for --dry-run; a run leaves its figures in metrics.jsonl"),
-        (["bench", "--json", "file/a.json"], "--json file/a.json cannot be written, since file is no folder"),
+        (["bench", "--json", "file/a.json"], "--json file/a.json cannot be written: File exists"),
+        (["bench", "--json", "file/b/c.json"], "--json file/b/c.json cannot be written: Not a directory"),
+        (["bench", "--json", "/proc/a.json"], "--json /proc/a.json cannot be written: "),
     ],
 )
 def test_where_figures_cannot_go_is_said_before_they_are_made(command, words, small, tmp_path, monkeypatch, capsys):

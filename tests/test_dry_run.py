@@ -1,5 +1,6 @@
 """`msbreg pretrain --dry-run`: two steps, and what they say of a whole run."""
 
+import contextlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from msbreg.dry_run import PIXELS_ON_A_CPU, dry_run
 from msbreg.errors import MSBRegError
 from msbreg.files import read_yaml
 from msbreg.methods import build_method
+from msbreg.preflight import require_processes
 from msbreg.step import TrainingStep
 
 TINY = ["--model.backbone", "convnet", "--model.hidden", "32", "--model.dim", "16", "--run.device", "cpu"]
@@ -199,3 +201,12 @@ def test_a_graph_is_recorded_before_the_last_step(small, capsys):
     assert float(rows["step 5, s"]) < float(rows["first step, s"])
     in_use = float(rows["memory in use on its GPU, DALI and others included, MB"].replace(",", ""))
     assert in_use > float(rows["peak memory of torch in a process, MB"].replace(",", ""))
+
+
+@pytest.mark.parametrize(("device", "world", "refused"), [("cpu", 1, True), ("cuda", 2, True), ("cuda", 1, False)])
+def test_a_graph_is_for_one_process_on_a_gpu(device, world, refused):
+    config = Config()
+    config.model.cuda_graph = True
+    processes = SimpleNamespace(device=torch.device(device), world=world)
+    with pytest.raises(MSBRegError, match="cuda_graph needs a GPU") if refused else contextlib.nullcontext():
+        require_processes(config, processes)
