@@ -198,7 +198,7 @@ def json_file(options: Namespace) -> Path | None:
 def run_eval(options: Namespace) -> int:
     refuse_peers("eval")
     run = run_of(options.path, "eval")
-    from msbreg.eval import evaluate
+    from msbreg.eval_run import evaluate
 
     changes = {name: options[name] for name in EVALUATED_WITH if options[name] is not None}
     show(evaluate(run, changes, file=json_file(options)))
