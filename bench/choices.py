@@ -114,7 +114,7 @@ these same 2,000 test images, which flatters them. What follows from it is in [d
 {table(result["rows"])}
 
 This page is written by that command with `--page`, the figures of each run
-([choices.json](../bench/results/cpu/2026-11-22/choices.json)) with `--json`.
+([choices.json](../bench/results/cpu/{result["date"]}/choices.json)) with `--json`.
 """
 
 

@@ -28,7 +28,7 @@ class LossWatch:
         self._rows = torch.stack((row, torch.maximum(row, self._rows[1])))
 
     def gone_astray(self) -> str | None:
-        """What "the loss ..." goes on with after three bad ones in a row on any rank, else None; waits for the device."""
+        """What "the loss ..." goes on with after three bad ones in a row on any rank; waits for the device."""
         rows = self.processes.gather(int(self._rows[1]))
         ranks = [rank for rank, row in enumerate(rows) if row >= BAD_LOSSES_IN_A_ROW]
         if not ranks:

@@ -336,6 +336,6 @@ def test_the_choices_are_written_only_where_asked(tmp_path, swatches, monkeypatc
 
 
 def test_the_page_of_choices_is_drawn_from_its_results_and_has_choices_alone():
-    result = json.loads((records.ROOT / "bench/results/cpu/2026-11-22/choices.json").read_text())
+    result = json.loads((records.ROOT / "bench/results/cpu/2026-11-29/choices.json").read_text())
     assert result["rows"].keys() == choices.ROWS.keys()
     assert (records.ROOT / "docs/choices.md").read_text() == choices.page(result)
