@@ -71,7 +71,8 @@ def pytest_configure(config: pytest.Config) -> None:
         try:  # now, and not when all is timed; and where nothing passes, an old file would seem to be this run's
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
-            file.unlink()
+            if file.is_file() and not file.is_symlink():  # a device, as /dev/stdout leads to, stays
+                file.unlink()
         except OSError as error:
             raise pytest.UsageError(f"--benchmark-json {file}: {error.strerror}") from None
 

@@ -184,9 +184,9 @@ def json_file(options: Namespace) -> Path | None:
     require_text("--json", text)
     if text is None:
         return None
-    file = expanded(text)
-    if file.is_dir():
-        raise MSBRegError(f"--json {text} is a folder; name a file in it.")
+    file = expanded(text).resolve()
+    if file.exists() and not file.is_file():  # a device would be replaced by a file
+        raise MSBRegError(f"--json {text} is a folder or a device; name a file.")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=file.parent).close()

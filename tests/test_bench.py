@@ -509,3 +509,12 @@ def test_usage_and_ceilings_of_a_gpu():
 )
 def test_times_have_three_digits(seconds, text):
     assert report.time_of(seconds) == text
+
+
+def test_an_old_file_of_figures_goes_and_a_device_stays(tmp_path):
+    old, device = tmp_path / "old.json", tmp_path / "device"
+    old.write_text("{}")
+    device.symlink_to("/dev/null")
+    for file in (old, device):
+        run_suite("--bench-minutes", "0", "--bench-shapes", "1x2x2", "--benchmark-json", str(file))
+    assert not old.exists() and device.is_char_device()

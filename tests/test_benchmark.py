@@ -63,7 +63,8 @@ def test_no_steps_are_none_to_time(small, capsys):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["bench", "--json", "."], "--json . is a folder; name a file in it"),
+        (["bench", "--json", "."], "--json . is a folder or a device; name a file"),
+        (["bench", "--json", "/dev/null"], "--json /dev/null is a folder or a device; name a file"),
         (["bench", "--json="], "--json is empty"),
         (["pretrain", "--json", "a.json"], "--json is for --dry-run; a run leaves its figures in metrics.jsonl"),
         (["bench", "--json", "file/a.json"], "--json file/a.json cannot be written: File exists"),

@@ -95,7 +95,7 @@ def test_a_thread_notes_none(heard):
 
 
 def test_what_has_nothing_to_save_gets_the_signals_that_came_before(heard, monkeypatch):
-    monkeypatch.setattr(dry_run, "dry_run", lambda config: None)
+    monkeypatch.setattr(dry_run, "dry_run", lambda config, file: None)
     signals = StopSignals()
     signal.raise_signal(signal.SIGUSR1)
     assert not heard
