@@ -54,4 +54,8 @@ def keep_findings(file: Path, config: Config, device: torch.device, figures: dic
 
 
 def _without_folder(value: Any) -> Any:
-    return Path(value).name if isinstance(value, str) and os.path.isabs(os.path.expanduser(value)) else value
+    """A value, or a word of the command line, which may be --OPTION=VALUE."""
+    if not isinstance(value, str):
+        return value
+    option, equals, path = value.partition("=") if value.startswith("--") else ("", "", value)
+    return option + equals + (Path(path).name if os.path.isabs(os.path.expanduser(path)) else path)

@@ -512,9 +512,29 @@ def test_times_have_three_digits(seconds, text):
 
 
 def test_an_old_file_of_figures_goes_and_a_device_stays(tmp_path):
+    pytest.importorskip("pytest_benchmark", reason="the benchmarks need pytest-benchmark")
     old, device = tmp_path / "old.json", tmp_path / "device"
     old.write_text("{}")
     device.symlink_to("/dev/null")
     for file in (old, device):
         run_suite("--bench-minutes", "0", "--bench-shapes", "1x2x2", "--benchmark-json", str(file))
     assert not old.exists() and device.is_char_device()
+
+
+LATE = """
+def pytest_runtest_teardown(item):
+    if "-svd-" in item.name:
+        raise RuntimeError("too late")
+"""
+
+
+def test_what_fails_once_it_is_timed_is_left_out(tmp_path):
+    pytest.importorskip("pytest_benchmark", reason="the benchmarks need pytest-benchmark")
+    (tmp_path / "late.py").write_text(LATE)
+    file = tmp_path / "losses.json"
+    options = ["--bench-shapes", "1x4x2", "--bench-modes", "forward", "--bench-seconds", "0.01", "-p", "late"]
+    options += ["--bench-device", "cpu", "--bench-providers", "fused,svd"]
+    run_suite(*options, "--benchmark-json", str(file), path=[tmp_path])
+    run = json.loads(file.read_text())
+    assert [benchmark["extra_info"]["provider"] for benchmark in run["benchmarks"]] == ["fused"]
+    assert [(case["provider"], case["reason"]) for case in run["left_out"]] == [("svd", "too late")]

@@ -1,6 +1,7 @@
 """`msbreg bench`: its figures are of one step each, on a clock that moves on by hand."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +33,7 @@ def test_figures_are_of_one_step(monkeypatch, tmp_path, small, capsys):
     monkeypatch.setattr(TrainingStep, "__call__", lambda step, batch, number: passes(0.5))
     monkeypatch.setattr(TrainingStep, "loss_alone", lambda step, batch: lambda: passes(0.125))
     file = tmp_path / "new" / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["/bin/msbreg", "bench", f"--json={file}", "--data.path", "~/me/swatches"])
     assert main(["bench", "--steps", "3", *small, "--json", str(file)]) == 0
     said = capsys.readouterr()
     rows = [line.strip("| ").split("|") for line in said.out.splitlines()]
@@ -44,6 +46,7 @@ def test_figures_are_of_one_step(monkeypatch, tmp_path, small, capsys):
     assert (
         kept["figures"] | {"steps": 3, "loader_alone_s": 0.25, "step_alone_s": 0.5, "both_s": 0.75} == kept["figures"]
     )
+    assert kept["command"] == "msbreg bench --json=figures.json --data.path swatches"
     assert kept["options"]["data.batch_size"] == 32 and kept["options"]["data.path"] == "swatches"
     assert kept["versions"]["torch"] == torch.__version__ and kept["device_name"] == "cpu"
     assert said.err.startswith("loader alone: 250.0 ms\nstep alone: 500.0 ms\nboth: 750.0 ms\nloss, ")
